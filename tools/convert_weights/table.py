@@ -1,0 +1,187 @@
+"""Weight tables: which official tensor becomes which parameter, and how its axes move.
+
+A family (Qwen-VL, SAM 2, context module) has one `Table`. Every `Transform` knows its inverse, so
+the same table serves both directions. Targets are on-disk names, one tensor and layer each:
+`language/layers/0/q_proj/kernel`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+Shape = tuple[int, ...]
+UNUSED = "unused/"
+
+
+class WeightsError(ValueError):
+    """Everything that is wrong with a set of tensors, one line each."""
+
+    def __init__(self, errors: Iterable[str]):
+        self.errors = list(errors)
+        super().__init__("\n".join(self.errors))
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A bijection between PyTorch's layout of a tensor and ours; values are never touched."""
+
+    name: str
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def target_shape(self, source: Shape) -> Shape | None:
+        """The shape after `forward`, None if a tensor of shape `source` does not fit."""
+        return _shape_of(self.forward, source)
+
+    def source_shape(self, target: Shape) -> Shape | None:
+        """The shape after `inverse`, None if a tensor of shape `target` does not fit."""
+        return _shape_of(self.inverse, target)
+
+
+def _shape_of(function: Callable[[np.ndarray], np.ndarray], shape: Shape) -> Shape | None:
+    # All strides are zero, so neither transposing nor reshaping allocates anything.
+    try:
+        return function(np.broadcast_to(np.uint8(0), shape)).shape
+    except ValueError:
+        return None
+
+
+def _permutation(name: str, axes: Shape) -> Transform:
+    back = tuple(int(axis) for axis in np.argsort(axes))
+    return Transform(name, lambda x: x.transpose(axes), lambda x: x.transpose(back))
+
+
+IDENTITY = Transform("identity", lambda x: x, lambda x: x)
+LINEAR = _permutation("linear (out, in) -> (in, out)", (1, 0))
+CONV1D = _permutation("conv1d (out, in, k) -> (k, in, out)", (2, 1, 0))
+CONV2D = _permutation("conv2d (out, in, h, w) -> (h, w, in, out)", (2, 3, 1, 0))
+CONV_TRANSPOSE2D = _permutation("conv_transpose2d (in, out, h, w) -> (h, w, in, out)", (2, 3, 0, 1))
+CHANNELS_LAST = _permutation("feature map (n, c, h, w) -> (n, h, w, c)", (0, 2, 3, 1))
+SQUEEZE = Transform("squeeze (1, ...) -> (...)", lambda x: x.squeeze(0), lambda x: x[None])
+
+
+def chain(first: Transform, *rest: Transform) -> Transform:
+    """The transforms one after another, e.g. `chain(CHANNELS_LAST, SQUEEZE)`."""
+    for then in rest:
+        first = Transform(
+            f"{first.name}, then {then.name}",
+            lambda x, f=first.forward, g=then.forward: g(f(x)),
+            lambda x, f=first.inverse, g=then.inverse: f(g(x)),
+        )
+    return first
+
+
+def flattened_conv(*window: int) -> Transform:
+    """A convolution whose stride is its window, as a linear layer over flattened patches.
+
+    (out, *window) -> (prod(window), out), e.g. Qwen's patch embedding with window (3, 2, 14, 14).
+    """
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        if x.shape[1:] != window:
+            raise ValueError(f"expected (out, {', '.join(map(str, window))}), got {x.shape}")
+        return x.reshape(len(x), -1).transpose()
+
+    return Transform(
+        f"flattened conv (out, {', '.join(map(str, window))}) -> (in, out)",
+        forward,
+        lambda x: x.transpose().reshape(x.shape[1], *window),
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its official name, its name on our disk, and the change of layout."""
+
+    source: str
+    target: str
+    transform: Transform = IDENTITY
+
+
+@dataclass(frozen=True)
+class Table:
+    """All tensors of a family.
+
+    `carried` are regular expressions (matched in full) for official tensors that the model never
+    uses; they are kept under `unused/` so that an export is complete. `junk` matches what is listed
+    and dropped.
+    """
+
+    entries: tuple[Entry, ...]
+    carried: tuple[str, ...] = ()
+    junk: tuple[str, ...] = ()
+
+    def __add__(self, other: "Table") -> "Table":
+        return Table(
+            self.entries + other.entries, self.carried + other.carried, self.junk + other.junk
+        )
+
+    def with_prefix(self, prefix: str) -> "Table":
+        """The same table for a checkpoint that puts `prefix` before every official name."""
+        return Table(
+            tuple(replace(entry, source=prefix + entry.source) for entry in self.entries),
+            tuple(f"{re.escape(prefix)}(?:{pattern})" for pattern in self.carried),
+            tuple(f"{re.escape(prefix)}(?:{pattern})" for pattern in self.junk),
+        )
+
+
+def carried_entry(source: str) -> Entry:
+    """An official tensor that is only carried along; the name is invertible."""
+    return Entry(source, UNUSED + source.replace(".", "/"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do: `entries` in the order of the source, `junk` dropped."""
+
+    entries: tuple[Entry, ...]
+    junk: tuple[str, ...]
+
+
+def make_plan(
+    table: Table, sources: Mapping[str, Shape], expected: Mapping[str, Shape], where: str
+) -> Plan:
+    """Matches official tensors against a table and the model's own shapes.
+
+    Args:
+      sources: official name -> shape, as found in the checkpoint.
+      expected: on-disk name -> shape, of the parameters these tensors must fill.
+      where: the file or directory, named in messages.
+
+    Raises:
+      WeightsError: every missing, unexpected and misshapen tensor at once.
+    """
+    by_source = {entry.source: entry for entry in table.entries}
+    targets = {entry.target for entry in table.entries}
+    if len(targets) < len(table.entries) or targets != set(expected):
+        raise AssertionError(
+            "the weight table does not match the model: "
+            f"only in the table {sorted(targets - set(expected))}, "
+            f"only in the model {sorted(set(expected) - targets)}"
+        )
+    errors, entries, junk = [], [], []
+    for name, shape in sources.items():
+        if entry := by_source.get(name):
+            want = expected[entry.target]
+            if entry.transform.target_shape(shape) != want:
+                official = entry.transform.source_shape(want)
+                errors.append(
+                    f"{where}: misshapen tensor {name}: shape {list(shape)}, "
+                    f"the configuration asks for {list(official or want)}"
+                )
+            entries.append(entry)
+        elif any(re.fullmatch(pattern, name) for pattern in table.junk):
+            junk.append(name)
+        elif any(re.fullmatch(pattern, name) for pattern in table.carried):
+            entries.append(carried_entry(name))
+        else:
+            errors.append(f"{where}: unexpected tensor {name} with shape {list(shape)}")
+    errors += [f"{where}: missing tensor {name}" for name in by_source if name not in sources]
+    if errors:
+        raise WeightsError(errors)
+    return Plan(tuple(entries), tuple(junk))
