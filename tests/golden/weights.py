@@ -58,8 +58,8 @@ def lens_tensors(golden_dir: Path, junk: bool = True) -> Tensors:
     """The official LENS state dict, with the unused memory tensors of stage-2 checkpoints."""
     tensors = build(golden_dir)
     if junk:
-        shapes = recipe(golden_dir)["ignored_in_real_checkpoints"]["sam2_original"]
-        tensors |= {f"sam.{name}": np.full(shape, 7, np.float32) for name, shape in shapes.items()}
+        shapes = recipe(golden_dir)["ignored_in_real_checkpoints"]["lens_stage2"]
+        tensors |= {name: np.full(shape, 7, np.float32) for name, shape in shapes.items()}
     return tensors
 
 
@@ -114,7 +114,7 @@ def write_lens(
 
 
 def write_sam(golden_dir: Path, directory: Path, form: str = "safetensors") -> Path:
-    """A directory with SAM 2's weights and `sam2_config.json` beside them; returns the weights file.
+    """SAM 2's weights with `sam2_config.json` beside them; returns the weights file.
 
     `form` is "safetensors", or "pt" for the original nesting {"model": state dict} (needs torch).
     """
