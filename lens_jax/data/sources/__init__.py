@@ -1,0 +1,1 @@
+"""Data sets: each source is a sequence of samples."""
