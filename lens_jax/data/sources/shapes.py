@@ -9,8 +9,6 @@ needed to tell the objects apart:
 3. with a place or a relation: "the left red circle", "the green triangle above the blue square".
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -69,10 +67,16 @@ class Scene:
     objects: tuple[ShapeObject, ...]
 
 
-def all_words() -> list[str]:
-    """Every word an expression can hold."""
-    words = {"the", "on", "at", "of", *COLORS, *SHAPES, *SIZES, *PLACES}
-    return sorted(words | {word for relation in RELATIONS for word in relation.split()})
+def all_sentences() -> list[str]:
+    """Every sentence an expression can hold, by tier."""
+    nouns = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    forms = [form for _, _, forms in PLACES.values() for form in forms]
+    return [
+        *(f"the {noun}" for noun in nouns),
+        *(f"the {size} {noun}" for size in SIZES for noun in nouns),
+        *(form.format(noun) for form in forms for noun in nouns),
+        *(f"the {a} {word} the {b}" for word in RELATIONS for a in nouns for b in nouns if a != b),
+    ]
 
 
 def is_held_out(expression: Expression) -> bool:
@@ -102,7 +106,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def _arrange(rng: np.random.Generator) -> tuple[list[tuple[str, str, str]], np.ndarray]:
-    """Kinds (color, shape, size) and integer boxes [N, 4] of two to six objects, hardly touching."""
+    """Kinds (color, shape, size) and integer boxes [N, 4] of objects that hardly touch."""
     count = int(rng.integers(2, 7))
     kinds: list[tuple[str, str, str]] = []
     boxes: list[tuple[int, int, int, int]] = []
@@ -141,7 +145,7 @@ def _overlap(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 def _expressions(
     kinds: list[tuple[str, str, str]], boxes: np.ndarray, rng: np.random.Generator
 ) -> list[list[Expression]]:
-    """What can be said about each object: one sentence of a tier, a place and a relation in tier 3."""
+    """What can be said about each object: at most one sentence of tier 1 or 2, two of tier 3."""
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2.0
     rivals: dict[tuple[str, str], list[int]] = {}
     for i, (color, shape, _) in enumerate(kinds):
