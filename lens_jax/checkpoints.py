@@ -1,0 +1,458 @@
+"""Checkpoints on disk: the state of a training run, and pretrained model directories.
+
+Both are orbax checkpoints of flat, plain arrays, so that files do not depend on Python classes.
+Both carry `manifest.json`, the size and SHA-256 of every file, written last: orbax itself does not
+notice a flipped byte, and a directory without a manifest was not written to its end.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+MANIFEST = "manifest.json"
+CONFIG = "lens_config.json"
+PARAMS = "params"
+
+# Subtrees whose leaves are stacked over layers in memory (axis 0) and one array a layer on disk.
+STACKED = ("visual/blocks", "language/layers", "context/blocks")
+
+# What travels with the weights: tokenizer, processor and generation settings in Hugging Face form.
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+
+# Tensors are written and read in portions of this size: what is held beyond the model itself.
+PORTION_BYTES = 256 * 2**20
+
+log = logging.getLogger("lens_jax")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, incomplete, damaged or of another shape; it says which."""
+
+
+# --- manifest -------------------------------------------------------------------------------------
+
+
+def write_manifest(directory: Path) -> None:
+    """Writes size and SHA-256 of every file under `directory`, atomically."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_sha256, files))
+    entries = {
+        file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
+        for file, digest in zip(files, digests, strict=True)
+    }
+    unfinished = directory / f".{MANIFEST}"
+    with unfinished.open("w") as f:
+        json.dump({"files": entries}, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    unfinished.rename(directory / MANIFEST)
+
+
+def check_manifest(directory: Path) -> str | None:
+    """The first thing wrong with a checkpoint's files, in words, or None. Extra files may be."""
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        return f"it has no {MANIFEST}: it was not written to its end"
+    try:
+        entries = json.loads(manifest.read_text())["files"]
+        expected = {name: (int(e["bytes"]), str(e["sha256"])) for name, e in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    for name, (size, _) in expected.items():
+        file = directory / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda name: _sha256(directory / name), expected)
+        for (name, (_, sha256)), digest in zip(expected.items(), digests, strict=True):
+            if digest != sha256:
+                return f"the content of {name} is not what was written"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# --- training checkpoints -------------------------------------------------------------------------
+
+
+class TrainingCheckpoints:
+    """The checkpoints of one stage: `directory/<step>/`, the last `keep` of them.
+
+    A state is any pytree of arrays, typed random keys, ints and floats (parameters, optimizer
+    state, step, random key, data position). It is saved as a flat dict from path to leaf.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int):
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def steps(self) -> list[int]:
+        """Steps with a directory, ascending; not all of them need be complete."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts writing `state`; returns once its values are copied, so that they may be donated.
+
+        Waits for the save before it, and raises what that one met. Checkpoints of this step or
+        later belong to a course of training that has been left, and are removed.
+        """
+        self.wait()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for old in self.steps():
+            if old >= step:
+                shutil.rmtree(self.directory / str(old))
+        target = self.directory / str(step)
+        response = ocp.save_async(target, {k: _plain(x) for k, x in _flatten(state).items()})
+        self._pending = self._thread.submit(self._finish, response, target)
+
+    def _finish(self, response: ocp.AsyncResponse[None], target: Path) -> None:
+        response.result()
+        write_manifest(target)
+        complete = [s for s in self.steps() if (self.directory / str(s) / MANIFEST).is_file()]
+        for step in complete[: -self.keep]:
+            # Without its manifest a directory is no checkpoint, however far its removal gets.
+            (self.directory / str(step) / MANIFEST).unlink()
+            shutil.rmtree(self.directory / str(step))
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk; raises if it failed."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def latest(self) -> int | None:
+        """The last complete step. Names every half-written or damaged one that it passes over."""
+        self.wait()
+        for step in reversed(self.steps()):
+            trouble = check_manifest(self.directory / str(step))
+            if trouble is None:
+                return step
+            log.warning("checkpoint %s is left out: %s", self.directory / str(step), trouble)
+        return None
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state saved at `step` (from `latest`, which verifies it) in the structure of `like`.
+
+        `like` holds arrays or ShapeDtypeStructs (restored with their dtype and sharding; numpy
+        arrays where they have no sharding), ints and floats. It may be a part of what was saved; a
+        leaf that was not saved, or has another shape, is an error.
+        """
+        directory = self.directory / str(step)
+        wanted = _flatten(like)
+        try:
+            saved = ocp.metadata(directory).metadata
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{directory} is not a checkpoint: {error}") from error
+        missing = sorted(wanted.keys() - saved.keys())
+        if missing:
+            raise CheckpointError(f"{directory} does not hold {_few(missing)}")
+        abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
+        for name, leaf in abstract.items():
+            if np.shape(leaf) != np.shape(saved[name]):
+                raise CheckpointError(
+                    f"{directory}: {name} has shape {np.shape(saved[name])}, "
+                    f"this run needs {np.shape(leaf)}"
+                )
+        loaded = _load(directory, abstract)
+        leaves = [
+            jax.random.wrap_key_data(loaded[name], impl=jax.random.key_impl(leaf))
+            if _is_key(leaf)
+            else loaded[name]
+            for name, leaf in wanted.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(leaf: Any) -> Any:
+    """A leaf as it is saved: a key as its data; on CPU, where a host view shares the buffer that
+    the next step may be given, a copy."""
+    if _is_key(leaf):
+        leaf = jax.random.key_data(leaf)
+    if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
+        on_cpu = all(device.platform == "cpu" for device in leaf.devices())
+        return np.array(leaf, copy=True) if on_cpu else leaf
+    return leaf
+
+
+def _abstract(leaf: Any) -> Any:
+    """What orbax is asked for: without a sharding (keys too), a host array."""
+    if _is_key(leaf):
+        data = jax.eval_shape(jax.random.key_data, leaf)
+        return np.empty(data.shape, data.dtype)
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        if leaf.sharding is None:
+            return np.empty(leaf.shape, leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return leaf
+
+
+def _load(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load(directory, abstract)
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+# --- pretrained directories -----------------------------------------------------------------------
+
+
+def unstack(nested: Mapping[Any, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """A nested state dict as (name, tensor) pairs, one tensor a layer.
+
+    `{"language": {"layers": {"q_proj": {"kernel": [L, D, H]}}}}` gives
+    `("language/layers/0/q_proj/kernel", [D, H])` and so on; names outside `STACKED` are the path.
+    """
+    for name, leaf in _flatten(nested).items():
+        array = np.asarray(leaf)
+        prefix = _stacked_prefix(name)
+        if prefix is None:
+            yield name, array
+        else:
+            rest = name.removeprefix(prefix + "/")
+            for i in range(array.shape[0]):
+                yield f"{prefix}/{i}/{rest}", array[i]
+
+
+def stack(flat: Mapping[str, Any]) -> dict[Any, Any]:
+    """The inverse of `unstack`: nested dicts, layers stacked on axis 0, list indices as ints."""
+    leaves = {}
+    for name, members in _groups(flat).items():
+        leaves[name] = flat[members[0]] if name in flat else np.stack([flat[m] for m in members])
+    return _nest(leaves)
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    params: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    config: Mapping[str, Any],
+    *,
+    files_from: str | os.PathLike[str] | None = None,
+) -> None:
+    """Writes a pretrained checkpoint: `lens_config.json`, `params/`, processor files, manifest.
+
+    Args:
+      directory: must not exist yet, or be empty. It appears only when everything is written.
+      params: name -> tensor, one a layer (`unstack`). An iterable is consumed as it is written, in
+        portions of `PORTION_BYTES`, so that the model is never held as a whole.
+      config: what goes into `lens_config.json`.
+      files_from: a directory whose tokenizer and processor files (`PROCESSOR_FILES`) are copied.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise CheckpointError(f"{directory} exists already: remove it or name another directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        items = params.items() if isinstance(params, Mapping) else params
+        _write_params(unfinished / PARAMS, items)
+        if files_from is not None:
+            for name in PROCESSOR_FILES:
+                if (Path(files_from) / name).is_file():
+                    shutil.copyfile(Path(files_from) / name, unfinished / name)
+        (unfinished / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_manifest(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(directory)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """`lens_config.json` of a pretrained checkpoint."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory: no checkpoint there")
+    file = directory / CONFIG
+    if not file.is_file():
+        raise CheckpointError(
+            f"{directory} holds no {CONFIG}: a pretrained checkpoint is written by training "
+            "(RUN/final) or by tools.convert_weights"
+        )
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+
+
+def iterate_params(directory: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a pretrained checkpoint as written: (name, host array), in portions."""
+    for _, arrays in _read_groups(_verified(directory)):
+        yield from arrays.items()
+
+
+def load_pretrained(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """Reads a pretrained checkpoint: (lens_config.json, nested state dict, layers stacked).
+
+    Args:
+      dtype: floating tensors are cast to it, as they are read; None keeps what was stored.
+      sharding: from (path such as "language/layers/q_proj/kernel", stacked shape) to where the
+        array goes; every process puts its own shards there. None gives host (numpy) arrays.
+    """
+    config = read_config(directory)
+    leaves = {}
+    for groups, arrays in _read_groups(_verified(directory)):
+        for name, members in groups.items():
+            first = arrays[members[0]]
+            is_float = jax.dtypes.issubdtype(first.dtype, np.floating)
+            kind = np.dtype(dtype) if dtype is not None and is_float else first.dtype
+            if members == [name]:
+                leaf = arrays.pop(name).astype(kind, copy=False)
+            else:
+                leaf = np.empty((len(members), *first.shape), kind)
+                for i, member in enumerate(members):
+                    leaf[i] = arrays.pop(member)
+            if sharding is not None:
+                place = sharding(name, leaf.shape)
+                leaf = jax.make_array_from_callback(leaf.shape, place, leaf.__getitem__)
+            leaves[name] = leaf
+    return config, _nest(leaves)
+
+
+def _write_params(directory: Path, items: Iterable[tuple[str, Any]]) -> None:
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # trained weights hardly compress
+    portion: dict[str, np.ndarray] = {}
+    written: set[str] = set()
+    size = 0
+    with context:
+        for name, value in items:
+            if name in written:
+                raise CheckpointError(f"the tensor {name} is given twice")
+            written.add(name)
+            portion[name] = np.asarray(value)
+            size += portion[name].nbytes
+            if size >= PORTION_BYTES:
+                ocp.partial.save(directory, portion)
+                portion, size = {}, 0
+        if portion:
+            ocp.partial.save(directory, portion)
+        if not written:
+            raise CheckpointError(f"no tensors to write into {directory}")
+        ocp.partial.finalize(directory)
+
+
+def _verified(directory: str | os.PathLike[str]) -> Path:
+    directory = Path(directory).absolute()
+    read_config(directory)
+    trouble = check_manifest(directory)
+    if trouble is not None:
+        raise CheckpointError(
+            f"{directory} is damaged: {trouble}. Write it again"
+            f" (a file changed on purpose: delete its entry in {MANIFEST})"
+        )
+    return directory
+
+
+def _read_groups(
+    directory: Path,
+) -> Iterator[tuple[dict[str, list[str]], dict[str, np.ndarray]]]:
+    """Reads in portions; tensors that are stacked together come together."""
+    saved = ocp.metadata(directory / PARAMS).metadata
+    portion: dict[str, list[str]] = {}
+    size = 0
+
+    def read():
+        names = [m for members in portion.values() for m in members]
+        return portion, _load(directory / PARAMS, {m: saved[m] for m in names})
+
+    for name, members in _groups(saved).items():
+        portion[name] = members
+        size += sum(np.prod(saved[m].shape) * saved[m].dtype.itemsize for m in members)
+        if size >= PORTION_BYTES:
+            yield read()
+            portion, size = {}, 0
+    if portion:
+        yield read()
+
+
+def _stacked_prefix(name: str) -> str | None:
+    return next((p for p in STACKED if name.startswith(p + "/")), None)
+
+
+def _groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Name in memory -> names on disk, in layer order; a gap in the layers is an error."""
+    layers: dict[str, dict[int, str]] = {}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        prefix = _stacked_prefix(name)
+        match = re.fullmatch(r"(\d+)/(.+)", name.removeprefix(f"{prefix}/")) if prefix else None
+        if match is None:
+            groups[name] = [name]
+        else:
+            layers.setdefault(f"{prefix}/{match[2]}", {})[int(match[1])] = name
+    depth = {
+        p: 1 + max((max(m) for n, m in layers.items() if n.startswith(p)), default=-1)
+        for p in STACKED
+    }
+    for name, members in layers.items():
+        missing = set(range(depth[_stacked_prefix(name)])) - members.keys()
+        if missing:
+            raise CheckpointError(f"{name}: layer {min(missing)} is missing")
+        groups[name] = [members[i] for i in sorted(members)]
+    return groups
+
+
+def _nest(leaves: Mapping[str, Any]) -> dict[Any, Any]:
+    nested: dict[Any, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = (int(p) if p.isdecimal() else p for p in name.split("/"))
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested
