@@ -1,0 +1,88 @@
+"""The context module (LENS, section 3.2): queries read the reasoning, a connector makes them a prompt for SAM."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lens_jax.models import layers
+from lens_jax.models.attention import attention
+
+_init = nnx.initializers.normal(0.02)
+
+
+class ConnectorBlock(nnx.Module):
+    """Pre-norm full attention over the queries and a quick-GELU MLP."""
+
+    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.num_heads = num_heads
+        norm = dict(epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
+        linear = dict(kernel_init=_init, dtype=dtype, rngs=rngs)
+        self.norm1 = nnx.LayerNorm(width, **norm)
+        self.qkv = nnx.Linear(width, 3 * width, **linear)
+        self.proj = nnx.Linear(width, width, **linear)
+        self.norm2 = nnx.LayerNorm(width, **norm)
+        self.fc1 = nnx.Linear(width, 4 * width, **linear)
+        self.fc2 = nnx.Linear(4 * width, width, **linear)
+
+    def __call__(self, x: Float[Array, "B G M D"]) -> Float[Array, "B G M D"]:
+        qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:-1], 3, self.num_heads, -1)
+        everywhere = jnp.ones((1, 1, 1, x.shape[-2]), bool)
+        attended = attention(*(qkv[..., i, :, :] for i in range(3)), everywhere)
+        x = x + self.proj(attended.reshape(x.shape))
+        h = self.fc1(self.norm2(x))
+        return x + self.fc2(h * jax.nn.sigmoid(1.702 * h))
+
+
+class QueryConvolution(nnx.Module):
+    """A Conv1d whose kernel spans all queries: one vector comes out."""
+
+    def __init__(self, num_queries: int, width: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.dtype = dtype
+        self.kernel = nnx.Param(_init(rngs.params(), (num_queries, width, width)))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: Float[Array, "B G M D"]) -> Float[Array, "B G D"]:
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        return jnp.einsum("bgmd,mde->bge", x, kernel) + bias
+
+
+class Projection(nnx.Module):
+    """To the width of SAM's prompt tokens."""
+
+    def __init__(self, width: int, out: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        linear = dict(kernel_init=_init, dtype=dtype, rngs=rngs)
+        self.fc1 = nnx.Linear(width, width, **linear)
+        self.fc2 = nnx.Linear(width, out, **linear)
+
+    def __call__(self, x: Float[Array, "B G D"]) -> Float[Array, "B G E"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class ContextModule(nnx.Module):
+    """Learnable queries, and the way from their last hidden states to SAM's prompt token."""
+
+    def __init__(
+        self,
+        num_queries: int,
+        width: int,
+        prompt_dim: int,
+        *,
+        depth: int = 4,
+        num_heads: int = 16,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+    ):
+        self.queries = nnx.Param(_init(rngs.params(), (num_queries, width)))
+        self.pos_embed = nnx.Param(jnp.zeros((num_queries, width)))
+        self.blocks = layers.stack(
+            lambda r: ConnectorBlock(width, num_heads, rngs=r, dtype=dtype), depth, rngs
+        )
+        self.conv = QueryConvolution(num_queries, width, rngs=rngs, dtype=dtype)
+        self.projection = Projection(width, prompt_dim, rngs=rngs, dtype=dtype)
+
+    def __call__(self, hidden: Float[Array, "B G M D"]) -> Float[Array, "B G E"]:
+        """The prompt token for SAM from the queries' hidden states after the final norm."""
+        x = hidden + self.pos_embed[...].astype(hidden.dtype)
+        x, _ = layers.scan(self.blocks, lambda block, x: (block(x), None), x)
+        return self.projection(self.conv(x))

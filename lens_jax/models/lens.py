@@ -1,0 +1,167 @@
+"""LENS: a vision-language model that reasons in text, context queries that read it, SAM that draws.
+
+A group of G completions of one prompt is scored in a single packed pass: the prompt, the picture's
+patches and SAM's image features are computed once, only completions, queries and the mask decoder
+are per completion.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int
+
+from lens_jax.models.context import ContextModule
+from lens_jax.models.inputs import Prompts
+from lens_jax.models.qwen_vl.config import QwenVLConfig
+from lens_jax.models.qwen_vl.head import token_log_probs
+from lens_jax.models.qwen_vl.language import LanguageModel
+from lens_jax.models.qwen_vl.vision import VisionTower
+from lens_jax.models.sam.config import Sam2Config
+from lens_jax.models.sam.sam2 import Sam2, SamFeatures, SamMasks
+
+POSITION_SCHEMES = ("mrope", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class LensConfig:
+    """Shapes of the whole.
+
+    `context_positions` is the position scheme of every pass with queries: `mrope` continues Qwen's
+    multimodal positions; `text` counts tokens from 0, image tokens included, as the official code
+    does and as released checkpoints need.
+    """
+
+    mllm: QwenVLConfig
+    sam: Sam2Config
+    num_queries: int = 64
+    connector_depth: int = 4
+    connector_heads: int = 16
+    context_positions: str = "mrope"
+
+    def __post_init__(self):
+        if self.context_positions not in POSITION_SCHEMES:
+            raise ValueError(
+                f"context_positions: {self.context_positions!r} is none of {', '.join(POSITION_SCHEMES)}"
+            )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "LensConfig":
+        """Reads lens_config.json's `mllm` (a Hugging Face config), `sam` and context fields."""
+        fields = {f.name for f in dataclasses.fields(cls)} - {"mllm", "sam"}
+        return cls(
+            mllm=QwenVLConfig.from_hf(config["mllm"]),
+            sam=Sam2Config.from_dict(config["sam"]),
+            **{k: v for k, v in config.items() if k in fields},
+        )
+
+
+@struct.dataclass
+class Score:
+    """What a scoring pass yields. Positions at and after a completion's length are arbitrary."""
+
+    log_probs: Float[Array, "B G T"]
+    entropy: Float[Array, "B G T"]
+    hidden: Float[Array, "B G M D"] | None = None  # the queries' hidden states, if they ran
+
+
+class LensModel(nnx.Module):
+    """Vision tower, language model, context module and SAM."""
+
+    def __init__(
+        self, config: LensConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+    ):
+        self.config = config
+        self.remat = remat
+        self.visual = VisionTower(config.mllm.vision, rngs=rngs, dtype=dtype)
+        self.language = LanguageModel(config.mllm, rngs=rngs, dtype=dtype)
+        self.context = ContextModule(
+            config.num_queries,
+            config.mllm.hidden_size,
+            config.sam.prompt_dim,
+            depth=config.connector_depth,
+            num_heads=config.connector_heads,
+            rngs=rngs,
+            dtype=dtype,
+        )
+        self.sam = Sam2(config.sam, rngs=rngs, dtype=dtype)
+
+    def embed(self, prompts: Prompts) -> Float[Array, "B P D"]:
+        """Token embeddings, image tokens replaced by the vision tower's output."""
+        merged = self.visual(
+            prompts.patches, prompts.patch_positions, prompts.patch_mask, remat=self.remat
+        )
+        index = prompts.image_index[..., None]
+        pictures = jnp.take_along_axis(merged, jnp.maximum(index, 0), axis=1)
+        return jnp.where(index >= 0, pictures, self.language.embed_tokens(prompts.tokens))
+
+    def score(
+        self,
+        prompts: Prompts,
+        embedded: Float[Array, "B P D"],
+        completions: Int[Array, "B G T"],
+        lengths: Int[Array, "B G"],
+        *,
+        with_queries: bool,
+        positions: str | None = None,
+    ) -> Score:
+        """Log-probabilities of completions under the packed group, and the queries' hidden states.
+
+        Args:
+            embedded: what `embed` made of the prompts.
+            completions: tokens after the prompt, right padded.
+            lengths: how many of them count; the end token is one of them.
+            with_queries: append the context queries to every completion.
+            positions: `mrope` or `text`; the configuration's scheme by default.
+        """
+        b, g, t = completions.shape
+        positions = positions or self.config.context_positions
+        mask = jnp.arange(prompts.tokens.shape[1]) < prompts.length[:, None]
+        if positions == "text":
+            prompt_positions = jnp.broadcast_to(jnp.arange(mask.shape[1]), (b, 3, mask.shape[1]))
+            first = prompts.length
+        else:
+            prompt_positions, first = prompts.positions, prompts.next_position
+
+        own = self.language.embed_tokens(completions)
+        offsets = jnp.broadcast_to(jnp.arange(t), (b, g, t))
+        valid = offsets < lengths[..., None]
+        if with_queries:
+            m = self.config.num_queries
+            queries = self.context.queries[...].astype(own.dtype)
+            own = jnp.concatenate([own, jnp.broadcast_to(queries, (b, g, *queries.shape))], axis=2)
+            offsets = jnp.concatenate([offsets, lengths[..., None] + jnp.arange(m)], axis=2)
+            valid = jnp.concatenate([valid, jnp.ones((b, g, m), bool)], axis=2)
+        causal = jnp.tri(own.shape[2], dtype=bool)
+        prompt_hidden, hidden = self.language.packed(
+            embedded,
+            own,
+            prompt_positions,
+            first[:, None, None] + offsets,
+            mask,
+            causal & valid[:, :, None],
+            remat=self.remat,
+        )
+        last = jnp.take_along_axis(prompt_hidden, prompts.length[:, None, None] - 1, axis=1)
+        last = jnp.broadcast_to(last[:, None], (b, g, 1, last.shape[-1]))
+        before = jnp.concatenate([last, hidden[:, :, : t - 1]], axis=2)
+        log_probs, entropy = token_log_probs(before, self.language.head, completions)
+        return Score(log_probs, entropy, hidden[:, :, t:] if with_queries else None)
+
+    def sam_features(self, prompts: Prompts) -> SamFeatures:
+        """SAM's image features, once per picture."""
+        return self.sam.encode(self.sam.normalize(prompts.sam_pixels))
+
+    def masks(
+        self, features: SamFeatures, hidden: Float[Array, "B G M D"], *, stability: bool
+    ) -> SamMasks:
+        """Masks from the queries' hidden states; `stability` is SAM's multimask rule of evaluation."""
+        token = self.context(hidden)[:, :, None]
+        return self.sam.decode(features, token, stability=stability)
+
+
+def abstract(config: LensConfig, dtype=jnp.float32, remat: str = "none") -> LensModel:
+    """The model without memory: shapes only."""
+    return nnx.eval_shape(lambda: LensModel(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))

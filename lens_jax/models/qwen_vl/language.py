@@ -1,0 +1,204 @@
+"""Qwen2.5's decoder with multimodal rotary positions, on packed groups, prompts and single tokens."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from lens_jax.models import layers
+from lens_jax.models.attention import Prefix, attention
+from lens_jax.models.qwen_vl.config import QwenVLConfig
+from lens_jax.models.rope import Rotation, multimodal_rotation, rotate
+
+
+@struct.dataclass
+class PromptCache:
+    """Keys and values of the prompts, per layer, shared by all completions of a group."""
+
+    keys: Float[Array, "layers B P K H"]
+    values: Float[Array, "layers B P K H"]
+    mask: Bool[Array, "B P"]
+
+    def layer(self, index) -> Prefix:
+        pick = lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
+        return Prefix(pick(self.keys), pick(self.values), self.mask)
+
+
+@struct.dataclass
+class CompletionCache:
+    """Keys and values of the completions so far."""
+
+    keys: Float[Array, "layers B G T K H"]
+    values: Float[Array, "layers B G T K H"]
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm grouped-query attention and SwiGLU; the caller attends between the two halves."""
+
+    def __init__(self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        width, mlp, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+        self.head_dim = head_dim
+        norm = dict(epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        linear = dict(dtype=dtype, rngs=rngs)
+        self.input_norm = nnx.RMSNorm(width, **norm)
+        self.post_attention_norm = nnx.RMSNorm(width, **norm)
+        self.q_proj = nnx.Linear(width, config.num_heads * head_dim, **linear)
+        self.k_proj = nnx.Linear(width, config.num_kv_heads * head_dim, **linear)
+        self.v_proj = nnx.Linear(width, config.num_kv_heads * head_dim, **linear)
+        self.o_proj = nnx.Linear(config.num_heads * head_dim, width, use_bias=False, **linear)
+        self.gate_proj = nnx.Linear(width, mlp, use_bias=False, **linear)
+        self.up_proj = nnx.Linear(width, mlp, use_bias=False, **linear)
+        self.down_proj = nnx.Linear(mlp, width, use_bias=False, **linear)
+
+    def project(
+        self, x: Float[Array, "... L D"], rotation: Rotation
+    ) -> tuple[Float[Array, "... L N H"], Float[Array, "... L K H"], Float[Array, "... L K H"]]:
+        """Queries, keys (both rotated) and values."""
+        h = self.input_norm(x)
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        queries = rotate(self.q_proj(h).reshape(heads), rotation)
+        keys = rotate(self.k_proj(h).reshape(heads), rotation)
+        return queries, keys, self.v_proj(h).reshape(heads)
+
+    def combine(
+        self, x: Float[Array, "... L D"], attended: Float[Array, "... L N H"]
+    ) -> Float[Array, "... L D"]:
+        """The residual stream after attention and MLP."""
+        x = x + self.o_proj(attended.reshape(*x.shape[:-1], -1))
+        h = self.post_attention_norm(x)
+        return x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class LanguageModel(nnx.Module):
+    """Embeddings in, hidden states after the final norm out; logits are `head.py`'s business."""
+
+    def __init__(self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        table = dict(num_embeddings=config.vocab_size, features=config.hidden_size, dtype=dtype)
+        self.embed_tokens = nnx.Embed(**table, rngs=rngs)
+        self.layers = layers.stack(
+            lambda r: DecoderLayer(config, rngs=r, dtype=dtype), config.num_layers, rngs
+        )
+        self.norm = nnx.RMSNorm(
+            config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Embed(**table, rngs=rngs)
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """Output embeddings, tied or not."""
+        tied = self.config.tie_word_embeddings
+        return (self.embed_tokens if tied else self.lm_head).embedding[...]
+
+    def rotation(self, positions: Int[Array, "... 3 L"]) -> Rotation:
+        config = self.config
+        return multimodal_rotation(
+            positions, config.head_dim, config.rope_theta, config.mrope_section
+        )
+
+    def prefill(
+        self,
+        prompt: Float[Array, "B P D"],
+        positions: Int[Array, "B 3 P"],
+        mask: Bool[Array, "B P"],
+    ) -> tuple[Float[Array, "B P D"], PromptCache]:
+        """Runs right-padded prompts; returns hidden states and the keys a group will share."""
+        rotation = self.rotation(positions)
+        causal = _causal(mask)
+
+        def step(layer, x):
+            queries, keys, values = layer.project(x, rotation)
+            x = layer.combine(x, _attend_alone(queries, keys, values, causal))
+            return x, (keys, values)
+
+        x, (keys, values) = layers.scan(self.layers, step, prompt)
+        return self.norm(x), PromptCache(keys, values, mask)
+
+    def packed(
+        self,
+        prompt: Float[Array, "B P D"],
+        own: Float[Array, "B G S D"],
+        positions: Int[Array, "B 3 P"],
+        own_positions: Int[Array, "B G S"],
+        mask: Bool[Array, "B P"],
+        own_mask: Bool[Array, "B G S S"],
+        *,
+        remat: str = "none",
+    ) -> tuple[Float[Array, "B P D"], Float[Array, "B G S D"]]:
+        """One pass over `[prompt | own_1 | … | own_G]`, the prompt computed once per group.
+
+        Members see the whole prompt and, under `own_mask`, themselves; never each other.
+        """
+        b, p, d = prompt.shape
+        g, s = own.shape[1:3]
+        flat = own_positions.reshape(b, 1, g * s)
+        rotation = self.rotation(
+            jnp.concatenate([positions, jnp.broadcast_to(flat, (b, 3, g * s))], axis=-1)
+        )
+        causal = _causal(mask)
+
+        def step(layer, x):
+            parts = layer.project(x, rotation)
+            prompt_parts = [y[:, :p] for y in parts]
+            own_parts = [y[:, p:].reshape(b, g, s, *y.shape[2:]) for y in parts]
+            shared = Prefix(*prompt_parts[1:], mask)
+            seen = attention(*own_parts, own_mask, shared)
+            attended = jnp.concatenate(
+                [_attend_alone(*prompt_parts, causal), seen.reshape(b, g * s, *seen.shape[3:])],
+                axis=1,
+            )
+            return layer.combine(x, attended), None
+
+        x = jnp.concatenate([prompt, own.reshape(b, g * s, d)], axis=1)
+        x, _ = layers.scan(self.layers, step, x, remat=remat)
+        x = self.norm(x)
+        return x[:, :p], x[:, p:].reshape(b, g, s, d)
+
+    def empty_cache(self, batch: int, group: int, length: int) -> CompletionCache:
+        config = self.config
+        shape = (config.num_layers, batch, group, length, config.num_kv_heads, config.head_dim)
+        zeros = jnp.zeros(shape, self.embed_tokens.dtype)
+        return CompletionCache(zeros, zeros)
+
+    def decode(
+        self,
+        token: Float[Array, "B G D"],
+        position: Int[Array, "B"],
+        index: Int[Array, ""],
+        prompt: PromptCache,
+        cache: CompletionCache,
+    ) -> tuple[Float[Array, "B G D"], CompletionCache]:
+        """One step: token `index` of every completion, at rotary position `position`."""
+        length = cache.keys.shape[3]
+        mask = (jnp.arange(length) <= index)[None, None, None]
+        rotation = self.rotation(
+            jnp.broadcast_to(position[:, None, None, None], (*position.shape, 1, 3, 1))
+        )
+        write = lambda stack, new, i: lax.dynamic_update_slice(  # noqa: E731
+            stack, new[None].astype(stack.dtype), (i, 0, 0, index, 0, 0)
+        )
+
+        def step(i, carry):
+            x, keys, values = carry
+            layer = layers.layer(self.layers, i)
+            query, key, value = layer.project(x, rotation)
+            keys, values = write(keys, key, i), write(values, value, i)
+            own = (lax.dynamic_index_in_dim(y, i, keepdims=False) for y in (keys, values))
+            return layer.combine(x, attention(query, *own, mask, prompt.layer(i))), keys, values
+
+        # The loop carries the cache, so that it is updated in place; a scan would copy it.
+        carry = (token[:, :, None], cache.keys, cache.values)
+        x, keys, values = lax.fori_loop(0, self.config.num_layers, step, carry)
+        return self.norm(x)[:, :, 0], CompletionCache(keys, values)
+
+
+def _causal(mask: Bool[Array, "B P"]) -> Bool[Array, "B 1 P P"]:
+    length = mask.shape[-1]
+    return (jnp.tri(length, dtype=bool) & mask[:, None])[:, None]
+
+
+def _attend_alone(queries, keys, values, mask):
+    """Attention of sequences [B, L, ...] to themselves: a group of one."""
+    return attention(queries[:, None], keys[:, None], values[:, None], mask)[:, 0]

@@ -1,0 +1,110 @@
+"""Qwen2.5-VL's vision tower: window attention, a few layers that see the whole picture, a 2x2 merger."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lens_jax.models import layers
+from lens_jax.models.attention import attention
+from lens_jax.models.qwen_vl.config import VisionConfig
+from lens_jax.models.rope import Rotation, grid_rotation, rotate
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm attention and SwiGLU, on windows [B, W, S] or on whole pictures [B, 1, W*S]."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        width, mlp = config.hidden_size, config.intermediate_size
+        self.num_heads = config.num_heads
+        norm = dict(epsilon=1e-6, dtype=dtype, rngs=rngs)
+        linear = dict(dtype=dtype, rngs=rngs)
+        self.norm1 = nnx.RMSNorm(width, **norm)
+        self.norm2 = nnx.RMSNorm(width, **norm)
+        self.qkv = nnx.Linear(width, 3 * width, **linear)
+        self.proj = nnx.Linear(width, width, **linear)
+        self.gate_proj = nnx.Linear(width, mlp, **linear)
+        self.up_proj = nnx.Linear(width, mlp, **linear)
+        self.down_proj = nnx.Linear(mlp, width, **linear)
+
+    def __call__(
+        self,
+        x: Float[Array, "B W S d"],
+        rotation: Rotation,
+        mask: Bool[Array, "B W S"],
+    ) -> Float[Array, "B W S d"]:
+        b, w, s, _ = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(b, w, s, 3, self.num_heads, -1)
+        queries, keys, values = (qkv[..., i, :, :] for i in range(3))
+        attended = attention(
+            rotate(queries, rotation), rotate(keys, rotation), values, mask[:, :, None]
+        )
+        x = x + self.proj(attended.reshape(x.shape))
+        h = self.norm2(x)
+        return x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class PatchMerger(nnx.Module):
+    """Four neighbouring patches become one token of the language model's width."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.merged = config.hidden_size * config.merge_size**2
+        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.fc1 = nnx.Linear(self.merged, self.merged, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(self.merged, config.out_hidden_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B W S d"]) -> Float[Array, "B U D"]:
+        x = self.norm(x).reshape(x.shape[0], -1, self.merged)
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    """Pictures, cut into patches in window order (`Prompts`), to tokens of the language model."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        self.patch_embed = nnx.Linear(
+            config.patch_dim, config.hidden_size, use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.blocks = layers.stack(
+            lambda r: VisionBlock(config, rngs=r, dtype=dtype), config.depth, rngs
+        )
+        self.merger = PatchMerger(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        patches: Float[Array, "B W S C"],
+        positions: Int[Array, "B W S 2"],
+        mask: Bool[Array, "B W S"],
+        *,
+        remat: str = "none",
+    ) -> Float[Array, "B U D"]:
+        """Merged tokens, U = W * S / 4, still in window order; those of padding are arbitrary."""
+        config = self.config
+        x = self.patch_embed(patches)
+        rotation = grid_rotation(positions, config.hidden_size // config.num_heads)
+        windows, whole = (
+            (rotation, mask),
+            (
+                jax.tree.map(_join_windows, rotation),
+                _join_windows(mask),
+            ),
+        )
+
+        def run(x, view, first, last):
+            step = lambda block, x: (block(x, *view), None)  # noqa: E731
+            return layers.scan(self.blocks, step, x, remat=remat, first=first, last=last)[0]
+
+        done = 0
+        for block in (*sorted(config.full_attention_blocks), config.depth):
+            if done < block:
+                x = run(x, windows, done, block)
+            if block < config.depth:
+                x = run(_join_windows(x), whole, block, block + 1).reshape(x.shape)
+            done = block + 1
+        return self.merger(x)
+
+
+def _join_windows(x: Array) -> Array:
+    """[B, W, S, ...] -> [B, 1, W * S, ...]."""
+    return x.reshape(x.shape[0], 1, -1, *x.shape[3:])
