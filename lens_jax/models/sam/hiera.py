@@ -1,0 +1,171 @@
+"""Hiera, SAM 2's image trunk: a hierarchical ViT with windowed attention.
+
+Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles" (2023), with
+the windowed position embedding of Bolya et al., "Window Attention is Bugged" (2023).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lens_jax.models.sam.config import Sam2Config
+from lens_jax.models.sam.layers import Mlp, gelu, layer_norm
+
+NORM_EPSILON = 1e-6
+
+
+def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 C"]:
+    """The maximum over 2x2 cells; an odd last row or column is dropped."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+
+def to_windows(x: Float[Array, "B H W C"], window: int) -> Float[Array, "B*N w w C"]:
+    """Cuts maps into windows of `window` cells a side, zero-padded at the right and the bottom."""
+    batch, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -height % window), (0, -width % window), (0, 0)))
+    rows, columns = x.shape[1] // window, x.shape[2] // window
+    x = x.reshape(batch, rows, window, columns, window, channels)
+    return x.swapaxes(2, 3).reshape(-1, window, window, channels)
+
+
+def from_windows(x: Float[Array, "B*N w w C"], height: int, width: int) -> Float[Array, "B H W C"]:
+    """Puts windows back together and cuts the padding off."""
+    window, channels = x.shape[1], x.shape[3]
+    rows, columns = -(-height // window), -(-width // window)
+    x = x.reshape(-1, rows, columns, window, window, channels).swapaxes(2, 3)
+    return x.reshape(-1, rows * window, columns * window, channels)[:, :height, :width]
+
+
+def bicubic_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "O I"]:
+    """The linear map of bicubic interpolation along one axis.
+
+    Keys' kernel with a = -0.75, half-pixel centres, borders repeated, no antialiasing: what
+    PyTorch's `interpolate(mode="bicubic", align_corners=False)` does.
+    """
+    a = -0.75
+    center = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
+    first = np.floor(center).astype(int)
+    matrix = np.zeros((size_out, size_in))
+    for tap in range(-1, 3):
+        d = np.abs(center - first - tap)
+        near = ((a + 2) * d - (a + 3)) * d * d + 1
+        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        weight = np.where(d <= 1, near, far)
+        np.add.at(matrix, (np.arange(size_out), np.clip(first + tap, 0, size_in - 1)), weight)
+    return matrix.astype(np.float32)
+
+
+class PatchEmbed(nnx.Module):
+    """A 7x7 convolution with stride 4."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.proj = nnx.Conv(3, dim, (7, 7), strides=4, padding=3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H//4 W//4 C"]:
+        return self.proj(images)
+
+
+class MultiScaleAttention(nnx.Module):
+    """Self-attention over each map of a batch; the queries may be pooled 2x2."""
+
+    def __init__(
+        self, dim: int, dim_out: int, heads: int, pool: bool, *, rngs: nnx.Rngs, dtype: jnp.dtype
+    ):
+        self.heads, self.pool = heads, pool
+        self.qkv = nnx.Linear(dim, 3 * dim_out, dtype=dtype, rngs=rngs)
+        self.proj = nnx.Linear(dim_out, dim_out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "N H W I"]) -> Float[Array, "N h w O"]:
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        if self.pool:
+            q = max_pool(q)
+        batch, height, width, channels = q.shape
+        q, k, v = (y.reshape(batch, -1, self.heads, channels // self.heads) for y in (q, k, v))
+        out = jax.nn.dot_product_attention(q, k, v)
+        return self.proj(out.reshape(batch, height, width, channels))
+
+
+class MultiScaleBlock(nnx.Module):
+    """A transformer block in windows; the first one of a stage pools and widens."""
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int,
+        heads: int,
+        window: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+    ):
+        self.window, self.pool = window, dim != dim_out
+        self.norm1 = layer_norm(dim, NORM_EPSILON, rngs=rngs, dtype=dtype)
+        self.attn = MultiScaleAttention(dim, dim_out, heads, self.pool, rngs=rngs, dtype=dtype)
+        self.norm2 = layer_norm(dim_out, NORM_EPSILON, rngs=rngs, dtype=dtype)
+        self.mlp = Mlp((dim_out, 4 * dim_out, dim_out), gelu, rngs=rngs, dtype=dtype)
+        if self.pool:
+            self.proj = nnx.Linear(dim, dim_out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
+        shortcut, x = x, self.norm1(x)
+        if self.pool:
+            shortcut = max_pool(self.proj(x))
+        if self.window:
+            x = from_windows(self.attn(to_windows(x, self.window)), *shortcut.shape[1:3])
+        else:
+            x = self.attn(x)
+        x = shortcut + x
+        return x + self.mlp(self.norm2(x))
+
+
+class Hiera(nnx.Module):
+    """The trunk: pictures to one feature map a stage."""
+
+    def __init__(self, config: Sam2Config, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.grid, self.dtype = config.image_size // 4, dtype
+        init = nnx.initializers.truncated_normal(0.02)
+        dim, window = config.embed_dim, config.window_spec[0]
+        background = config.window_pos_embed_bkg_spatial_size
+        self.patch_embed = PatchEmbed(dim, rngs=rngs, dtype=dtype)
+        self.pos_embed = nnx.Param(init(rngs.params(), (*background, dim)))
+        self.pos_embed_window = nnx.Param(init(rngs.params(), (window, window, dim)))
+        self.stage_ends = tuple(int(end) - 1 for end in np.cumsum(config.stages))
+        blocks = []
+        for stage, depth in enumerate(config.stages):
+            for i in range(depth):
+                # The first block of a stage still attends in its predecessor's windows.
+                before = max(stage - 1, 0) if i == 0 else stage
+                is_global = len(blocks) in config.global_att_blocks
+                blocks.append(
+                    MultiScaleBlock(
+                        config.stage_dims[before],
+                        config.stage_dims[stage],
+                        config.num_heads * 2**stage,
+                        0 if is_global else config.window_spec[before],
+                        rngs=rngs,
+                        dtype=dtype,
+                    )
+                )
+        self.blocks = nnx.List(blocks)
+
+    def position_embedding(self) -> Float[Array, "h w C"]:
+        """A coarse embedding of the whole picture plus one that repeats in every window."""
+        rows, columns = (bicubic_matrix(size, self.grid) for size in self.pos_embed.shape[:2])
+        background = jnp.einsum("hi,wj,ijc->hwc", rows, columns, self.pos_embed[...])
+        repeat = self.grid // self.pos_embed_window.shape[0]
+        return background + jnp.tile(self.pos_embed_window[...], (repeat, repeat, 1))
+
+    def __call__(self, images: Float[Array, "B A A 3"]) -> list[Float[Array, "B h w C"]]:
+        """Feature maps of all stages, strides 4, 8, 16, 32."""
+        x = self.patch_embed(images)
+        x = x + self.position_embedding().astype(x.dtype)
+        features = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.stage_ends:
+                features.append(x)
+        return features
