@@ -1,0 +1,319 @@
+"""From official weight files to a pretrained checkpoint of ours, tensor by tensor."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from lens_jax import checkpoints
+from lens_jax.data import prompts
+from lens_jax.models.lens import LensConfig, abstract
+from lens_jax.models.qwen_vl.config import QwenVLConfig
+from lens_jax.models.sam.config import Sam2Config
+from tools.convert_weights import lens as lens_weights
+from tools.convert_weights import qwen_vl, sam2
+from tools.convert_weights.reader import LazyTensor, Source, from_arrays, open_weights, read_json
+from tools.convert_weights.table import (
+    UNUSED,
+    Entry,
+    Plan,
+    Shape,
+    Table,
+    WeightsError,
+    make_plan,
+)
+
+Dtype = Literal["keep", "float32", "bfloat16"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted: numbers of tensors, and the names of those that were left out."""
+
+    tensors: int
+    unused: int
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A source with the table that must account for all of it."""
+
+    source: Source
+    table: Table
+
+
+def from_torch(
+    output: Path,
+    mllm: Path | None = None,
+    lens: Path | None = None,
+    sam: Path | None = None,
+    dtype: Dtype = "keep",
+    num_queries: int = 64,
+    seed: int = 0,
+) -> Conversion:
+    """Official weights to a pretrained checkpoint of lens-jax.
+
+    A new LENS from its two parents, to be trained:
+      python -m tools.convert_weights from_torch --mllm Qwen2.5-VL-3B-Instruct
+      --sam sam2_hiera_large.pt --output checkpoints/start
+
+    An official LENS checkpoint; after stage 1 the true SAM must be named:
+      python -m tools.convert_weights from_torch --lens LENS-3B --output checkpoints/lens-3b
+      python -m tools.convert_weights from_torch --lens LENS-3B-stage1 --sam sam2_hiera_large.pt
+      --output checkpoints/stage1
+
+    Args:
+      output: the directory to write; it must not hold anything yet.
+      mllm: Hugging Face directory of Qwen2.5-VL; the context module is drawn fresh.
+      lens: official LENS directory, sharded or not.
+      sam: SAM 2 weights (.pt, .pth, .safetensors, or a directory with one). Shapes come from
+        sam2_config.json beside it, otherwise the published model is recognised.
+      dtype: how floating-point tensors are stored; keep changes no bit.
+      num_queries: context queries of a fresh context module.
+      seed: of a fresh context module.
+
+    Raises:
+      WeightsError: all missing, unexpected and misshapen tensors by name; nothing is written.
+    """
+    if (mllm is None) == (lens is None):
+        raise WeightsError(["give either --mllm DIR together with --sam FILE, or --lens DIR"])
+    if mllm is not None and sam is None:
+        raise WeightsError(["--mllm needs --sam FILE: a new LENS has two parents"])
+    if num_queries < 1:
+        raise WeightsError([f"--num_queries: {num_queries} is not a positive number"])
+    directory = Path(mllm or lens)
+    config, parts, left_out = _assemble(
+        directory, None if sam is None else Path(sam), lens is not None, num_queries, seed
+    )
+    plans = _plan(parts, parameter_shapes(LensConfig.from_dict(config)))
+    checkpoints.save_pretrained(output, _tensors(parts, plans, dtype), config, files_from=directory)
+    entries = [entry for plan in plans for entry in plan.entries]
+    unused = sum(entry.target.startswith(UNUSED) for entry in entries)
+    dropped = left_out + tuple(name for plan in plans for name in plan.junk)
+    return Conversion(len(entries) - unused, unused, dropped)
+
+
+def lens_table(config: LensConfig) -> Table:
+    """Every tensor of an official LENS checkpoint."""
+    return (
+        qwen_vl.table(config.mllm)
+        + lens_weights.context_table(config.connector_depth)
+        + sam2.sam2_table(config.sam).with_prefix("sam.")
+    )
+
+
+@functools.cache
+def parameter_shapes(config: LensConfig) -> dict[str, Shape]:
+    """On-disk name -> shape of every parameter of the model, without memory for any."""
+    state = nnx.to_pure_dict(nnx.state(abstract(config)))
+    empty = jax.tree.map(lambda x: np.broadcast_to(np.uint8(0), x.shape), state)
+    return {name: x.shape for name, x in checkpoints.unstack(empty)}
+
+
+def load_lens_state(
+    tensors: Mapping[str, np.ndarray], config: LensConfig, dtype: Any = np.float32
+) -> dict[Any, Any]:
+    """Official tensors in memory as the nested pure-dict state of `LensModel(config)`.
+
+    `nnx.update(model, state)` takes it. Tensors that the model never uses are left out.
+
+    Args:
+      tensors: official LENS names -> arrays, in PyTorch's layouts.
+      config: the shapes.
+      dtype: of all floating-point parameters.
+
+    Raises:
+      WeightsError: missing, unexpected and misshapen tensors.
+    """
+    source = from_arrays(tensors).rename(qwen_vl.official_name)
+    if config.mllm.tie_word_embeddings:
+        source = qwen_vl.without_tied_head(source)
+    plan = make_plan(lens_table(config), source.shapes, parameter_shapes(config), source.where)
+    return checkpoints.stack(
+        {
+            entry.target: entry.transform.forward(source[entry.source].load()).astype(dtype)
+            for entry in plan.entries
+            if not entry.target.startswith(UNUSED)
+        }
+    )
+
+
+def _assemble(
+    directory: Path, sam_path: Path | None, is_lens: bool, num_queries: int, seed: int
+) -> tuple[dict[str, Any], list[_Part], tuple[str, ...]]:
+    """lens_config.json, the sources with their tables, and the names left out on purpose."""
+    hf_config = read_json(directory / "config.json")
+    mllm = _shapes(directory / "config.json", lambda: QwenVLConfig.from_hf(hf_config))
+    source = open_weights(directory).rename(qwen_vl.official_name)
+    if mllm.tie_word_embeddings:
+        source = qwen_vl.without_tied_head(source)
+    _check_kind(source, is_lens)
+
+    own_sam = source.select(lambda name: name.startswith("sam."))
+    if sam_path is not None:
+        sam_config, sam_part = _open_sam(sam_path)
+    elif own_sam:
+        sam_config = _sam_config(
+            own_sam.rename(lambda name: name.removeprefix("sam.")), directory / "sam2_config.json"
+        )
+        sam_part = _Part(own_sam, sam2.sam2_table(sam_config).with_prefix("sam."))
+    else:
+        raise WeightsError([f"{directory}: holds no sam.*; name SAM 2's weights with --sam FILE"])
+    left_out = tuple(own_sam) if sam_path is not None else ()
+    source = source.select(lambda name: not name.startswith("sam."))
+
+    depth = LensConfig.connector_depth
+    if is_lens:
+        num_queries = _num_queries(source)
+        depth = len(
+            {m[1] for name in source if (m := re.match(r"connector\.blocks\.(\d+)\.", name))}
+        )
+    config = {
+        "mllm": hf_config,
+        "sam": sam_config.to_dict(),
+        "num_queries": num_queries,
+        "connector_depth": depth,
+        "connector_heads": LensConfig.connector_heads,
+        # Released LENS weights were trained on plain positions in every pass with queries.
+        "context_positions": "text" if is_lens else "mrope",
+        "coordinates": "qwen2p5vl",
+        "prompts": {
+            "system": prompts.SYSTEM,
+            "question": prompts.QUESTION,
+            "reasoning_question": prompts.REASONING_QUESTION,
+        },
+    }
+    context = lens_weights.context_table(depth)
+    mllm_table = qwen_vl.table(mllm)
+    if is_lens:
+        parts = [_Part(source, mllm_table + context)]
+    else:
+        shapes = parameter_shapes(LensConfig.from_dict(config))
+        parts = [
+            _Part(source, mllm_table),
+            _Part(lens_weights.fresh_context(context, shapes, seed), context),
+        ]
+    return config, [*parts, sam_part], left_out
+
+
+def _check_kind(source: Source, is_lens: bool) -> None:
+    has_context = any(name.startswith(lens_weights.PREFIXES) for name in source)
+    if has_context and not is_lens:
+        raise WeightsError([f"{source.where}: is a LENS checkpoint; convert it with --lens"])
+    if is_lens and not has_context:
+        raise WeightsError(
+            [
+                f"{source.where}: is no LENS checkpoint: learnable_query and connector.* are "
+                "missing; a plain Qwen2.5-VL is converted with --mllm and --sam"
+            ]
+        )
+
+
+def _num_queries(source: Source) -> int:
+    queries = source.get("learnable_query")
+    if queries is None or len(queries.shape) != 3:
+        found = "missing" if queries is None else f"of shape {list(queries.shape)}"
+        raise WeightsError([f"{source.where}: learnable_query is {found}, expected [1, M, D]"])
+    return queries.shape[1]
+
+
+def _open_sam(path: Path) -> tuple[Sam2Config, _Part]:
+    """SAM 2's configuration, and its tensors under the names `sam.` + original."""
+    source = open_weights(path)
+    beside = (path if path.is_dir() else path.parent) / "sam2_config.json"
+    is_hugging_face = any(name.startswith("vision_encoder.") for name in source)
+    config = _sam_config(source.rename(_original_trunk_name), beside)
+    table = sam2.sam2_table(config)
+    if is_hugging_face:
+        source = _original_names(source, config, table)
+        table = replace(table, carried=sam2.HF_CARRIED, junk=sam2.HF_JUNK)
+    return config, _Part(source.rename(lambda name: f"sam.{name}"), table.with_prefix("sam."))
+
+
+def _original_trunk_name(name: str) -> str:
+    """A name of Hugging Face's Hiera trunk as the original; what tells its size needs no more."""
+    prefix = "vision_encoder.backbone."
+    if not name.startswith(prefix):
+        return name
+    rest = name.removeprefix(prefix).replace("embed.projection.", "embed.proj.")
+    return "image_encoder.trunk." + rest.replace(".layer_norm", ".norm")
+
+
+def _original_names(source: Source, config: Sam2Config, table: Table) -> Source:
+    """Hugging Face's SAM 2 under the original names, rows of stacked tensors taken apart."""
+    tensors = dict(source)
+    renamed = {}
+    for entry in table.entries:
+        name, row = sam2.hf_source(config, entry.source)
+        tensor = source.get(name)
+        if tensor is None:
+            continue
+        tensors.pop(name, None)
+        if row is not None:
+            tensor = LazyTensor(
+                (1, *tensor.shape[1:]), lambda load=tensor.load, row=row: load()[row : row + 1]
+            )
+        renamed[entry.source] = tensor
+    return Source(tensors | renamed, source.where)
+
+
+def _sam_config(source: Source, file: Path) -> Sam2Config:
+    if file.exists():
+        return _shapes(file, lambda: Sam2Config.from_dict(read_json(file), str(file)))
+    return _shapes(file.parent, lambda: Sam2Config.from_shapes(source.shapes, source.where))
+
+
+def _shapes(where: Path, read: Callable[[], T]) -> T:
+    """What `read` returns; its complaints as a WeightsError that names the file."""
+    try:
+        return read()
+    except KeyError as error:
+        raise WeightsError([f"{where}: the key {error} is missing"]) from None
+    except (TypeError, ValueError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        message = str(error)
+        raise WeightsError([message if str(where) in message else f"{where}: {message}"]) from None
+
+
+def _plan(parts: list[_Part], expected: Mapping[str, Shape]) -> list[Plan]:
+    plans, errors = [], []
+    for part in parts:
+        targets = {entry.target for entry in part.table.entries}
+        shapes = {name: shape for name, shape in expected.items() if name in targets}
+        try:
+            plans.append(make_plan(part.table, part.source.shapes, shapes, part.source.where))
+        except WeightsError as error:
+            errors += error.errors
+    if errors:
+        raise WeightsError(errors)
+    return plans
+
+
+def _tensors(
+    parts: list[_Part], plans: list[Plan], dtype: Dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """On-disk names with their tensors, each loaded only when it is asked for."""
+    jobs: list[tuple[Source, Entry]] = [
+        (part.source, entry)
+        for part, plan in zip(parts, plans, strict=True)
+        for entry in plan.entries
+    ]
+    for source, entry in tqdm(jobs, desc="convert", unit="tensor", leave=False):
+        yield entry.target, _cast(entry.transform.forward(source[entry.source].load()), dtype)
+
+
+def _cast(x: np.ndarray, dtype: Dtype) -> np.ndarray:
+    if dtype == "keep" or not jax.dtypes.issubdtype(x.dtype, np.floating):
+        return x
+    return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32, copy=False)

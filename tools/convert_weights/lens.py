@@ -1,0 +1,65 @@
+"""LENS's own tensors: the context module, read from official checkpoints or drawn fresh."""
+
+import numpy as np
+
+from tools.convert_weights.qwen_vl import linear
+from tools.convert_weights.reader import LazyTensor, Source
+from tools.convert_weights.table import CONV1D, SQUEEZE, Entry, Shape, Table
+
+PREFIXES = ("learnable_query", "connector.", "conv_1d.", "proj_to_sam.")
+_INIT_STD = 0.02
+
+
+def context_table(depth: int) -> Table:
+    """Every tensor of the context module; `depth` counts the connector's blocks."""
+    entries = [
+        Entry("learnable_query", "context/queries", SQUEEZE),
+        Entry("connector.pos_embed", "context/pos_embed", SQUEEZE),
+        Entry("conv_1d.weight", "context/conv/kernel", CONV1D),
+        Entry("conv_1d.bias", "context/conv/bias"),
+        *linear("proj_to_sam.0", "context/projection/fc1"),
+        *linear("proj_to_sam.2", "context/projection/fc2"),
+    ]
+    for i in range(depth):
+        source, target = f"connector.blocks.{i}", f"context/blocks/{i}"
+        for name in ("norm1", "norm2"):
+            entries += [
+                Entry(f"{source}.{name}.weight", f"{target}/{name}/scale"),
+                Entry(f"{source}.{name}.bias", f"{target}/{name}/bias"),
+            ]
+        for name, ours in (
+            ("attn.qkv", "qkv"),
+            ("attn.proj", "proj"),
+            ("mlp.fc1", "fc1"),
+            ("mlp.fc2", "fc2"),
+        ):
+            entries += linear(f"{source}.{name}", f"{target}/{ours}")
+    return Table(tuple(entries))
+
+
+def fresh_context(table: Table, expected: dict[str, Shape], seed: int) -> Source:
+    """A new context module under its official names, float32, every tensor keyed by (seed, place).
+
+    Queries, convolution and linear kernels from N(0, 0.02), norms 1 and 0, biases and the position
+    embedding 0: the initialisation the official code intends.
+    """
+
+    def tensor(entry: Entry, place: int) -> LazyTensor:
+        shape = entry.transform.source_shape(expected[entry.target])
+        kind = entry.target.rsplit("/", 1)[-1]
+
+        def draw() -> np.ndarray:
+            if kind == "scale":
+                return np.ones(shape, np.float32)
+            if kind in ("bias", "pos_embed"):
+                return np.zeros(shape, np.float32)
+            values = np.random.default_rng((seed, place)).standard_normal(shape, np.float32)
+            values *= np.float32(_INIT_STD)
+            return values
+
+        return LazyTensor(shape, draw)
+
+    return Source(
+        {entry.source: tensor(entry, place) for place, entry in enumerate(table.entries)},
+        "fresh context module",
+    )

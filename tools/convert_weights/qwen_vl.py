@@ -1,0 +1,90 @@
+"""Qwen2.5-VL's tensors: the vision tower and the language model."""
+
+import numpy as np
+
+from lens_jax.models.qwen_vl.config import QwenVLConfig
+from tools.convert_weights.reader import Source
+from tools.convert_weights.table import LINEAR, Entry, Table, WeightsError, flattened_conv
+
+PREFIXES = ("visual.", "model.", "lm_head.")
+_ROWS = 4096  # rows compared at a time: two untied-looking embeddings are never both in memory
+
+
+def table(config: QwenVLConfig) -> Table:
+    """Every tensor of a Qwen2.5-VL of these shapes, in the official spelling."""
+    vision = config.vision
+    window = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    entries = [
+        Entry(
+            "visual.patch_embed.proj.weight", "visual/patch_embed/kernel", flattened_conv(*window)
+        ),
+        Entry("visual.merger.ln_q.weight", "visual/merger/norm/scale"),
+        *linear("visual.merger.mlp.0", "visual/merger/fc1"),
+        *linear("visual.merger.mlp.2", "visual/merger/fc2"),
+        Entry("model.embed_tokens.weight", "language/embed_tokens/embedding"),
+        Entry("model.norm.weight", "language/norm/scale"),
+    ]
+    if not config.tie_word_embeddings:
+        entries.append(Entry("lm_head.weight", "language/lm_head/embedding"))
+    for i in range(vision.depth):
+        source, target = f"visual.blocks.{i}", f"visual/blocks/{i}"
+        entries += [
+            Entry(f"{source}.norm1.weight", f"{target}/norm1/scale"),
+            Entry(f"{source}.norm2.weight", f"{target}/norm2/scale"),
+            *linear(f"{source}.attn.qkv", f"{target}/qkv"),
+            *linear(f"{source}.attn.proj", f"{target}/proj"),
+        ]
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            entries += linear(f"{source}.mlp.{name}", f"{target}/{name}")
+    for i in range(config.num_layers):
+        source, target = f"model.layers.{i}", f"language/layers/{i}"
+        entries += [
+            Entry(f"{source}.input_layernorm.weight", f"{target}/input_norm/scale"),
+            Entry(
+                f"{source}.post_attention_layernorm.weight", f"{target}/post_attention_norm/scale"
+            ),
+        ]
+        for name in ("q_proj", "k_proj", "v_proj"):
+            entries += linear(f"{source}.self_attn.{name}", f"{target}/{name}")
+        entries += linear(f"{source}.self_attn.o_proj", f"{target}/o_proj", bias=False)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            entries += linear(f"{source}.mlp.{name}", f"{target}/{name}", bias=False)
+    return Table(tuple(entries))
+
+
+def linear(source: str, target: str, bias: bool = True) -> list[Entry]:
+    """The entries of one linear layer."""
+    entries = [Entry(f"{source}.weight", f"{target}/kernel", LINEAR)]
+    return [*entries, Entry(f"{source}.bias", f"{target}/bias")] if bias else entries
+
+
+def official_name(name: str) -> str:
+    """The official spelling of a name that may be written as transformers >= 4.52 does."""
+    for new, official in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if name.startswith(new):
+            return official + name.removeprefix(new)
+    return name
+
+
+def without_tied_head(source: Source) -> Source:
+    """Leaves out a language-model head that repeats the embedding.
+
+    Raises:
+      WeightsError: the head is not the embedding, though the configuration ties them.
+    """
+    head, embedding = source.get("lm_head.weight"), source.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return source
+    if head.shape != embedding.shape or not _equal(head.load(), embedding.load()):
+        raise WeightsError(
+            [
+                f"{source.where}: lm_head.weight differs from model.embed_tokens.weight, but "
+                "config.json ties them; set tie_word_embeddings to false"
+            ]
+        )
+    return source.select(lambda name: name != "lm_head.weight")
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    rows = range(0, len(a), _ROWS)
+    return all(np.array_equal(a[i : i + _ROWS], b[i : i + _ROWS]) for i in rows)
