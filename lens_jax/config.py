@@ -1,0 +1,416 @@
+"""The configuration of a run: typed, complete, read from defaults < a YAML file < flags.
+
+The defaults are the published recipe for RefCOCO (paper arXiv 2508.14153); `configs/tiny.yaml` is
+the run that fits a laptop.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jsonargparse
+import yaml
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+)
+
+DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be run; the text names the key and says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which weights a run starts from: `checkpoint`, or `mllm` and `sam`, which are converted."""
+
+    checkpoint: str | None = None
+    """A pretrained checkpoint (lens_config.json, params/)."""
+    mllm: str | None = None
+    """A Hugging Face directory of Qwen2.5-VL, converted first when there is no checkpoint."""
+    sam: str | None = None
+    """A SAM 2 file or directory, converted together with mllm."""
+    num_queries: PositiveInt = 64
+    """Context queries of the fresh context module when mllm and sam are converted."""
+    context_positions: Literal["mrope", "text"] | None = None
+    """Positions of passes with queries; null keeps what the checkpoint says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesConfig:
+    """The generated data set: scenes of coloured shapes, written in RefCOCO's layout."""
+
+    train_scenes: NonNegativeInt = 0
+    """Scenes for training; 0: data_dir holds a data set already."""
+    eval_scenes: PositiveInt = 500
+    """Held-out scenes."""
+    seed: NonNegativeInt = 0
+    """Of the scenes; apart from the run's, so that runs with other seeds share their data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a run trains and evaluates on, and the static shapes its batches are padded to."""
+
+    dataset: Literal["refcoco", "refcoco+", "refcocog"] = "refcoco"
+    """Data set, in its original layout."""
+    data_dir: str | None = None
+    """The folder that holds refer_seg/; null: the generated set's place inside the run."""
+    split: str = "train"
+    """The split trained on."""
+    eval_split: str = "val"
+    """The held-out split of evaluation.json."""
+    eval_limit: PositiveInt | None = None
+    """Evaluate on this many expressions; null: all."""
+    eval_batch_size: PositiveInt = 32
+    """Expressions decoded together."""
+    max_bad: ClosedUnitInterval = 0.01
+    """Stop when more than this fraction of samples cannot be read."""
+    windows: tuple[PositiveInt, ...] = (108,)
+    """Buckets: vision windows of a picture."""
+    prompt_tokens: tuple[PositiveInt, ...] = (512, 1408)
+    """Buckets: tokens of a prompt, image tokens included."""
+    answer_tokens: tuple[PositiveInt, ...] = (64,)
+    """Buckets: tokens of the teacher-forced answer of stage 1."""
+    canvas: tuple[tuple[PositiveInt, PositiveInt], ...] = ((640, 640),)
+    """Buckets: [height, width] of the canvas that true masks lie on."""
+    shapes: ShapesConfig = ShapesConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh. None named: the best one for the devices present; one named: others 1."""
+
+    data: PositiveInt | None = None
+    """Copies of the model, each with its own part of the batch."""
+    fsdp: PositiveInt | None = None
+    """Parts that parameters and optimizer state are cut into; shares the batch too."""
+    tensor: PositiveInt | None = None
+    """Parts that heads, MLPs and vocabulary are cut into."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """What both stages have: AdamW (eps 1e-8), its schedule, and the batch."""
+
+    steps: NonNegativeInt = 0
+    """Updates; 0 skips the stage."""
+    batch_size: PositiveInt = 64
+    """Prompts an update."""
+    accumulation_steps: PositiveInt = 1
+    """Portions the batch is cut into; gradients are summed."""
+    learning_rate: PositiveFloat = 3e-6
+    """Peak learning rate."""
+    schedule: Schedule = "linear"
+    """After warm-up: constant, or linear or cosine to 0 at the last step."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0, at most all of them."""
+    b1: OpenUnitInterval = 0.9
+    """AdamW: decay of the first moment."""
+    b2: OpenUnitInterval = 0.999
+    """AdamW: decay of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW: decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this global norm."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignmentConfig(StageConfig):
+    """Stage 1: the context module learns to prompt SAM; all else is frozen."""
+
+    batch_size: PositiveInt = 1024
+    learning_rate: PositiveFloat = 3e-5
+    schedule: Schedule = "cosine"
+    warmup_steps: NonNegativeInt = 150
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig(StageConfig):
+    """Stage 2: GRPO on the unified rewards, with the segmentation loss."""
+
+    num_generations: PositiveInt = 8
+    """G: completions a prompt, the group that advantages are normalised in."""
+    beta: NonNegativeFloat = 0.04
+    """Weight of the k3 KL to the frozen reference."""
+    policy_weight: NonNegativeFloat = 1.0
+    """Weight of policy loss and KL; 0 leaves the segmentation loss alone (a control run)."""
+    segmentation_weight: NonNegativeFloat = 1.0
+    """Weight of the masks' BCE + dice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    policy: Literal["current", "base"] = "current"
+    """Sample from the current weights, or from those the stage started with."""
+    temperature: PositiveFloat = 0.9
+    top_k: NonNegativeInt = 50
+    """0: off."""
+    top_p: ClosedUnitInterval = 0.9
+    """1: off."""
+    max_new_tokens: PositiveInt = 768
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsConfig:
+    """Weights of the reward channels; 0 switches a channel off."""
+
+    format: NonNegativeFloat = 0.0
+    """The completion has the form that `pattern` names."""
+    pattern: Literal["think_format", "grounding_format", "grounding_format_reasoning"] = (
+        "grounding_format"
+    )
+    box: NonNegativeFloat = 1.0
+    """IoU of the box that the completion writes."""
+    segment: NonNegativeFloat = 1.0
+    """IoU of the mask."""
+    boundary: NonNegativeFloat = 0.0
+    """IoU of the mask's boundary."""
+    squared: bool = True
+    """Square the IoUs."""
+    scale: PositiveFloat = 1.0
+    """Factor on the advantages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints of the run, from which it resumes."""
+
+    every: PositiveInt = 100
+    """Steps between two."""
+    keep: PositiveInt = 2
+    """The newest ones that are kept, a stage."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on."""
+
+    run_dir: str | None = None
+    """Where it writes; null: runs/<name of the config file>."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue what run_dir holds; never: refuse a run_dir that holds a run."""
+    seed: NonNegativeInt = 0
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of matrix products; parameters, norms, losses and rewards are float32 in both."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """Attention kernel; auto takes the best one for the platform."""
+    samples: NonNegativeInt = 12
+    """Held-out expressions shown in samples/ and report.html."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+# Where a run writes and whether it may continue: no part of what it computes.
+PLACES = ("run_dir", "resume")
+
+_EPILOG = """\
+example:
+  python launch/train.py --config configs/tiny.yaml --run_dir runs/short \\
+      --alignment.steps 20 --grpo.steps 20 --grpo.learning_rate 3e-5 --mesh.data 1
+
+The flags above are the keys of a YAML file with one section for each dotted prefix. Flags win over
+the file, the file over the defaults; --print_config shows the result. A run writes what it used to
+RUN_DIR/config.yaml, and --config RUN_DIR/config.yaml repeats it."""
+
+
+# What jsonargparse calls a type -> what it asks for.
+_TYPES = {
+    "PositiveInt": "a whole number of at least 1",
+    "NonNegativeInt": "a whole number of at least 0",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number of at least 0",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "OpenUnitInterval": "a number between 0 and 1",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "a string",
+}
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Errors are one line on stderr and exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"error: {_explain(message)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _explain(message: str) -> str:
+    """jsonargparse's message as one line that names the key and what it should be."""
+    message = " ".join(message.split())
+    unknown = re.search(
+        r"unrecognized arguments: --(?P<flag>[\w.]+)"
+        r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<member>[\w.]+)'"
+        r"|Option '(?P<top>[\w.]+)' is not accepted",
+        message,
+    )
+    if unknown:
+        name = unknown["flag"] or unknown["top"] or f"{unknown['group']}.{unknown['member']}"
+        near = difflib.get_close_matches(name, _leaves(_plain(RunConfig())), n=1)
+        return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "")
+    wrong = re.search(r'key "(?P<key>[\w.]+)": (?P<why>.+)', message)
+    if not wrong:
+        return message
+    key, why = wrong["key"], wrong["why"]
+    choices = re.search(r"typing\.Literal(\[.+?\])", why)
+    names = [words for name, words in _TYPES.items() if name in why]
+    if choices:
+        expected = "one of " + choices[1].strip("[]").replace("'", "")
+    elif names and "elements" not in why:
+        expected = names[0]
+    else:
+        return f"{key}: {why}"
+    given = re.search(r"(?:Got value|Given value): (.+)|: (True|False|\S+) not a|: '(.*)'$", why)
+    value = next((g for g in given.groups() if g), None) if given else None
+    return f"{key}: expected {expected}" + (f", got {value}" if value else "")
+
+
+def load(argv: Sequence[str] | None = None, default_config: Path = DEFAULT_CONFIG) -> RunConfig:
+    """Parses a command line (default: the process's). Prints and exits on --help, --print_config,
+    and with code 2 on a mistake.
+
+    `default_config` is read when no --config is given.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
+        argv = ["--config", str(default_config), *argv]
+    parser = _parser()
+    parsed = parser.parse_args(argv)
+    try:
+        config = _build(RunConfig, parsed.as_dict())
+        validate(config)
+    except ConfigError as error:
+        parser.error(str(error))
+    if config.run_dir is None:
+        name = Path(str(parsed.config[-1])).stem
+        config = dataclasses.replace(config, run_dir=str(Path("runs") / name))
+    return config
+
+
+def read_yaml(file: str | os.PathLike[str]) -> RunConfig:
+    """A run's config.yaml. Raises ConfigError where `load` would exit."""
+    parser = _parser()
+    parser.exit_on_error = False
+    try:
+        return _build(RunConfig, parser.parse_path(str(file)).as_dict())
+    except (jsonargparse.ArgumentError, OSError, TypeError) as error:
+        raise ConfigError(f"{file}: {_explain(str(error))}") from error
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """All of a configuration, as a file that `--config` reads back to the same."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, default_flow_style=None)
+
+
+def differences(a: RunConfig, b: RunConfig) -> list[str]:
+    """Dotted keys in which two runs differ, apart from where they write."""
+    left, right = _leaves(_plain(a)), _leaves(_plain(b))
+    return [key for key in left if left[key] != right[key] and key not in PLACES]
+
+
+def validate(config: RunConfig) -> None:
+    """Raises ConfigError for values that are well-typed but do not go together."""
+    if config.model.checkpoint is None and not (config.model.mllm and config.model.sam):
+        raise ConfigError(
+            "no start weights: give model.checkpoint, or model.mllm and model.sam to convert"
+        )
+    if config.data.data_dir is None and config.data.shapes.train_scenes == 0:
+        raise ConfigError("no data: give data.data_dir, or data.shapes.train_scenes to generate it")
+    if config.grpo.steps and config.grpo.num_generations < 2:
+        raise ConfigError(
+            "grpo.num_generations is 1: a group of one has no advantage, give 2 or more"
+        )
+    for name in ("alignment", "grpo"):
+        stage: StageConfig = getattr(config, name)
+        if stage.batch_size % stage.accumulation_steps:
+            raise ConfigError(
+                f"{name}.accumulation_steps {stage.accumulation_steps} does not divide "
+                f"{name}.batch_size {stage.batch_size}"
+            )
+    for key in ("windows", "prompt_tokens", "answer_tokens", "canvas"):
+        if not getattr(config.data, key):
+            raise ConfigError(f"data.{key} is empty: give at least one bucket")
+
+
+def check_batches(config: RunConfig, data: int, fsdp: int) -> None:
+    """Raises ConfigError when a batch does not divide over the mesh axes `data` x `fsdp`."""
+    for name in ("alignment", "grpo"):
+        stage: StageConfig = getattr(config, name)
+        portion = stage.batch_size // stage.accumulation_steps
+        if stage.steps and portion % (data * fsdp):
+            raise ConfigError(
+                f"{name}.batch_size {stage.batch_size} / {name}.accumulation_steps "
+                f"{stage.accumulation_steps} = {portion} prompts do not divide over "
+                f"mesh.data {data} x mesh.fsdp {fsdp} = {data * fsdp} parts"
+            )
+
+
+def _parser() -> _Parser:
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(
+        prog="launch/train.py",
+        usage="launch/train.py [--config FILE.yaml] [--SECTION.KEY VALUE ...] [--print_config]",
+        description="Trains LENS: stage 1 (alignment), then stage 2 (GRPO).",
+        epilog=_EPILOG,
+        formatter_class=_Formatter,
+    )
+    parser.add_argument("--config", action="config", help="A YAML file (configs/tiny.yaml).")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+class _Formatter(jsonargparse.DefaultHelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+def _build(cls: type, values: Any, section: str = "") -> Any:
+    """The frozen dataclass of a parsed namespace, sections by recursion."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{section}: expected a section with keys of its own, got {values}")
+    members = {}
+    for field in dataclasses.fields(cls):
+        value = values[field.name]
+        if dataclasses.is_dataclass(field.type):
+            value = _build(field.type, value, f"{section}.{field.name}".lstrip("."))
+        members[field.name] = value
+    return cls(**members)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _leaves(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

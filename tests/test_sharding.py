@@ -1,0 +1,113 @@
+"""The mesh and the table of parameters, on eight virtual devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from lens_jax import sharding
+from lens_jax.config import ConfigError, MeshConfig
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    return sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+def spec(path, shape, mesh, **options):
+    return sharding.parameter_spec(path, shape, mesh, min_elements=0, **options)
+
+
+def test_no_mesh_named_takes_every_device():
+    assert dict(sharding.make_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    assert one.size == 1
+
+
+def test_named_axes_leave_the_others_at_one():
+    assert dict(sharding.make_mesh(MeshConfig(data=4)).shape) == {"data": 4, "fsdp": 1, "tensor": 1}
+
+
+def test_too_many_devices_says_which_axes():
+    with pytest.raises(ConfigError, match=r"mesh.data 3 x mesh.fsdp 4 x mesh.tensor 1 = 12 .* 8 "):
+        mesh_of(data=3, fsdp=4)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("language/layers/q_proj/kernel", (3, 64, 64), P(None, "fsdp", "tensor")),
+        ("language/layers/q_proj/bias", (3, 64), P(None, "tensor")),
+        ("language/layers/o_proj/kernel", (3, 64, 64), P(None, "tensor", "fsdp")),
+        ("language/layers/down_proj/kernel", (3, 128, 64), P(None, "tensor", "fsdp")),
+        ("language/embed_tokens/embedding", (608, 64), P("tensor", "fsdp")),
+        ("language/embed_tokens/embedding", (607, 64), P(None, "fsdp")),
+        ("language/layers/gate_proj/kernel", (4, 62, 128), P(None, None, "tensor")),
+        ("visual/blocks/qkv/kernel", (4, 32, 96), P(None, "fsdp", None)),
+        ("visual/blocks/proj/kernel", (4, 32, 36), P(None, None, "fsdp")),
+        ("context/conv/kernel", (8, 64, 64), P(None, "fsdp", None)),
+        ("sam/trunk/blocks/0/proj/kernel", (64, 32), P("fsdp", None)),
+        ("language/norm/scale", (64,), P(None)),
+    ],
+)
+def test_table(path, shape, expected):
+    mesh = mesh_of(fsdp=4, tensor=2)
+    assert spec(path, shape, mesh) == expected
+    # Optimizer moments lie as their parameters do.
+    assert spec(f"optimizer/0/mu/{path}", shape, mesh) == expected
+
+
+def test_kv_heads_are_never_cut_inside_a_head():
+    path, shape = "language/layers/k_proj/kernel", (3, 64, 32)
+    assert spec(path, shape, mesh_of(tensor=2), kv_heads=2) == P(None, None, "tensor")
+    assert spec(path, shape, mesh_of(tensor=4), kv_heads=2) == P(None, None, None)
+
+
+def test_small_parameters_are_replicated():
+    assert (
+        sharding.parameter_spec("language/layers/q_proj/kernel", (2, 64, 64), mesh_of(fsdp=8))
+        == P()
+    )
+
+
+def test_shardings_of_a_training_state():
+    class Block(nnx.Module):
+        def __init__(self):
+            self.up_proj = nnx.Linear(16, 32, rngs=nnx.Rngs(0))
+            self.parts = nnx.List([nnx.Linear(32, 16, rngs=nnx.Rngs(1))])
+
+    mesh = mesh_of(fsdp=4, tensor=2)
+    params = nnx.state(Block())
+    optimizer = optax.adamw(1e-3)
+    for tree in (params, nnx.to_pure_dict(params)):
+        places = sharding.shardings(tree, mesh, min_elements=0)
+        kernels = {x.spec for x in jax.tree.leaves(places)}
+        assert P("fsdp", "tensor") in kernels
+        tree = jax.device_put(tree, places)
+        moments = sharding.shardings(jax.eval_shape(optimizer.init, tree), mesh, min_elements=0)
+        state = jax.jit(optimizer.init, out_shardings=moments)(tree)
+        assert jax.tree.map(lambda x: x.sharding.spec, state[0].mu) == jax.tree.map(
+            lambda x: x.sharding.spec, tree
+        )
+        assert state[0].count.sharding.is_fully_replicated
+
+
+def test_one_device_cuts_nothing():
+    for path, shape in [("language/layers/q_proj/kernel", (2, 64, 64)), ("x/kernel", (64, 64))]:
+        assert not any(spec(path, shape, mesh_of()))
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 4}])
+def test_batches_lie_over_data_and_fsdp(axes):
+    mesh = mesh_of(**axes)
+    rows = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
+    batch = sharding.global_batch({"x": rows, "id": np.arange(16)}, mesh)
+    assert [s.data.shape for s in batch["x"].addressable_shards] == [(2, 3)] * 8
+    np.testing.assert_array_equal(batch["x"], rows)
+    weights = jax.device_put(jnp.ones((3, 5)), sharding.replicated(mesh))
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w))))
+    np.testing.assert_allclose(
+        gradient(weights, batch["x"]), gradient(np.ones((3, 5)), rows), rtol=1e-5, atol=1e-6
+    )
