@@ -38,7 +38,7 @@ def attention(
     if prefix is None:
         weights = jax.nn.softmax(own).astype(values.dtype)
         out = jnp.einsum("bgkrst,bgtkh->bgskrh", weights, values)
-        return out.reshape(b, g, s, n, h)
+        return out.reshape(b, g, s, n, -1)
     shared = jnp.einsum(
         "bgskrh,bpkh->bgkrsp", queries, prefix.keys, preferred_element_type=jnp.float32
     )
@@ -47,4 +47,4 @@ def attention(
     split = prefix.keys.shape[1]
     out = jnp.einsum("bgkrsp,bpkh->bgskrh", weights[..., :split], prefix.values)
     out += jnp.einsum("bgkrst,bgtkh->bgskrh", weights[..., split:], values)
-    return out.reshape(b, g, s, n, h)
+    return out.reshape(b, g, s, n, -1)

@@ -1,4 +1,4 @@
-"""The context module (LENS, section 3.2): queries read the reasoning, a connector makes them a prompt for SAM."""
+"""The context module (LENS, section 3.2): from queries that read the text to a prompt for SAM."""
 
 import jax
 import jax.numpy as jnp

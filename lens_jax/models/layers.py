@@ -29,7 +29,7 @@ def scan(
     first: int = 0,
     last: int | None = None,
 ) -> tuple[Any, Any]:
-    """Runs `carry, out = step(layer, carry)` over layers [first, last); returns carry and stacked outs."""
+    """Runs `carry, out = step(layer, carry)` over layers [first, last); stacks the outs."""
     definition, state = nnx.split(layers)
     state = jax.tree.map(lambda x: x[first:last], state)
 

@@ -44,7 +44,8 @@ class LensConfig:
     def __post_init__(self):
         if self.context_positions not in POSITION_SCHEMES:
             raise ValueError(
-                f"context_positions: {self.context_positions!r} is none of {', '.join(POSITION_SCHEMES)}"
+                f"context_positions: {self.context_positions!r} is none of "
+                + ", ".join(POSITION_SCHEMES)
             )
 
     @classmethod
@@ -80,7 +81,7 @@ class LensModel(nnx.Module):
         self.context = ContextModule(
             config.num_queries,
             config.mllm.hidden_size,
-            config.sam.prompt_dim,
+            config.sam.d_model,
             depth=config.connector_depth,
             num_heads=config.connector_heads,
             rngs=rngs,
@@ -157,7 +158,7 @@ class LensModel(nnx.Module):
     def masks(
         self, features: SamFeatures, hidden: Float[Array, "B G M D"], *, stability: bool
     ) -> SamMasks:
-        """Masks from the queries' hidden states; `stability` is SAM's multimask rule of evaluation."""
+        """Masks from the queries' hidden states; `stability`: SAM's multimask rule of evaluation."""
         token = self.context(hidden)[:, :, None]
         return self.sam.decode(features, token, stability=stability)
 

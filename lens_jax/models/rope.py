@@ -1,4 +1,4 @@
-"""Rotary positions: multimodal for the language model (M-RoPE), two-dimensional for the vision tower."""
+"""Rotary positions: multimodal (M-RoPE) for the language model, two-dimensional for vision."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,7 @@ def multimodal_rotation(
 def grid_rotation(
     positions: Int[Array, "... L 2"], head_dim: int, theta: float = 10000.0
 ) -> Rotation:
-    """Two-dimensional rotary positions: half of the frequencies turn with the row, half with the column."""
+    """Half of the frequencies turn with the row, half with the column."""
     half = head_dim // 2
     frequency = theta ** (-np.arange(0, half, 2, dtype=np.float32) / half)
     angles = positions[..., None].astype(jnp.float32) * frequency

@@ -66,7 +66,7 @@ class QwenVLConfig:
         # LENS writes model_type qwen2_vl for both families: only 2.5 has windows.
         if "fullatt_block_indexes" not in vision:
             raise ValueError(
-                "config.json: vision_config has no fullatt_block_indexes, so this is not Qwen2.5-VL"
+                "config.json: vision_config has no fullatt_block_indexes: this is not Qwen2.5-VL"
             )
         try:
             return cls(

@@ -22,7 +22,7 @@ def logits(hidden: Float[Array, "... D"], head: Float[Array, "V D"]) -> Float[Ar
 def token_log_probs(
     hidden: Float[Array, "... D"], head: Float[Array, "V D"], tokens: Int[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Log-softmax of the raw logits at `tokens` and the entropy of the distribution, float32, in nats."""
+    """Log-softmax of the raw logits at `tokens`, and the distribution's entropy; float32, nats."""
     shape = tokens.shape
     log_probs, entropy = _log_probs(
         hidden.reshape(-1, hidden.shape[-1]), head.astype(hidden.dtype), tokens.reshape(-1)

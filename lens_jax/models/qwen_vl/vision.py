@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision tower: window attention, a few layers that see the whole picture, a 2x2 merger."""
+"""Qwen2.5-VL's vision tower: window attention, a few layers of full attention, a 2x2 merger."""
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,97 @@
+"""Rollout: completions of a batch of prompts, in one compiled program.
+
+The prompt runs once; its keys serve all completions of the group. Decoding is a loop on the device
+that ends when every completion has.
+"""
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax, nn
+from jaxtyping import Array, Bool, Float, Int
+
+from lens_jax.models.inputs import Prompts
+from lens_jax.models.lens import LensModel
+from lens_jax.models.qwen_vl.head import logits as all_logits
+from lens_jax.rollout.sampling import Sampling, penalize, row_keys, sample
+
+
+@struct.dataclass
+class Rollout:
+    """Completions, right padded with the first end token; `lengths` count a drawn end token.
+
+    `log_probs` are those of the raw logits (no temperature, whole vocabulary), as scoring computes
+    them; 0 past the length. `ended` is False where the limit cut a completion.
+    """
+
+    tokens: Int[Array, "B G T"]
+    lengths: Int[Array, "B G"]
+    log_probs: Float[Array, "B G T"]
+    ended: Bool[Array, "B G"]
+
+
+def rollout(
+    model: LensModel,
+    prompts: Prompts,
+    sample_id: Int[Array, "B"],
+    key: Array,
+    *,
+    num_completions: int,
+    max_new_tokens: int,
+    end_tokens: tuple[int, ...],
+    sampling: Sampling,
+) -> Rollout:
+    """Draws `num_completions` (G) completions of at most `max_new_tokens` (T) tokens a prompt.
+
+    Positions are Qwen's multimodal ones. Keys fold in sample, completion and token, so that a
+    completion does not depend on what else is in the batch.
+    """
+    language = model.language
+    b, p = prompts.tokens.shape
+    shape = (b, num_completions)
+    mask = jnp.arange(p) < prompts.length[:, None]
+    hidden, prompt_cache = language.prefill(model.embed(prompts), prompts.positions, mask)
+    last = jnp.take_along_axis(hidden, prompts.length[:, None, None] - 1, axis=1)
+    keys = row_keys(key, sample_id, num_completions)
+    ends = jnp.asarray(end_tokens)
+    penalty = sampling.repetition_penalty
+    rows = jnp.arange(b)[:, None, None], jnp.arange(num_completions)[None, :, None]
+
+    def step(state):
+        index, hidden, cache, out, seen = state
+        z = all_logits(hidden, language.head)
+        chosen_from = z if penalty == 1.0 else penalize(z, seen, penalty)
+        token = sample(chosen_from, keys, index, sampling)
+        log_prob = jnp.take_along_axis(nn.log_softmax(z), token[..., None], axis=-1)[..., 0]
+        if penalty != 1.0:
+            seen = seen.at[(*rows, token[..., None])].set(True)
+        out = Rollout(
+            tokens=out.tokens.at[:, :, index].set(jnp.where(out.ended, ends[0], token)),
+            lengths=out.lengths + ~out.ended,
+            log_probs=out.log_probs.at[:, :, index].set(jnp.where(out.ended, 0.0, log_prob)),
+            ended=out.ended | jnp.isin(token, ends),
+        )
+        embedded = language.embed_tokens(token)
+        position = prompts.next_position + index
+        hidden, cache = language.decode(embedded, position, index, prompt_cache, cache)
+        return index + 1, hidden, cache, out, seen
+
+    def unfinished(state):
+        index, _, _, out, _ = state
+        return (index < max_new_tokens) & ~jnp.all(out.ended)
+
+    seen = None
+    if penalty != 1.0:
+        seen = jnp.zeros((*shape, language.config.vocab_size), bool)
+        prompt_rows = jnp.broadcast_to(prompts.tokens[:, None], (*shape, p))
+        # Padding repeats the last token: nothing is marked that the prompt does not hold.
+        ends_at = jnp.minimum(jnp.arange(p), prompts.length[:, None] - 1)[:, None]
+        seen = seen.at[(*rows, jnp.take_along_axis(prompt_rows, ends_at, axis=2))].set(True)
+    empty = Rollout(
+        tokens=jnp.full((*shape, max_new_tokens), ends[0], jnp.int32),
+        lengths=jnp.zeros(shape, jnp.int32),
+        log_probs=jnp.zeros((*shape, max_new_tokens), jnp.float32),
+        ended=jnp.zeros(shape, bool),
+    )
+    start = jnp.broadcast_to(last, (*shape, last.shape[-1]))
+    cache = language.empty_cache(*shape, max_new_tokens)
+    return lax.while_loop(unfinished, step, (jnp.int32(0), start, cache, empty, seen))[3]

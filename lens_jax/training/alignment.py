@@ -1,0 +1,64 @@
+"""Stage 1, alignment: the context module learns to prompt SAM (LENS, section 3.3).
+
+The answer, with the true box, is given; the queries read it; the mask's BCE + dice train queries,
+connector and projection. Everything else is frozen, and SAM decodes as in evaluation.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from lens_jax.models.inputs import Batch
+from lens_jax.models.lens import LensModel
+from lens_jax.models.resample import upsample_logits, valid_pixels
+from lens_jax.rewards.segment import mask_iou
+from lens_jax.training.losses import segmentation_losses
+from lens_jax.training.state import Metrics, TrainState, accumulate, apply
+
+Update = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]
+
+
+def sums(model: LensModel, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """The loss and the metrics, summed over samples."""
+    prompts, targets = batch.prompts, batch.targets
+    embedded = model.embed(prompts)
+    answer, length = targets.answer[:, None], targets.answer_length[:, None]
+    score = model.score(prompts, embedded, answer, length, with_queries=True)
+    masks = model.masks(model.sam_features(prompts), score.hidden, stability=True)
+    canvas = targets.mask.shape[1:]
+    logits = upsample_logits(masks.logits, targets.mask_size, canvas)
+    valid = valid_pixels(targets.mask_size, canvas)
+    cross_entropy, dice = segmentation_losses(logits, targets.mask, valid)
+    iou = mask_iou(logits, targets.mask, valid)
+    loss = jnp.sum(cross_entropy + dice)
+    metrics = {
+        "loss": loss,
+        "mask_bce": cross_entropy.sum(),
+        "mask_dice": dice.sum(),
+        "mask_iou": iou.sum(),
+    }
+    return loss, metrics
+
+
+def make_update(
+    definition: nnx.GraphDef, optimizer: optax.GradientTransformation, portions: int = 1
+) -> Update:
+    """The update as a pure function `(state, frozen, batch) -> (state, metrics)`, to be jitted."""
+
+    def update(state: TrainState, frozen: nnx.State, batch: Batch):
+        def gradient_of_sums(portion):
+            def loss(params):
+                return sums(nnx.merge(definition, params, frozen), portion)
+
+            return jax.grad(loss, has_aux=True)(state.params)
+
+        count = len(batch.sample_id)
+        gradients, metrics = accumulate(gradient_of_sums, batch, portions)
+        gradients, metrics = jax.tree.map(lambda x: x / count, (gradients, metrics))
+        state, norm = apply(state, gradients, metrics["loss"], optimizer)
+        return state, metrics | {"grad_norm": norm, "skipped_updates": state.skipped}
+
+    return update

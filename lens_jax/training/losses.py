@@ -1,0 +1,48 @@
+"""Losses, per sample and in float32; the steps divide once, after accumulation."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+
+def policy_loss(
+    log_probs: Float[Array, "B G T"],
+    advantages: Float[Array, "B G"],
+    kl: Float[Array, "B G T"],
+    beta: float,
+    counted: Bool[Array, "B G T"],
+) -> Float[Array, "B G"]:
+    """On-policy GRPO: -exp(logp - sg(logp)) A + beta KL, mean over a completion's tokens.
+
+    There is one update a rollout, so the ratio is 1 and only its gradient matters.
+    """
+    ratio = jnp.exp(log_probs - jax.lax.stop_gradient(log_probs))
+    return token_mean(-ratio * advantages[..., None] + beta * kl, counted)
+
+
+def k3(log_probs: Float[Array, "B G T"], reference: Float[Array, "B G T"]) -> Float[Array, "B G T"]:
+    """Schulman's k3 estimate of KL(policy || reference): exp(d) - d - 1, d = reference - policy."""
+    difference = reference - log_probs
+    return jnp.exp(difference) - difference - 1.0
+
+
+def token_mean(values: Float[Array, "B G T"], counted: Bool[Array, "B G T"]) -> Float[Array, "B G"]:
+    """Mean over the counted tokens of each completion; 0 for an empty one."""
+    total = jnp.sum(jnp.where(counted, values, 0.0), axis=-1)
+    return total / jnp.maximum(counted.sum(-1), 1)
+
+
+def segmentation_losses(
+    logits: Float[Array, "B G H W"], mask: Bool[Array, "B H W"], valid: Bool[Array, "B H W"]
+) -> tuple[Float[Array, "B G"], Float[Array, "B G"]]:
+    """Binary cross-entropy (mean over true pixels) and dice loss of each mask."""
+    truth, valid = mask[:, None].astype(jnp.float32), valid[:, None]
+    cross_entropy = optax.sigmoid_binary_cross_entropy(logits, truth)
+    pixels = valid.sum((-2, -1))
+    cross_entropy = jnp.sum(jnp.where(valid, cross_entropy, 0.0), (-2, -1)) / pixels
+    probs = jnp.where(valid, jax.nn.sigmoid(logits), 0.0)
+    truth = jnp.where(valid, truth, 0.0)
+    overlap = jnp.sum(probs * truth, (-2, -1))
+    dice = 1 - (2 * overlap + 1) / (probs.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
+    return cross_entropy, dice

@@ -1,0 +1,397 @@
+"""Makes the tiny Qwen2.5-VL that `make train` starts from.
+
+    python -m tools.make_tiny_vlm --output checkpoints/tiny/qwen2_5_vl
+
+It is to LENS what Qwen2.5-VL-3B-Instruct is to the real one: it picks the object that an expression
+names, most of the time, and writes its box as text, loosely. Supervised training from scratch on
+generated scenes, in three parts: the vision tower learns to say what is centred in each cell of the
+picture; then answers are taught, with a loss that draws one pair of heads to the object meant (plain
+supervised training binds words to objects too slowly); last, with boxes enlarged at random, because
+tightening them is what reinforcement learning is to show. Expressions that the held-out splits
+reserve (`shapes.is_held_out`) are never used.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jsonargparse
+import numpy as np
+import optax
+from flax import nnx
+from safetensors.numpy import save_file
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from lens_jax import checkpoints
+from lens_jax.data import prompts
+from lens_jax.data.sources import shapes
+from lens_jax.models import layers
+from lens_jax.models.attention import Prefix, attention
+from lens_jax.models.qwen_vl.config import QwenVLConfig
+from lens_jax.models.qwen_vl.head import token_log_probs
+from lens_jax.models.qwen_vl.language import LanguageModel
+from lens_jax.models.qwen_vl.vision import VisionTower
+from tools.convert_weights import qwen_vl
+
+HF_CONFIG = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 448,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 4096,
+    # Positions span tens, not thousands: with Qwen's 1e6 most frequences would stand still.
+    "rope_theta": 30.0,
+    "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [4, 6, 6]},
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "torch_dtype": "float32",
+    "vision_config": {
+        "model_type": "qwen2_5_vl",
+        "depth": 3,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "fullatt_block_indexes": [1, 2],
+        "hidden_act": "silu",
+        "in_chans": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 112,
+    },
+}
+CELL, CELLS = 28, 4  # pixels of a merged patch, cells a side
+QUESTIONS = 4  # expressions of one picture trained together, sharing its tokens
+SUPERVISED_LAYER = 1
+IMAGE_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+IMAGE_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How long and how fast.
+
+    Attributes:
+        output: folder with the tokenizer, where config.json and model.safetensors are written.
+        scenes: pictures to draw; all parts of the training go over them.
+        vision_steps: steps of the vision tower alone, 48 pictures each.
+        tight_steps: steps with true boxes, 16 pictures of 4 questions each.
+        loose_steps: steps with enlarged boxes.
+        learning_rate: peak; decays linearly to a tenth over the second half of tight_steps.
+        start: a safetensors file to start from instead of random weights.
+        seed: of scenes, weights and order.
+    """
+
+    output: Path = Path("checkpoints/tiny/qwen2_5_vl")
+    scenes: int = 24_000
+    vision_steps: int = 600
+    tight_steps: int = 5_000
+    loose_steps: int = 1_000
+    learning_rate: float = 1.5e-3
+    start: Path | None = None
+    seed: int = 0
+
+
+class TinyVLM(nnx.Module):
+    """Vision tower and language model, with throw-away heads for the first part."""
+
+    def __init__(self, config: QwenVLConfig, rngs: nnx.Rngs):
+        self.visual = VisionTower(config.vision, rngs=rngs)
+        self.language = LanguageModel(config, rngs=rngs)
+        self.cells = nnx.Linear(config.hidden_size, 16 + 4 * (12 + 10), rngs=rngs)
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Pool:
+    """All scenes: pictures, what is centred in each cell, and questions as token rows."""
+
+    images: np.ndarray  # u8 [N, 112, 112, 3]
+    cell_class: np.ndarray  # i8 [N, 16], 0: nothing
+    cell_box: np.ndarray  # u8 [N, 16, 4]
+    questions: list[list[tuple[str, tuple[int, ...], int]]]  # text, box, cell
+
+
+def _draw(seed: int, index: int):
+    scene = shapes.random_scene(np.random.default_rng((seed, index)))
+    kinds = [f"{c} {s}" for c in shapes.COLORS for s in shapes.SHAPES]
+    cell_class, cell_box = np.zeros(16, np.int8), np.zeros((16, 4), np.uint8)
+    questions = []
+    for thing in scene.objects:
+        box = tuple(int(v) for v in thing.box)
+        cell = (box[1] + box[3]) // 2 // CELL * CELLS + (box[0] + box[2]) // 2 // CELL
+        cell_class[cell] = 1 + kinds.index(f"{thing.color} {thing.shape}")
+        cell_box[cell] = box
+        for expression in thing.expressions:
+            if not shapes.is_held_out(expression):
+                questions.append((expression.text, box, cell))
+    return scene.image, cell_class, cell_box, questions
+
+
+def make_pool(count: int, seed: int) -> Pool:
+    with multiprocessing.get_context("spawn").Pool(2) as workers:
+        drawn = workers.imap(partial(_draw, seed), range(count), chunksize=64)
+        rows = [row for row in tqdm(drawn, "scenes", count) if row[3]]
+    images, cell_class, cell_box, questions = zip(*rows, strict=True)
+    return Pool(np.stack(images), np.stack(cell_class), np.stack(cell_box), list(questions))
+
+
+class Writer:
+    """Token rows of questions with answers; pieces are cached, as words repeat."""
+
+    def __init__(self, folder: Path):
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.encode = cache(lambda text: tuple(self.tokenizer.encode(text)))
+        image = "<|vision_start|>" + "<|image_pad|>" * CELLS**2 + "<|vision_end|>"
+        self.prefix = self.encode(
+            f"<|im_start|>system\n{prompts.SYSTEM}<|im_end|>\n<|im_start|>user\n{image}"
+        )
+        self.first_image = self.prefix.index(self.encode("<|image_pad|>")[0])
+
+    def row(self, text: str, box: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
+        """Tokens after the picture; where the answer and where its box begin."""
+        question = prompts.QUESTION.format(question=text) + "<|im_end|>\n<|im_start|>assistant\n"
+        head = self.encode(question)
+        echo = self.encode(f"<|object_ref_start|>{text}.<|object_ref_end|><|box_start|>")
+        numbers = [self.encode(str(v)) for v in box]
+        marks = [self.encode(m) for m in ("(", ",", "),(", ",", ")<|box_end|><|im_end|>")]
+        coordinates = marks[0] + sum((n + m for n, m in zip(numbers, marks[1:], strict=True)), ())
+        return head + echo + coordinates, len(head), len(head) + len(echo) - 1
+
+
+def loosen(box: tuple[int, ...], rng: np.random.Generator) -> tuple[int, ...]:
+    """Every side moved outwards by 5 to 45 % of the object's size, at most to the border."""
+    x0, y0, x1, y1 = box
+    move = rng.uniform(0.05, 0.45, 4) * [x1 - x0, y1 - y0, x1 - x0, y1 - y0]
+    moved = np.round(np.array(box) + move * [-1, -1, 1, 1])
+    return tuple(int(v) for v in np.clip(moved, 0, shapes.SIDE))
+
+
+def batches(pool: Pool, writer: Writer, size: int, loose: bool, seed: int) -> Iterator[dict]:
+    """Endless batches: pictures [B], questions [B, G, S] with the spans of answers and boxes."""
+    rng = np.random.default_rng((seed, int(loose)))
+    length = 56
+    while True:
+        rows = rng.integers(len(pool.images), size=size)
+        tokens = np.zeros((size, QUESTIONS, length), np.int32)
+        spans = np.zeros((size, QUESTIONS, 3), np.int32)  # answer, box, end
+        cells = np.zeros((size, QUESTIONS), np.int32)
+        for b, row in enumerate(rows):
+            asked = pool.questions[row]
+            order = rng.permutation(len(asked))
+            for g in range(QUESTIONS):
+                text, box, cells[b, g] = asked[order[g % len(order)]]
+                ids, answer, start = writer.row(text, loosen(box, rng) if loose else box)
+                tokens[b, g, : len(ids)] = ids
+                spans[b, g] = answer, start, len(ids)
+        yield dict(
+            images=pool.images[rows],
+            cell_class=pool.cell_class[rows].astype(np.int32),
+            cell_box=pool.cell_box[rows].astype(np.int32),
+            tokens=tokens,
+            spans=spans,
+            cells=cells,
+        )
+
+
+# ---- losses -------------------------------------------------------------------------------------
+
+
+def see(model: TinyVLM, images: jax.Array) -> jax.Array:
+    """Merged tokens [B, 16, D] of 112 x 112 pictures, which are one window."""
+    b, n, p = len(images), CELLS, CELL // 2
+    x = (images / 255.0 - IMAGE_MEAN) / IMAGE_STD
+    x = x.reshape(b, n, 2, p, n, 2, p, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
+    x = jnp.repeat(x.reshape(b, 1, 4 * n * n, 3, 1, p * p), 2, axis=4).reshape(b, 1, 4 * n * n, -1)
+    unit, sub = np.divmod(np.arange(4 * n * n), 4)
+    place = np.stack([unit // n * 2 + sub // 2, unit % n * 2 + sub % 2], -1)
+    return model.visual(x, jnp.asarray(place)[None, None], jnp.ones((1, 1, 4 * n * n), bool))
+
+
+def cell_loss(model: TinyVLM, seen: jax.Array, batch: dict) -> jax.Array:
+    """What is centred in each cell, and its box in digits."""
+    parts = jnp.split(model.cells(seen), [16, 16 + 4 * 12], axis=-1)
+    nll = optax.softmax_cross_entropy_with_integer_labels
+    loss = nll(parts[0], batch["cell_class"]).mean()
+    here = (batch["cell_class"] > 0)[..., None]
+    for logits, digit in zip(parts[1:], jnp.divmod(batch["cell_box"], 10), strict=True):
+        logits = logits.reshape(*logits.shape[:-1], 4, -1)
+        loss += jnp.sum(nll(logits, digit) * here) / (4 * here.sum())
+    return loss
+
+
+def answer_loss(
+    model: TinyVLM, seen: jax.Array, batch: dict, prefix: jax.Array, first_image: int
+) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood of answers, and how far the supervised heads look past the object."""
+    language, tokens = model.language, batch["tokens"]
+    b, g, s = tokens.shape
+    answer, start, end = (batch["spans"][..., i, None] for i in range(3))
+    prompt = jnp.broadcast_to(language.embed_tokens(prefix), (b, len(prefix), seen.shape[-1]))
+    prompt = prompt.at[:, first_image : first_image + CELLS**2].set(seen)
+    p = len(prefix)
+    grid = np.arange(CELLS**2)
+    positions = np.broadcast_to(np.arange(p), (3, p)).copy()
+    inside = slice(first_image, first_image + CELLS**2)
+    positions[:, inside] = first_image + np.stack([0 * grid, grid // CELLS, grid % CELLS])
+    positions[:, inside.stop :] -= CELLS**2 - CELLS
+    own = positions[0, -1] + 1 + np.arange(g * s) % s
+    rotation = language.rotation(
+        jnp.concatenate([positions, np.broadcast_to(own, (3, g * s))], -1)[None]
+    )
+    causal, alone = np.tri(s, dtype=bool)[None, None], np.tri(p, dtype=bool)[None, None]
+
+    x = jnp.concatenate([prompt, language.embed_tokens(tokens).reshape(b, g * s, -1)], 1)
+    for i in range(language.config.num_layers):
+        layer = layers.layer(language.layers, i)
+        parts = layer.project(x, rotation)
+        before = [y[:, None, :p] for y in parts]
+        after = [y[:, p:].reshape(b, g, s, *y.shape[2:]) for y in parts]
+        shared = Prefix(before[1][:, 0], before[2][:, 0], jnp.ones((b, p), bool))
+        if i == SUPERVISED_LAYER:
+            # Values that are one-hot in the cells turn attention's output into its weights.
+            cells = jnp.zeros((1, p, 1, CELLS**2)).at[:, inside, 0].set(jnp.eye(CELLS**2))
+            looking = Prefix(shared.keys[:, :, :1], jnp.tile(cells, (b, 1, 1, 1)), shared.mask)
+            nothing = jnp.zeros((b, g, s, 1, CELLS**2))
+            heads = after[0].shape[3] // after[1].shape[3]
+            weights = attention(
+                after[0][..., :heads, :], after[1][..., :1, :], nothing, causal, looking
+            )
+        seen_own = attention(*after, causal, shared).reshape(b, g * s, *after[0].shape[3:])
+        x = layer.combine(x, jnp.concatenate([attention(*before, alone)[:, 0], seen_own], 1))
+    hidden = language.norm(x)[:, p:].reshape(b, g, s, -1)
+
+    log_probs, _ = token_log_probs(hidden[:, :, :-1], language.head, tokens[:, :, 1:])
+    place = jnp.arange(1, s)
+    counted = (place >= answer) & (place < end)
+    nll = -jnp.sum(log_probs * counted) / counted.sum()
+    target = jax.nn.one_hot(batch["cells"], CELLS**2)
+    mass = jnp.einsum("bgshc,bgc->bgs", weights, target) / weights.shape[3]
+    writing = (jnp.arange(s) >= start) & (jnp.arange(s) < end - 2)
+    drawn = -jnp.sum(jnp.log(mass + 1e-6) * writing) / writing.sum()
+    return nll, drawn
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def train(settings: Settings) -> dict:
+    """Runs the three parts; writes config.json and model.safetensors; returns the last losses."""
+    writer = Writer(settings.output)
+    special = {name: writer.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in (
+        "endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad",
+    )}  # fmt: skip
+    hf_config = HF_CONFIG | {
+        "bos_token_id": special["endoftext"],
+        "eos_token_id": special["im_end"],
+        "vision_start_token_id": special["vision_start"],
+        "vision_end_token_id": special["vision_end"],
+        "vision_token_id": special["vision_pad"],
+        "image_token_id": special["image_pad"],
+        "video_token_id": special["video_pad"],
+    }
+    config = QwenVLConfig.from_hf(hf_config)
+    model = TinyVLM(config, nnx.Rngs(settings.seed))
+    if settings.start:
+        _load(model, config, settings.start)
+    definition, state = nnx.split(model)
+    pool = make_pool(settings.scenes, settings.seed)
+    prefix = jnp.asarray(writer.prefix)
+
+    def vision_loss(state, batch, _):
+        model = nnx.merge(definition, state)
+        loss = cell_loss(model, see(model, batch["images"]), batch)
+        return loss, (loss,)
+
+    def language_loss(state, batch, aid):
+        model = nnx.merge(definition, state)
+        seen = see(model, batch["images"])
+        nll, drawn = answer_loss(model, seen, batch, prefix, writer.first_image)
+        cells = cell_loss(model, seen, batch)
+        return nll + 0.3 * drawn + 0.3 * aid * cells, (nll, drawn, cells)
+
+    def part(name, loss, state, steps, size, rate, loose=False, aided=0.0):
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98))
+
+        @partial(jax.jit, donate_argnums=(0, 1))
+        def update(state, moments, batch, aid):
+            (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state, batch, aid)
+            change, moments = optimizer.update(gradient, moments, state)
+            return optax.apply_updates(state, change), moments, jnp.stack(parts)
+
+        moments, smooth = optimizer.init(state), None
+        data = batches(pool, writer, size, loose, settings.seed + 1)
+        for step in (bar := tqdm(range(steps), name, file=sys.stderr, mininterval=5)):
+            aid = max(0.0, 1.0 - step / max(1.0, aided * steps))
+            state, moments, parts = update(state, moments, next(data), aid)
+            if step % 20 == 0 or step == steps - 1:
+                parts = np.asarray(parts)
+                if not np.isfinite(parts).all():
+                    raise FloatingPointError(f"{name}: loss {parts} at step {step}")
+                smooth = parts if smooth is None else 0.8 * smooth + 0.2 * parts
+                bar.set_postfix_str(" ".join(f"{v:.3f}" for v in smooth))
+            if step % 500 == 499:
+                _save(nnx.merge(definition, state), config, hf_config, settings.output)
+        return state, smooth
+
+    peak, tight = settings.learning_rate, settings.tight_steps
+    ramp = optax.linear_schedule(0.0, 2e-3, min(50, settings.vision_steps + 1))
+    state, seen = part("vision", vision_loss, state, settings.vision_steps, 48, ramp)
+    warm = optax.linear_schedule(0.0, peak, min(100, tight + 1))
+    falling = optax.linear_schedule(peak, peak / 10, tight - tight // 2)
+    rate = optax.join_schedules([warm, falling], [tight // 2])
+    state, exact = part("tight", language_loss, state, tight, 16, rate, aided=0.5)
+    rate = optax.linear_schedule(peak / 3, peak / 30, settings.loose_steps)
+    state, loose = part("loose", language_loss, state, settings.loose_steps, 16, rate, loose=True)
+    _save(nnx.merge(definition, state), config, hf_config, settings.output)
+    return {"vision": seen, "tight": exact, "loose": loose}
+
+
+def _save(model: TinyVLM, config: QwenVLConfig, hf_config: dict, output: Path) -> None:
+    flat = dict(checkpoints.unstack(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    tensors = {
+        entry.source: np.ascontiguousarray(entry.transform.inverse(np.asarray(flat[entry.target])))
+        for entry in qwen_vl.table(config).entries
+    }
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    (output / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+
+
+def _load(model: TinyVLM, config: QwenVLConfig, file: Path) -> None:
+    from safetensors.numpy import load_file
+
+    tensors = load_file(file)
+    flat = {e.target: e.transform.forward(tensors[e.source]) for e in qwen_vl.table(config).entries}
+    nnx.update(model, nnx.State(checkpoints.stack(flat)))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = jsonargparse.ArgumentParser(description=__doc__, env_prefix=False)
+    parser.add_class_arguments(Settings)
+    settings = parser.instantiate_classes(parser.parse_args(arguments))
+    losses = train(Settings(**{k: v for k, v in vars(settings).items()}))
+    for name, values in losses.items():
+        print(name, " ".join(f"{v:.3f}" for v in values) if values is not None else "-")
+
+
+if __name__ == "__main__":
+    main()
