@@ -1,4 +1,16 @@
-"""What the language model reads: questions, answers, tokens and their positions (LENS section 3)."""
+"""What the language model reads: questions, answers, their tokens and positions (LENS, section 3).
+
+Coordinates in a text are pixels of the resized picture (`qwen2p5vl`) or thousandths of the
+picture's sides (`qwen2vl`), rounded half to even.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
 
 SYSTEM = "You are a helpful assistant. "
 QUESTION = "Output the bounding box of the {question} in the image."
@@ -9,3 +21,140 @@ REASONING_QUESTION = (
     "Output the one bbox inside the interested object in JSON format."
     "i.e., <think>thinking process here</think><answer>answer here</answer>"
 )
+ANSWER = (
+    "<|object_ref_start|>{question}.<|object_ref_end|>"
+    "<|box_start|>({0},{1}),({2},{3})<|box_end|><|im_end|>"
+)
+IMAGE_TOKEN = "<|image_pad|>"
+COORDINATES = ("qwen2p5vl", "qwen2vl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Templates:
+    """The texts around an expression, which stands where they say {question}."""
+
+    system: str = SYSTEM
+    question: str = QUESTION
+    reasoning_question: str = REASONING_QUESTION
+
+    def __post_init__(self):
+        for name in ("question", "reasoning_question"):
+            if "{question}" not in getattr(self, name):
+                raise ValueError(f"prompt template {name!r} has no {{question}} in it")
+
+    def messages(self, expression: str, reasoning: bool = False) -> list[dict[str, Any]]:
+        """The conversation that the chat template turns into text."""
+        template = self.reasoning_question if reasoning else self.question
+        text = template.replace("{question}", expression)
+        return [
+            {"role": "system", "content": self.system},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
+        ]
+
+
+class PromptEncoder:
+    """Expressions to token ids, with a tokenizer's chat template.
+
+    The template is rendered once a kind of question and cut at the image token; special tokens
+    part the text for the tokenizer, so the pieces' tokens are the whole text's tokens.
+    """
+
+    _MARK = "expression-goes-here"
+
+    def __init__(self, tokenizer: Any, templates: Templates):
+        self.tokenizer = tokenizer
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self._pieces = {}
+        for reasoning in (False, True):
+            text = tokenizer.apply_chat_template(
+                templates.messages(self._MARK, reasoning), tokenize=False, add_generation_prompt=True
+            )
+            pieces = text.split(IMAGE_TOKEN)
+            if len(pieces) != 2 or text.count(self._MARK) != 1 or self._MARK not in pieces[1]:
+                raise ValueError(
+                    f"the chat template must hold one {IMAGE_TOKEN} and then the question, once; "
+                    f"it renders {text!r}"
+                )
+            self._pieces[reasoning] = (self.encode(pieces[0]), *pieces[1].split(self._MARK))
+        self._tail = functools.lru_cache(2**16)(self._encode_tail)
+
+    def encode(self, text: str) -> Int[np.ndarray, "L"]:
+        """Token ids of a text, special tokens in it included, none added."""
+        ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, np.int32)
+
+    def _encode_tail(self, expression: str, reasoning: bool) -> Int[np.ndarray, "L"]:
+        _, before, after = self._pieces[reasoning]
+        return self.encode(f"{before}{expression}{after}")
+
+    def prompt(
+        self, expression: str, num_image_tokens: int, reasoning: bool = False
+    ) -> tuple[Int[np.ndarray, "P"], int]:
+        """A prompt's tokens, and the index of its first image token."""
+        head = self._pieces[reasoning][0]
+        image = np.full(num_image_tokens, self.image_token_id, np.int32)
+        return np.concatenate([head, image, self._tail(expression, reasoning)]), len(head)
+
+    def answer(self, expression: str, box: Sequence[int]) -> Int[np.ndarray, "T"]:
+        """The teacher-forced answer's tokens, end token included; `box` as the text writes it."""
+        return self.encode(answer_text(expression, box))
+
+
+def answer_text(expression: str, box: Sequence[int]) -> str:
+    """Stage 1's answer; `box` is xyxy in the text's own coordinates."""
+    return ANSWER.replace("{question}", "\0").format(*box).replace("\0", expression)
+
+
+def rope_positions(
+    length: int, image_start: int, image_grid: tuple[int, int]
+) -> tuple[Int[np.ndarray, "3 P"], int]:
+    """Qwen's multimodal rotary positions (time, row, column), and the first one after the prompt.
+
+    Text counts on all three axes at once; the image's tokens share one time and count rows and
+    columns from there; the text after it goes on from the largest position so far.
+
+    Args:
+        length: tokens of the prompt.
+        image_start: index of the first image token.
+        image_grid: (rows, columns) of image tokens.
+    """
+    rows, columns = image_grid
+    positions = np.empty((3, length), np.int32)
+    positions[:, :image_start] = np.arange(image_start)
+    end = image_start + rows * columns
+    index = np.arange(rows * columns)
+    positions[:, image_start:end] = image_start
+    positions[1, image_start:end] += (index // columns).astype(np.int32)
+    positions[2, image_start:end] += (index % columns).astype(np.int32)
+    resume = image_start + max(rows, columns)
+    positions[:, end:] = resume + np.arange(length - end)
+    return positions, resume + length - end
+
+
+def coordinate_scale(resized_size: tuple[int, int], coordinates: str) -> tuple[int, int]:
+    """What the text's coordinates run to, (height, width): the resized picture, or 1000."""
+    if coordinates not in COORDINATES:
+        raise ValueError(f"coordinates: {coordinates!r} is none of {', '.join(COORDINATES)}")
+    return resized_size if coordinates == "qwen2p5vl" else (1000, 1000)
+
+
+def box_to_text(
+    box: Sequence[float], image_size: tuple[int, int], scale: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """An xyxy box in pixels of the picture (height, width) as the text writes it."""
+    height, width = image_size
+    x0, y0, x1, y1 = (float(v) for v in box)
+    return (
+        round(x0 / width * scale[1]),
+        round(y0 / height * scale[0]),
+        round(x1 / width * scale[1]),
+        round(y1 / height * scale[0]),
+    )
+
+
+def box_to_pixels(
+    box: Sequence[float], image_size: tuple[int, int], scale: tuple[int, int]
+) -> Float[np.ndarray, "4"]:
+    """A text's box as xyxy pixels of the original picture (height, width)."""
+    x, y = image_size[1] / scale[1], image_size[0] / scale[0]
+    return (np.asarray(box, np.float64) * [x, y, x, y]).astype(np.float32)

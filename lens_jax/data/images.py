@@ -1,0 +1,177 @@
+"""Pictures as the two models see them: Qwen's patches in window order, SAM's plain square."""
+
+import functools
+import math
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
+
+FACTOR = 28  # a merged unit's side: 2 x 2 patches of 14 pixels
+MAX_ASPECT = 200
+MIN_PIXELS, MAX_PIXELS = 3136, 1_000_000
+
+
+def smart_resize(
+    height: int, width: int, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """The size (height, width) a picture is resized to: multiples of 28, area within limits.
+
+    Raises:
+        ValueError: one side is more than 200 times the other.
+    """
+    if max(height, width) / min(height, width) > MAX_ASPECT:
+        raise ValueError(
+            f"a picture of {width} x {height} pixels: absolute aspect ratio must be smaller than "
+            f"{MAX_ASPECT}, got {max(height, width) / min(height, width)}"
+        )
+    h = max(FACTOR, round(height / FACTOR) * FACTOR)
+    w = max(FACTOR, round(width / FACTOR) * FACTOR)
+    if h * w > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        h = math.floor(height / beta / FACTOR) * FACTOR
+        w = math.floor(width / beta / FACTOR) * FACTOR
+    elif h * w < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        h = math.ceil(height * beta / FACTOR) * FACTOR
+        w = math.ceil(width * beta / FACTOR) * FACTOR
+    return h, w
+
+
+def longest_side(height: int, width: int, longest: int) -> tuple[int, int]:
+    """The size (height, width) with the longest side scaled to `longest`, fractions cut off."""
+    scale = longest / max(height, width)
+    return int(height * scale), int(width * scale)
+
+
+def resize(
+    image: UInt8[np.ndarray, "H W 3"],
+    size: tuple[int, int],
+    method: Image.Resampling = Image.Resampling.BICUBIC,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Resizes to (height, width) with PIL, which antialiases."""
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), method))
+
+
+def sam_pixels(image: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "A A 3"]:
+    """SAM's input: the whole picture on a square, aspect not kept, bilinear."""
+    return resize(image, (side, side), Image.Resampling.BILINEAR)
+
+
+@functools.lru_cache(64)
+def _normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> Float[np.ndarray, "3 256"]:
+    """Qwen's value of each byte in each channel: rescaled, then normalised, in float32."""
+    scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
+    return (scaled - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+
+
+def patchify(
+    image: UInt8[np.ndarray, "H W 3"],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    patch_size: int = 14,
+    merge_size: int = 2,
+    temporal_patch_size: int = 2,
+) -> tuple[Float[np.ndarray, "N C"], tuple[int, int]]:
+    """Cuts a resized picture into normalised patches.
+
+    Returns:
+        The patches, merged units row-major and each unit's patches row-major, a patch's values in
+        the order (channel, time, row, column), the still picture repeated in time; and the grid
+        (rows, columns) of patches.
+    """
+    rows, columns = image.shape[0] // patch_size, image.shape[1] // patch_size
+    m, p = merge_size, patch_size
+    cut = image.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    cut = cut.reshape(rows * columns, 3, p * p)
+    table = _normalization(tuple(mean), tuple(std))
+    patches = np.empty((rows * columns, 3, temporal_patch_size, p * p), np.float32)
+    for channel in range(3):
+        patches[:, channel] = table[channel][cut[:, channel]][:, None]
+    return patches.reshape(rows * columns, -1), (rows, columns)
+
+
+@functools.lru_cache(512)
+def window_layout(
+    grid: tuple[int, int], window_units: int, merge_size: int = 2
+) -> tuple[Int[np.ndarray, "W S"], Int[np.ndarray, "W S 2"], Int[np.ndarray, "units"]]:
+    """Where each patch goes: windows row-major, each with its units row-major, padded at borders.
+
+    Args:
+        grid: (rows, columns) of patches.
+        window_units: a window's side in merged units.
+
+    Returns:
+        The patch (as `patchify` orders them) of each slot, -1 for padding; the (row, column) of
+        each slot's patch, 0 for padding; and the flat slot, in units, of each unit in row-major
+        order, which is the order of the image tokens. Read-only, for they are shared.
+    """
+    m, u = merge_size, window_units
+    rows, columns = grid[0] // m, grid[1] // m
+    windows = (-(-rows // u), -(-columns // u))
+    units = np.full((windows[0] * u, windows[1] * u), -1, np.int32)
+    units[:rows, :columns] = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
+    units = units.reshape(windows[0], u, windows[1], u).transpose(0, 2, 1, 3).reshape(-1)
+    slot_of_unit = np.empty(rows * columns, np.int32)
+    slot_of_unit[units[units >= 0]] = np.flatnonzero(units >= 0)
+
+    source = np.where(units[:, None] >= 0, units[:, None] * m * m + np.arange(m * m), -1)
+    source = source.reshape(windows[0] * windows[1], u * u * m * m).astype(np.int32)
+    row = units // columns * m
+    column = units % columns * m
+    inner = np.arange(m * m)
+    positions = np.stack(
+        [row[:, None] + inner // m, column[:, None] + inner % m], axis=-1, dtype=np.int32
+    ).reshape(*source.shape, 2)
+    positions[source < 0] = 0
+    for array in (source, positions, slot_of_unit):
+        array.flags.writeable = False
+    return source, positions, slot_of_unit
+
+
+def arrange_windows(
+    patches: Float[np.ndarray, "N C"], source: Int[np.ndarray, "W S"]
+) -> tuple[Float[np.ndarray, "W S C"], Bool[np.ndarray, "W S"]]:
+    """Puts patches into their slots (`source` of `window_layout`); padding is zero and masked."""
+    mask = source >= 0
+    arranged = patches[np.maximum(source, 0)]
+    arranged[~mask] = 0.0
+    return arranged, mask
+
+
+def fit_mask(
+    mask: Bool[np.ndarray, "H W"], canvas: tuple[int, int]
+) -> Bool[np.ndarray, "h w"]:
+    """The mask itself if it fits on the canvas (height, width), else shrunken to fit, nearest."""
+    height, width = mask.shape
+    if height <= canvas[0] and width <= canvas[1]:
+        return mask
+    scale = min(canvas[0] / height, canvas[1] / width)
+    h, w = max(1, int(height * scale)), max(1, int(width * scale))
+    rows = ((np.arange(h) + 0.5) * height / h).astype(int)
+    columns = ((np.arange(w) + 0.5) * width / w).astype(int)
+    return mask[rows[:, None], columns[None, :]]
+
+
+def upsample_logits(
+    logits: Float[np.ndarray, "h w"], size: tuple[int, int]
+) -> Float[np.ndarray, "H W"]:
+    """Mask logits at another size (height, width), on the host.
+
+    Bilinear with pixel centres (align_corners False) and without antialiasing, in float32, as the
+    official evaluation does.
+    """
+    logits = np.asarray(logits, np.float32)
+    for axis in (0, 1):
+        length = logits.shape[axis]
+        place = (np.arange(size[axis], dtype=np.float32) + np.float32(0.5)) * np.float32(
+            length / size[axis]
+        ) - np.float32(0.5)
+        place = np.maximum(place, 0)
+        low = np.minimum(place.astype(np.int64), length - 1)
+        high = np.minimum(low + 1, length - 1)
+        weight = np.expand_dims(place - low, 1 - axis).astype(np.float32)
+        logits = (1 - weight) * logits.take(low, axis) + weight * logits.take(high, axis)
+    return logits
