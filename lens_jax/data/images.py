@@ -141,9 +141,7 @@ def arrange_windows(
     return arranged, mask
 
 
-def fit_mask(
-    mask: Bool[np.ndarray, "H W"], canvas: tuple[int, int]
-) -> Bool[np.ndarray, "h w"]:
+def fit_mask(mask: Bool[np.ndarray, "H W"], canvas: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
     """The mask itself if it fits on the canvas (height, width), else shrunken to fit, nearest."""
     height, width = mask.shape
     if height <= canvas[0] and width <= canvas[1]:

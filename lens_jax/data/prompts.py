@@ -67,7 +67,9 @@ class PromptEncoder:
         self._pieces = {}
         for reasoning in (False, True):
             text = tokenizer.apply_chat_template(
-                templates.messages(self._MARK, reasoning), tokenize=False, add_generation_prompt=True
+                templates.messages(self._MARK, reasoning),
+                tokenize=False,
+                add_generation_prompt=True,
             )
             pieces = text.split(IMAGE_TOKEN)
             if len(pieces) != 2 or text.count(self._MARK) != 1 or self._MARK not in pieces[1]:

@@ -1,0 +1,499 @@
+"""From samples to batches of static shapes, in an order that is a pure function of the seed.
+
+Sample number i of a run is the same whatever the number of processes, threads and restarts: its
+place in the epoch's permutation, its sentence and, should it be unreadable, its replacement depend
+on (seed, i) alone. The position of a run in its data is therefore one integer.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
+from transformers import AutoTokenizer
+
+from lens_jax.data import images, prompts
+from lens_jax.data.sample import Sample, SampleError, Source
+from lens_jax.models.inputs import Batch, Prompts, Targets
+
+log = logging.getLogger("lens_jax")
+
+ATTEMPTS = 16  # replacements tried for one unreadable sample before the data set is given up
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The static shapes of batches: a batch takes the smallest of each that holds all its rows."""
+
+    prompt_tokens: Sequence[int] = (512, 1408)
+    windows: Sequence[int] = (108,)
+    canvas: Sequence[tuple[int, int]] = ((640, 640),)
+    answer_tokens: Sequence[int] = (64,)
+
+    def __post_init__(self):
+        largest = self.largest_canvas
+        if any(c[0] > largest[0] or c[1] > largest[1] for c in self.canvas):
+            raise ValueError(f"canvas: none of {list(self.canvas)} holds all the others")
+
+    @property
+    def largest_canvas(self) -> tuple[int, int]:
+        return max(self.canvas, key=lambda canvas: canvas[0] * canvas[1])
+
+    def largest(self) -> "Buckets":
+        """Only the largest of each: one shape, whatever the samples."""
+        return Buckets(
+            prompt_tokens=(max(self.prompt_tokens),),
+            windows=(max(self.windows),),
+            canvas=(self.largest_canvas,),
+            answer_tokens=(max(self.answer_tokens),),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt before it is padded to a bucket; a row of `Prompts`, with its sizes."""
+
+    patches: Float[np.ndarray, "W S C"]
+    patch_positions: Int[np.ndarray, "W S 2"]
+    patch_mask: Bool[np.ndarray, "W S"]
+    tokens: Int[np.ndarray, "P"]
+    image_index: Int[np.ndarray, "P"]
+    positions: Int[np.ndarray, "3 P"]
+    next_position: int
+    sam_pixels: UInt8[np.ndarray, "A A 3"]
+    image_size: tuple[int, int]  # (height, width) of the picture as given
+    coordinate_scale: tuple[int, int]  # what the text's (y, x) run to
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt with its truth, before padding."""
+
+    prompt: Prompt
+    box: Float[np.ndarray, "4"]  # as the text writes it; zeros if the sample has none
+    mask: Bool[np.ndarray, "H W"]
+    answer: Int[np.ndarray, "T"]
+
+
+class Processor:
+    """Everything between a picture with an expression and what the model is fed."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        sam_size: int,
+        window_size: int = 112,
+        templates: prompts.Templates = prompts.Templates(),  # noqa: B008 (frozen)
+        coordinates: str = "qwen2p5vl",
+        min_pixels: int = images.MIN_PIXELS,
+        max_pixels: int = images.MAX_PIXELS,
+        image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
+        image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+    ):
+        prompts.coordinate_scale((1, 1), coordinates)  # refuses an unknown scheme
+        self.tokenizer = tokenizer
+        self.encoder = prompts.PromptEncoder(tokenizer, templates)
+        self.sam_size = sam_size
+        self.window_units = window_size // images.FACTOR
+        self.coordinates = coordinates
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.mean, self.std = tuple(image_mean), tuple(image_std)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "Processor":
+        """Reads a pretrained checkpoint's tokenizer, processor settings and lens_config.json.
+
+        The official code resizes to at most 1,000,000 pixels whatever preprocessor_config.json
+        allows; a smaller limit there is honoured.
+        """
+        directory = Path(directory)
+        config = _read_json(directory / "lens_config.json")
+        image = _read_json(directory / "preprocessor_config.json")
+        vision = config["mllm"]["vision_config"]
+        patch = (image.get("patch_size", 14), image.get("merge_size", 2))
+        if patch != (14, 2):
+            raise ValueError(
+                f"{directory}/preprocessor_config.json: patch_size and merge_size are {patch}, "
+                "only (14, 2) is supported"
+            )
+        return cls(
+            AutoTokenizer.from_pretrained(directory),
+            sam_size=config["sam"]["image_size"],
+            window_size=vision.get("window_size", 112),
+            templates=prompts.Templates(**config.get("prompts", {})),
+            coordinates=config.get("coordinates", "qwen2p5vl"),
+            min_pixels=image.get("min_pixels", images.MIN_PIXELS),
+            max_pixels=min(image.get("max_pixels", images.MAX_PIXELS), images.MAX_PIXELS),
+            image_mean=image["image_mean"],
+            image_std=image["image_std"],
+        )
+
+    def prompt(
+        self,
+        image: UInt8[np.ndarray, "H W 3"] | Image.Image,
+        expression: str,
+        *,
+        reasoning: bool = False,
+    ) -> Prompt:
+        """Prepares one picture with one expression.
+
+        Raises:
+            ValueError: the picture is more than 200 times as long as wide.
+        """
+        if isinstance(image, Image.Image):
+            image = np.asarray(image.convert("RGB"))
+        image_size = (image.shape[0], image.shape[1])
+        size = images.smart_resize(*image_size, self.min_pixels, self.max_pixels)
+        patches, grid = images.patchify(images.resize(image, size), self.mean, self.std)
+        source, patch_positions, slots = images.window_layout(grid, self.window_units)
+        arranged, patch_mask = images.arrange_windows(patches, source)
+        units = (grid[0] // 2, grid[1] // 2)
+        tokens, start = self.encoder.prompt(expression, len(slots), reasoning)
+        image_index = np.full(len(tokens), -1, np.int32)
+        image_index[start : start + len(slots)] = slots
+        positions, next_position = prompts.rope_positions(len(tokens), start, units)
+        return Prompt(
+            patches=arranged,
+            patch_positions=patch_positions,
+            patch_mask=patch_mask,
+            tokens=tokens,
+            image_index=image_index,
+            positions=positions,
+            next_position=next_position,
+            sam_pixels=images.sam_pixels(image, self.sam_size),
+            image_size=image_size,
+            coordinate_scale=prompts.coordinate_scale(size, self.coordinates),
+        )
+
+    def example(self, sample: Sample, expression: str, *, reasoning: bool = False) -> Example:
+        """Prepares a sample with one of its expressions."""
+        prompt = self.prompt(sample.image, expression, reasoning=reasoning)
+        box = (0, 0, 0, 0)
+        if sample.box is not None:
+            box = prompts.box_to_text(sample.box, prompt.image_size, prompt.coordinate_scale)
+        return Example(
+            prompt=prompt,
+            box=np.array(box, np.float32),
+            mask=sample.mask,
+            answer=self.encoder.answer(expression, box),
+        )
+
+    def prompts(
+        self,
+        pictures: Sequence[UInt8[np.ndarray, "H W 3"] | Image.Image],
+        expressions: Sequence[str],
+        *,
+        reasoning: bool = False,
+        buckets: Buckets | None = None,
+    ) -> Prompts:
+        """A batch for inference; without buckets it is padded to its largest row."""
+        rows = [
+            self.prompt(picture, expression, reasoning=reasoning)
+            for picture, expression in zip(pictures, expressions, strict=True)
+        ]
+        return stack_prompts(rows, buckets)
+
+    def box_to_pixels(
+        self, box: Sequence[float], image_size: tuple[int, int]
+    ) -> Float[np.ndarray, "4"]:
+        """A box that the text writes, as xyxy pixels of the original picture (height, width)."""
+        resized = images.smart_resize(*image_size, self.min_pixels, self.max_pixels)
+        scale = prompts.coordinate_scale(resized, self.coordinates)
+        return prompts.box_to_pixels(box, image_size, scale)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing: not a pretrained checkpoint") from None
+
+
+def _bucket(sizes: Sequence[int], needed: int, what: str) -> int:
+    fitting = [size for size in sizes if size >= needed]
+    if not fitting:
+        raise ValueError(
+            f"{what}: {needed} needed, but the largest bucket is {max(sizes)}; "
+            f"raise data.{what} in the configuration"
+        )
+    return min(fitting)
+
+
+def stack_prompts(rows: Sequence[Prompt], buckets: Buckets | None = None) -> Prompts:
+    """Pads prompts to one static shape, tokens on the right, windows at the end.
+
+    Raises:
+        ValueError: a row is larger than the largest bucket.
+    """
+    windows = max(len(row.patches) for row in rows)
+    length = max(len(row.tokens) for row in rows)
+    if buckets is not None:
+        windows = _bucket(buckets.windows, windows, "windows")
+        length = _bucket(buckets.prompt_tokens, length, "prompt_tokens")
+    count, (slots, channels) = len(rows), rows[0].patches.shape[1:]
+    side = rows[0].sam_pixels.shape[0]
+    batch = Prompts(
+        patches=np.zeros((count, windows, slots, channels), np.float32),
+        patch_positions=np.zeros((count, windows, slots, 2), np.int32),
+        patch_mask=np.zeros((count, windows, slots), bool),
+        tokens=np.zeros((count, length), np.int32),
+        image_index=np.full((count, length), -1, np.int32),
+        length=np.array([len(row.tokens) for row in rows], np.int32),
+        positions=np.zeros((count, 3, length), np.int32),
+        next_position=np.array([row.next_position for row in rows], np.int32),
+        sam_pixels=np.empty((count, side, side, 3), np.uint8),
+    )
+    for i, row in enumerate(rows):
+        w, p = len(row.patches), len(row.tokens)
+        batch.patches[i, :w] = row.patches
+        batch.patch_positions[i, :w] = row.patch_positions
+        batch.patch_mask[i, :w] = row.patch_mask
+        batch.tokens[i, :p] = row.tokens
+        batch.image_index[i, :p] = row.image_index
+        batch.positions[i, :, :p] = row.positions
+        batch.sam_pixels[i] = row.sam_pixels
+    return batch
+
+
+def stack_targets(rows: Sequence[Example], buckets: Buckets) -> Targets:
+    """Pads truths to one static shape; a mask larger than every canvas is shrunken to the largest.
+
+    Raises:
+        ValueError: an answer is longer than the largest bucket.
+    """
+    masks = [images.fit_mask(row.mask, buckets.largest_canvas) for row in rows]
+    height, width = (max(mask.shape[axis] for mask in masks) for axis in (0, 1))
+    canvas = min(c for c in buckets.canvas if c[0] >= height and c[1] >= width)
+    longest = max(len(row.answer) for row in rows)
+    length = _bucket(buckets.answer_tokens, longest, "answer_tokens")
+    targets = Targets(
+        box=np.stack([row.box for row in rows]),
+        mask=np.zeros((len(rows), *canvas), bool),
+        mask_size=np.array([mask.shape for mask in masks], np.int32),
+        answer=np.zeros((len(rows), length), np.int32),
+        answer_length=np.array([len(row.answer) for row in rows], np.int32),
+    )
+    for i, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        targets.mask[i, : mask.shape[0], : mask.shape[1]] = mask
+        targets.answer[i, : len(row.answer)] = row.answer
+    return targets
+
+
+def stack(rows: Sequence[Example], sample_ids: Sequence[int], buckets: Buckets) -> Batch:
+    """A batch of one static shape."""
+    return Batch(
+        prompts=stack_prompts([row.prompt for row in rows], buckets),
+        targets=stack_targets(rows, buckets),
+        sample_id=np.array(sample_ids, np.int32),
+    )
+
+
+class _Rows:
+    """Which global sample numbers a process holds: of every batch, its contiguous share."""
+
+    def __init__(self, batch_size: int, process_index: int, process_count: int):
+        if batch_size % process_count:
+            raise ValueError(
+                f"a batch of {batch_size} does not divide over {process_count} processes"
+            )
+        self.batch_size, self.local_size = batch_size, batch_size // process_count
+        self.offset = process_index * self.local_size
+
+    def number(self, local: int) -> int:
+        batch, row = divmod(local, self.local_size)
+        return batch * self.batch_size + self.offset + row
+
+
+class Pipeline:
+    """Endless training batches, this process's share of each; an iterator.
+
+    `position` is the number of the next sample: hand it to another pipeline's `start` to go on from
+    there, with any number of processes. `bad_samples` and `shrunken_masks` count, among the batches
+    handed out since `start`, the samples of this process that were replaced because they could not
+    be read or did not fit the largest bucket, and the masks made smaller to fit the canvas.
+
+    With more than one process every batch takes the largest buckets, because a process does not
+    see the sizes of the others' rows.
+
+    Args:
+        batch_size: rows of the global batch.
+        seed: of the order and of the sentences, in 0..2**32 - 1.
+        start: number of the first sample.
+        num_threads: batches prepared at the same time.
+        prefetch: batches kept ready.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        processor: Processor,
+        batch_size: int,
+        seed: int,
+        *,
+        buckets: Buckets,
+        shuffle: bool = True,
+        reasoning: bool = False,
+        start: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_threads: int = 2,
+        prefetch: int = 4,
+    ):
+        if len(source) == 0:
+            raise ValueError("the training split is empty")
+        self.source, self.processor, self.seed = source, processor, seed
+        self.buckets = buckets.largest() if process_count > 1 else buckets
+        self.reasoning = reasoning
+        self.batch_size = batch_size
+        self.position = start
+        self.bad_samples = 0
+        self.shrunken_masks = 0
+        order = grain.MapDataset.range(len(source))
+        self._order = (order.shuffle(seed=seed) if shuffle else order).repeat()
+        self._reported: set[int] = set()
+        rows = _Rows(batch_size, process_index, process_count)
+        batches = (
+            grain.MapDataset.range(sys.maxsize // batch_size - start)
+            .map(lambda local: self._example(start + rows.number(local)))
+            .batch(rows.local_size, batch_fn=self._stack)
+            .to_iter_dataset(grain.ReadOptions(num_threads, prefetch))
+        )
+        self._batches = iter(batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch, bad, shrunken = next(self._batches)
+        self.position += self.batch_size
+        self.bad_samples += bad
+        self.shrunken_masks += shrunken
+        return batch
+
+    def _example(self, number: int) -> tuple[int, Example, bool]:
+        """Sample `number` of the run, and whether it stands in for one that is bad."""
+        index = self._order[number]
+        for attempt in range(ATTEMPTS):
+            rng = np.random.default_rng((self.seed, number, attempt))
+            if attempt:
+                index = int(rng.integers(len(self.source)))
+            try:
+                sample = self.source[index]
+                expression = sample.expressions[int(rng.integers(len(sample.expressions)))]
+                example = self.processor.example(sample, expression, reasoning=self.reasoning)
+                check_fits(example, self.buckets)
+                return number, example, attempt > 0
+            except (SampleError, ValueError) as error:
+                last = error
+                if index not in self._reported:
+                    self._reported.add(index)
+                    log.warning("sample %d is left out: %s", index, error)
+        raise SampleError(
+            f"{ATTEMPTS} samples in a row cannot be used; the last one: {last}"
+        ) from last
+
+    def _stack(self, rows: Sequence[tuple[int, Example, bool]]) -> tuple[Batch, int, int]:
+        numbers, examples, bad = zip(*rows, strict=True)
+        batch = stack(examples, numbers, self.buckets)
+        largest = self.buckets.largest_canvas
+        shrunken = sum(
+            e.mask.shape[0] > largest[0] or e.mask.shape[1] > largest[1] for e in examples
+        )
+        return batch, sum(bad), shrunken
+
+
+def check_fits(example: Example, buckets: Buckets) -> None:
+    """Raises ValueError, which names the bucket, for an example that no bucket holds."""
+    _bucket(buckets.windows, len(example.prompt.patches), "windows")
+    _bucket(buckets.prompt_tokens, len(example.prompt.tokens), "prompt_tokens")
+    _bucket(buckets.answer_tokens, len(example.answer), "answer_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationRow:
+    """One expression to be evaluated: its number, its sample (original size), its text's scale."""
+
+    number: int
+    expression: str
+    sample: Sample
+    coordinate_scale: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationBatch:
+    """A batch of which the rows with `valid` count; `rows` are those, in order."""
+
+    batch: Batch
+    valid: Bool[np.ndarray, "B"]
+    rows: tuple[EvaluationRow, ...]
+
+
+class Evaluation:
+    """All expressions of a source in order, each once, in batches; iterable any number of times.
+
+    `len` is the number of batches, the same for every process; `num_expressions` counts over all
+    of them. The last batch is filled up with copies of the last expression, which are not valid.
+    A sample that cannot be read is an error: scores over a part of the data are no scores.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        processor: Processor,
+        batch_size: int,
+        *,
+        buckets: Buckets,
+        limit: int | None = None,
+        reasoning: bool = False,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_threads: int = 2,
+        prefetch: int = 4,
+    ):
+        self.source, self.processor = source, processor
+        self.buckets = buckets.largest() if process_count > 1 else buckets
+        self.reasoning = reasoning
+        items = [(i, j) for i, n in enumerate(source.num_expressions) for j in range(n)]
+        self._items = items[:limit]
+        if not self._items:
+            raise ValueError("the evaluation split is empty")
+        self._rows = _Rows(batch_size, process_index, process_count)
+        self._options = grain.ReadOptions(num_threads, prefetch)
+
+    @property
+    def num_expressions(self) -> int:
+        return len(self._items)
+
+    def __len__(self) -> int:
+        return -(-len(self._items) // self._rows.batch_size)
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        return iter(
+            grain.MapDataset.range(len(self)).map(self._batch).to_iter_dataset(self._options)
+        )
+
+    def _batch(self, index: int) -> EvaluationBatch:
+        first = index * self._rows.local_size
+        numbers = [self._rows.number(first + row) for row in range(self._rows.local_size)]
+        valid = np.array([number < len(self._items) for number in numbers])
+        samples: dict[int, Sample] = {}
+        rows, examples = [], []
+        for number in numbers:
+            item, sentence = self._items[min(number, len(self._items) - 1)]
+            if item not in samples:
+                samples[item] = self.source[item]
+            sample, expression = samples[item], samples[item].expressions[sentence]
+            example = self.processor.example(sample, expression, reasoning=self.reasoning)
+            examples.append(example)
+            if number < len(self._items):
+                scale = example.prompt.coordinate_scale
+                rows.append(EvaluationRow(number, expression, sample, scale))
+        return EvaluationBatch(stack(examples, numbers, self.buckets), valid, tuple(rows))
