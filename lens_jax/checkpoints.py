@@ -174,10 +174,9 @@ class TrainingCheckpoints:
         """
         directory = self.directory / str(step)
         wanted = _flatten(like)
-        try:
-            saved = ocp.metadata(directory).metadata
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{directory} is not a checkpoint: {error}") from error
+        if not (directory / MANIFEST).is_file():
+            raise CheckpointError(f"{directory} is not a checkpoint")
+        saved = ocp.metadata(directory).metadata
         missing = sorted(wanted.keys() - saved.keys())
         if missing:
             raise CheckpointError(f"{directory} does not hold {_few(missing)}")

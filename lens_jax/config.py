@@ -249,11 +249,10 @@ _TYPES = {
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Errors are one line on stderr and exit code 2."""
+    """Raises ConfigError, one line, where argparse would print its usage and exit."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"error: {_explain(message)}", file=sys.stderr)
-        sys.exit(2)
+        raise ConfigError(_explain(message))
 
 
 def _explain(message: str) -> str:
@@ -295,13 +294,13 @@ def load(argv: Sequence[str] | None = None, default_config: Path = DEFAULT_CONFI
     argv = list(sys.argv[1:] if argv is None else argv)
     if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
         argv = ["--config", str(default_config), *argv]
-    parser = _parser()
-    parsed = parser.parse_args(argv)
     try:
+        parsed = _parser().parse_args(argv)
         config = _build(RunConfig, parsed.as_dict())
         validate(config)
     except ConfigError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     if config.run_dir is None:
         name = Path(str(parsed.config[-1])).stem
         config = dataclasses.replace(config, run_dir=str(Path("runs") / name))
@@ -309,18 +308,16 @@ def load(argv: Sequence[str] | None = None, default_config: Path = DEFAULT_CONFI
 
 
 def read_yaml(file: str | os.PathLike[str]) -> RunConfig:
-    """A run's config.yaml. Raises ConfigError where `load` would exit."""
-    parser = _parser()
-    parser.exit_on_error = False
+    """The configuration in a file, such as a run's config.yaml. Raises ConfigError."""
     try:
-        return _build(RunConfig, parser.parse_path(str(file)).as_dict())
-    except (jsonargparse.ArgumentError, OSError, TypeError) as error:
-        raise ConfigError(f"{file}: {_explain(str(error))}") from error
+        return _build(RunConfig, _parser().parse_path(str(file)).as_dict())
+    except (ConfigError, OSError, TypeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def dump_yaml(config: RunConfig) -> str:
     """All of a configuration, as a file that `--config` reads back to the same."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, default_flow_style=None)
+    return yaml.safe_dump(_plain(config), sort_keys=False, default_flow_style=False)
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
@@ -394,8 +391,18 @@ def _build(cls: type, values: Any, section: str = "") -> Any:
         value = values[field.name]
         if dataclasses.is_dataclass(field.type):
             value = _build(field.type, value, f"{section}.{field.name}".lstrip("."))
-        members[field.name] = value
+        members[field.name] = _builtin(value)
     return cls(**members)
+
+
+def _builtin(value: Any) -> Any:
+    """Of jsonargparse's restricted numbers, which are subclasses, what JAX and YAML know."""
+    if isinstance(value, tuple | list):
+        return tuple(_builtin(v) for v in value)
+    for kind in (int, float):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value
 
 
 def _plain(value: Any) -> Any:

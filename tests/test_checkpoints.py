@@ -1,0 +1,294 @@
+"""What is written is read back; what is damaged is named and not used."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lens_jax import checkpoints
+from lens_jax.checkpoints import CheckpointError, TrainingCheckpoints
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+
+def state_at(step):
+    parameters = {"w": jnp.full((8, 4), step, jnp.float32), "layers": [jnp.ones(3, jnp.bfloat16)]}
+    return {
+        "parameters": parameters,
+        "optimizer": OPTIMIZER.init(parameters),
+        "key": jax.random.key(step),
+        "step": step,
+        "position": 32 * step,
+    }
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if checkpoints._is_key(x):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+        assert np.asarray(x).dtype == np.asarray(y).dtype
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return TrainingCheckpoints(tmp_path / "checkpoints" / "grpo", keep=2)
+
+
+def flip_a_byte(directory):
+    """In the middle of the largest file, where the arrays are."""
+    file = max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    return file.relative_to(directory).as_posix()
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_restores_what_was_saved(stage):
+    assert stage.latest() is None
+    stage.save(10, state_at(10))
+    assert stage.latest() == 10
+    restored = stage.restore(10, state_at(0))
+    assert_same(restored, state_at(10))
+    assert restored["position"] == 320
+    assert jax.random.key_impl(restored["key"]) == jax.random.key_impl(jax.random.key(0))
+
+
+def test_keeps_the_last_n(stage):
+    for step in (1, 2, 3, 4):
+        stage.save(step, state_at(step))
+    stage.wait()
+    assert stage.steps() == [3, 4]
+
+
+def test_buffers_may_be_donated_at_once(stage):
+    update = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    tree = {"w": jnp.arange(2.0**20)}
+    expected = np.array(tree["w"])
+    stage.save(1, tree)
+    for _ in range(20):
+        tree = update(tree)
+    stage.wait()
+    np.testing.assert_array_equal(stage.restore(1, {"w": expected})["w"], expected)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stage, caplog):
+    stage.save(1, state_at(1))
+    stage.save(2, state_at(2))
+    stage.wait()
+    name = flip_a_byte(stage.directory / "2")
+    assert stage.latest() == 1
+    assert str(stage.directory / "2") in caplog.text and name in caplog.text
+    assert_same(stage.restore(1, state_at(0)), state_at(1))
+
+
+@pytest.mark.parametrize("what", ["no manifest", "broken manifest", "short file", "lost file"])
+def test_a_half_written_checkpoint_is_passed_over(stage, what, caplog):
+    stage.save(1, state_at(1))
+    stage.save(2, state_at(2))
+    stage.wait()
+    last = stage.directory / "2"
+    manifest = last / checkpoints.MANIFEST
+    name = max(json.loads(manifest.read_text())["files"])
+    if what == "no manifest":
+        manifest.unlink()
+    elif what == "broken manifest":
+        manifest.write_text(manifest.read_text()[:-20])
+    elif what == "short file":
+        (last / name).write_bytes((last / name).read_bytes()[:-1])
+    else:
+        (last / name).unlink()
+    assert stage.latest() == 1
+    assert "manifest" in caplog.text or name in caplog.text
+
+
+def test_saving_an_earlier_step_leaves_the_abandoned_course(stage):
+    stage.save(20, state_at(20))
+    stage.save(30, state_at(30))
+    stage.wait()
+    flip_a_byte(stage.directory / "30")
+    assert stage.latest() == 20
+    stage.save(25, state_at(25))  # must not lose a slot to the damaged 30
+    stage.wait()
+    assert stage.steps() == [20, 25]
+    stage.save(25, state_at(26))
+    assert stage.latest() == 25
+    assert stage.restore(25, {"step": 0}) == {"step": 26}
+
+
+def test_leftovers_of_a_killed_save_do_no_harm(stage):
+    (stage.directory / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    assert stage.latest() is None
+    stage.save(7, state_at(7))
+    assert stage.latest() == 7
+
+
+def test_restores_a_part_and_onto_a_mesh(stage):
+    stage.save(3, state_at(3))
+    assert stage.latest() == 3
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    place = NamedSharding(mesh, P("data"))
+    like = {"parameters": {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=place)}}
+    w = stage.restore(3, like)["parameters"]["w"]
+    assert w.sharding == place
+    np.testing.assert_array_equal(w, np.full((8, 4), 3))
+    stage.save(4, {"w": w})  # and a sharded array is saved whole
+    stage.wait()
+    np.testing.assert_array_equal(stage.restore(4, {"w": np.empty((8, 4), np.float32)})["w"], w)
+
+
+def test_what_does_not_fit_is_named(stage):
+    stage.save(3, state_at(3))
+    stage.wait()
+    with pytest.raises(CheckpointError, match="parameters/v"):
+        stage.restore(3, {"parameters": {"v": jnp.zeros(2)}})
+    with pytest.raises(CheckpointError, match=r"parameters/w has shape \(8, 4\).*\(8, 5\)"):
+        stage.restore(3, {"parameters": {"w": jnp.zeros((8, 5))}})
+    with pytest.raises(CheckpointError, match="4 is not a checkpoint"):
+        stage.restore(4, state_at(0))
+
+
+def test_a_failed_save_is_not_silent(stage):
+    stage.directory.parent.mkdir(parents=True)
+    stage.directory.write_text("in the way")
+    with pytest.raises(OSError, match="grpo"):
+        stage.save(1, state_at(1))
+
+
+# --- pretrained -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    rng = np.random.default_rng(0)
+    return {
+        "visual": {"blocks": {"qkv": {"kernel": rng.normal(size=(12, 4, 6)).astype(np.float32)}}},
+        "language": {
+            "layers": {"norm": {"scale": rng.normal(size=(2, 4)).astype(jnp.bfloat16)}},
+            "embed_tokens": {"embedding": rng.normal(size=(9, 4)).astype(np.float32)},
+        },
+        "context": {"blocks": {"fc1": {"bias": np.ones((3, 5), np.float32)}}},
+        "sam": {"trunk": {"blocks": {0: {"w": np.arange(3)}, 1: {"w": np.arange(4)}}}},
+    }
+
+
+@pytest.fixture(params=[checkpoints.PORTION_BYTES, 100], ids=["one portion", "many portions"])
+def portions(request, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PORTION_BYTES", request.param)
+
+
+def test_unstack_gives_one_tensor_a_layer(model):
+    flat = dict(checkpoints.unstack(model))
+    assert len(flat) == 12 + 2 + 1 + 3 + 2
+    np.testing.assert_array_equal(
+        flat["visual/blocks/10/qkv/kernel"], model["visual"]["blocks"]["qkv"]["kernel"][10]
+    )
+    assert "sam/trunk/blocks/1/w" in flat
+    assert_same(checkpoints.stack(flat), model)
+
+
+def test_a_gap_in_the_layers_is_named(model):
+    flat = dict(checkpoints.unstack(model))
+    del flat["visual/blocks/4/qkv/kernel"]
+    with pytest.raises(CheckpointError, match="visual/blocks/qkv/kernel: layer 4 is missing"):
+        checkpoints.stack(flat)
+
+
+def test_pretrained_round_trip(model, portions, tmp_path):
+    for name in ("tokenizer.json", "generation_config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    config = {"coordinates": "qwen2p5vl", "prompt": "the “{question}”"}
+    target = tmp_path / "new" / "final"
+    checkpoints.save_pretrained(target, checkpoints.unstack(model), config, files_from=tmp_path)
+    assert sorted(p.name for p in target.iterdir()) == [
+        "generation_config.json",
+        "lens_config.json",
+        "manifest.json",
+        "params",
+        "tokenizer.json",
+    ]
+    assert [p.name for p in target.parent.iterdir()] == ["final"]
+    read, loaded = checkpoints.load_pretrained(target)
+    assert read == config == checkpoints.read_config(target)
+    assert_same(loaded, model)
+    flat = dict(checkpoints.unstack(model))
+    streamed = dict(checkpoints.iterate_params(target))
+    assert streamed.keys() == flat.keys()
+    assert_same(streamed, flat)
+
+
+def test_pretrained_in_another_dtype_and_on_a_mesh(model, portions, tmp_path):
+    checkpoints.save_pretrained(tmp_path / "m", checkpoints.unstack(model), {})
+    mesh = Mesh(np.array(jax.devices()[:2]), ("fsdp",))
+    asked = {}
+
+    def place(path, shape):
+        asked[path] = shape
+        return NamedSharding(mesh, P(None, "fsdp") if len(shape) == 3 else P())
+
+    _, loaded = checkpoints.load_pretrained(tmp_path / "m", dtype=jnp.bfloat16, sharding=place)
+    kernel = loaded["visual"]["blocks"]["qkv"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16 and kernel.sharding.spec == P(None, "fsdp")
+    assert asked["visual/blocks/qkv/kernel"] == (12, 4, 6)
+    np.testing.assert_array_equal(
+        kernel, model["visual"]["blocks"]["qkv"]["kernel"].astype(jnp.bfloat16)
+    )
+    assert np.issubdtype(loaded["sam"]["trunk"]["blocks"][0]["w"].dtype, np.integer)
+
+
+def test_writing_never_holds_the_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, "PORTION_BYTES", 1000)
+    alive = set()
+
+    class Tensor(np.ndarray):
+        def __del__(self):
+            alive.discard(id(self))
+
+    def tensors():
+        for i in range(30):
+            tensor = np.zeros(100, np.float32).view(Tensor)
+            alive.add(id(tensor))
+            assert len(alive) <= 6
+            yield f"language/layers/{i}/w", tensor
+            del tensor
+
+    checkpoints.save_pretrained(tmp_path / "m", tensors(), {})
+
+
+def test_nothing_is_left_of_a_failed_write(model, tmp_path):
+    def breaks():
+        yield "a", np.ones(3)
+        raise OSError("the source is broken")
+
+    with pytest.raises(OSError, match="the source is broken"):
+        checkpoints.save_pretrained(tmp_path / "m", breaks(), {})
+    with pytest.raises(CheckpointError, match="a is given twice"):
+        checkpoints.save_pretrained(tmp_path / "m", [("a", np.ones(3)), ("a", np.ones(3))], {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_directory_is_not_overwritten(model, tmp_path):
+    (tmp_path / "m").mkdir()
+    checkpoints.save_pretrained(tmp_path / "m", checkpoints.unstack(model), {})
+    with pytest.raises(CheckpointError, match="exists already"):
+        checkpoints.save_pretrained(tmp_path / "m", checkpoints.unstack(model), {})
+
+
+def test_damage_and_absence_are_named(model, tmp_path):
+    with pytest.raises(CheckpointError, match="absent is not a directory"):
+        checkpoints.load_pretrained(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"holds no lens_config\.json"):
+        checkpoints.load_pretrained(tmp_path)
+    checkpoints.save_pretrained(tmp_path / "m", checkpoints.unstack(model), {})
+    name = flip_a_byte(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=name):
+        checkpoints.load_pretrained(tmp_path / "m")

@@ -1,0 +1,148 @@
+"""Defaults < file < flags; mistakes are one line and exit code 2."""
+
+import dataclasses
+
+import pytest
+
+from lens_jax import config as configs
+from lens_jax.config import ConfigError
+
+START = "model: {checkpoint: start}\ndata: {data_dir: data}\n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text(START + "grpo: {steps: 5, learning_rate: 1e-4}\n")
+    return path
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        configs.load([str(a) for a in argv])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_default_file_is_tiny():
+    config = configs.load([])
+    assert config.run_dir == "runs/tiny"
+    assert config.grpo.steps > 0 and config.alignment.steps > 0
+    assert config.precision == "float32"
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(file):
+    config = configs.load(["--config", str(file), "--grpo.steps", "7", "--seed=3"])
+    assert (config.grpo.steps, config.grpo.learning_rate, config.seed) == (7, 1e-4, 3)
+    assert config.grpo.b2 == 0.999  # neither names it; tiny.yaml, which does, was not asked for
+    assert config.run_dir == "runs/short"
+    before = configs.load(["--grpo.steps", "7", "--config", str(file)])
+    assert before.grpo.steps == 5  # in the order given
+
+
+def test_values_have_their_types(file):
+    config = configs.load(
+        ["--config", str(file), "--data.canvas", "[[112, 96], [640, 640]]", "--mesh.data", "4"]
+    )
+    assert config.data.canvas == ((112, 96), (640, 640))
+    assert config.mesh == configs.MeshConfig(data=4)
+    assert isinstance(config.grpo, configs.GRPOConfig)
+    assert type(config.mesh.data) is int and type(config.grpo.beta) is float
+    assert type(config.data.windows[0]) is int
+    hash(config)  # frozen all the way down
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--grpo.stepz", "3"], "unknown key grpo.stepz; did you mean grpo.steps?"),
+        (["--stages=2"], "unknown key stages"),
+        (["--grpo.steps", "many"], "grpo.steps: expected a whole number of at least 0, got many"),
+        (["--grpo.steps", "3.5"], "grpo.steps: expected a whole number of at least 0, got 3.5"),
+        (["--mesh.data", "0"], "mesh.data: expected a whole number of at least 1, got 0"),
+        (["--precision", "int8"], "precision: expected one of float32, bfloat16, got int8"),
+        (["--data.max_bad", "1.5"], "data.max_bad: expected a number from 0 to 1"),
+        (["--data.canvas", "[[112]]"], "data.canvas"),
+        (["--data.windows", "[]"], "data.windows is empty"),
+        (["--grpo.num_generations", "1"], "grpo.num_generations is 1"),
+        (["--grpo.batch_size", "6", "--grpo.accumulation_steps", "4"], "4 does not divide"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, says, file, capsys):
+    assert says in refused(capsys, "--config", file, *flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("grpo: {stepz: 3}\n", "unknown key grpo.stepz; did you mean grpo.steps?"),
+        ("data: {shapes: {scenes: 3}}\n", "unknown key data.shapes.scenes"),
+        ("gpro: {steps: 3}\n", "unknown key gpro"),
+        ("grpo: {steps: true}\n", "grpo.steps: expected a whole number"),
+        ("grpo: 3\n", "grpo: expected a section"),
+        ("grpo: [3\n", "expected ',' or ']'"),
+        ("seed: 1\n", "no start weights"),
+        ("model: {checkpoint: start}\n", "no data"),
+    ],
+)
+def test_a_wrong_file_is_one_line(text, says, file, capsys):
+    file.write_text(text)
+    assert says in refused(capsys, "--config", file)
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    assert "absent.yaml" in refused(capsys, "--config", tmp_path / "absent.yaml")
+
+
+def test_a_written_config_repeats_the_run(file, tmp_path):
+    config = configs.load(["--config", str(file), "--grpo.learning_rate", "2.5e-7"])
+    written = tmp_path / "config.yaml"
+    written.write_text(configs.dump_yaml(config))
+    assert configs.load(["--config", str(written)]) == config
+    assert configs.read_yaml(written) == config
+
+
+def test_a_written_config_that_was_spoilt_is_an_error(tmp_path):
+    (tmp_path / "config.yaml").write_text("grpo: {stepz: 3}\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml: unknown key grpo\.stepz"):
+        configs.read_yaml(tmp_path / "config.yaml")
+
+
+def test_differences_name_the_keys():
+    a = configs.load([])
+    b = dataclasses.replace(
+        a,
+        run_dir="elsewhere",
+        resume="never",
+        seed=a.seed + 1,
+        grpo=dataclasses.replace(a.grpo, beta=0.5),
+    )
+    assert configs.differences(a, b) == ["seed", "grpo.beta"]
+    assert configs.differences(a, a) == []
+
+
+def test_batches_that_do_not_divide_name_axis_and_number():
+    config = configs.load(["--grpo.batch_size", "12", "--grpo.accumulation_steps", "2"])
+    with pytest.raises(ConfigError, match=r"grpo\.batch_size 12 .* = 6 .* mesh\.data 2 .* = 4"):
+        configs.check_batches(config, data=2, fsdp=2)
+    configs.check_batches(config, data=2, fsdp=1)
+
+
+def test_help_teaches_by_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        configs.load(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "python launch/train.py --config configs/tiny.yaml" in text
+    assert "--grpo.policy_weight" in text and "a control run" in text
+
+
+def test_print_config_is_a_config(file, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        configs.load(["--config", str(file), "--grpo.beta", "0.25", "--print_config"])
+    printed = tmp_path / "short.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert configs.load(["--config", str(printed)]).grpo.beta == 0.25
