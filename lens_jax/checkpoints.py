@@ -137,7 +137,11 @@ class TrainingCheckpoints:
             if old >= step:
                 shutil.rmtree(self.directory / str(old))
         target = self.directory / str(step)
-        response = ocp.save_async(target, {k: _plain(x) for k, x in _flatten(state).items()})
+        leaves = {
+            name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
+            for name, leaf in _flatten(state).items()
+        }
+        response = ocp.save_async(target, leaves)
         self._pending = self._thread.submit(self._finish, response, target)
 
     def _finish(self, response: ocp.AsyncResponse[None], target: Path) -> None:
@@ -204,17 +208,6 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _plain(leaf: Any) -> Any:
-    """A leaf as it is saved: a key as its data; on CPU, where a host view shares the buffer that
-    the next step may be given, a copy."""
-    if _is_key(leaf):
-        leaf = jax.random.key_data(leaf)
-    if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
-        on_cpu = all(device.platform == "cpu" for device in leaf.devices())
-        return np.array(leaf, copy=True) if on_cpu else leaf
-    return leaf
 
 
 def _abstract(leaf: Any) -> Any:
