@@ -65,7 +65,7 @@ def lens_tensors(golden_dir: Path, junk: bool = True) -> Tensors:
 
 def write_safetensors(directory: Path, tensors: Mapping[str, np.ndarray], shards: int = 1) -> None:
     """`model.safetensors`, or numbered shards with their index, as Hugging Face writes them."""
-    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    tensors = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     if shards == 1:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return
@@ -125,7 +125,7 @@ def write_sam(golden_dir: Path, directory: Path, form: str = "safetensors") -> P
     tensors = sam_tensors(golden_dir)
     if form == "safetensors":
         file = directory / "sam2.safetensors"
-        save_file({n: np.ascontiguousarray(x) for n, x in tensors.items()}, file)
+        save_file({n: np.asarray(x, order="C") for n, x in tensors.items()}, file)
     else:
         import torch
 
