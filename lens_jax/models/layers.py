@@ -17,7 +17,7 @@ REMAT_POLICIES = {
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """A module whose parameters carry a leading axis of `depth` layers."""
-    return nnx.vmap(make)(rngs.fork(split=depth))
+    return nnx.vmap(make)(rngs.split(depth))
 
 
 def scan(

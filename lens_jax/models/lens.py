@@ -98,7 +98,7 @@ class LensModel(nnx.Module):
         pictures = jnp.take_along_axis(merged, jnp.maximum(index, 0), axis=1)
         return jnp.where(index >= 0, pictures, self.language.embed_tokens(prompts.tokens))
 
-    def score(
+    def hidden_states(
         self,
         prompts: Prompts,
         embedded: Float[Array, "B P D"],
@@ -107,8 +107,8 @@ class LensModel(nnx.Module):
         *,
         with_queries: bool,
         positions: str | None = None,
-    ) -> Score:
-        """Log-probabilities of completions under the packed group, and the queries' hidden states.
+    ) -> tuple[Float[Array, "B P D"], Float[Array, "B G S D"]]:
+        """One packed pass; hidden states of the prompts and of completions [+ queries], S = T [+ M].
 
         Args:
             embedded: what `embed` made of the prompts.
@@ -118,9 +118,8 @@ class LensModel(nnx.Module):
             positions: `mrope` or `text`; the configuration's scheme by default.
         """
         b, g, t = completions.shape
-        positions = positions or self.config.context_positions
         mask = jnp.arange(prompts.tokens.shape[1]) < prompts.length[:, None]
-        if positions == "text":
+        if (positions or self.config.context_positions) == "text":
             prompt_positions = jnp.broadcast_to(jnp.arange(mask.shape[1]), (b, 3, mask.shape[1]))
             first = prompts.length
         else:
@@ -135,15 +134,33 @@ class LensModel(nnx.Module):
             own = jnp.concatenate([own, jnp.broadcast_to(queries, (b, g, *queries.shape))], axis=2)
             offsets = jnp.concatenate([offsets, lengths[..., None] + jnp.arange(m)], axis=2)
             valid = jnp.concatenate([valid, jnp.ones((b, g, m), bool)], axis=2)
-        causal = jnp.tri(own.shape[2], dtype=bool)
-        prompt_hidden, hidden = self.language.packed(
+        return self.language.packed(
             embedded,
             own,
             prompt_positions,
             first[:, None, None] + offsets,
             mask,
-            causal & valid[:, :, None],
+            jnp.tri(own.shape[2], dtype=bool) & valid[:, :, None],
             remat=self.remat,
+        )
+
+    def score(
+        self,
+        prompts: Prompts,
+        embedded: Float[Array, "B P D"],
+        completions: Int[Array, "B G T"],
+        lengths: Int[Array, "B G"],
+        *,
+        with_queries: bool,
+        positions: str | None = None,
+    ) -> Score:
+        """Log-probabilities of completions and, with queries, what these have read.
+
+        Arguments as for `hidden_states`.
+        """
+        b, g, t = completions.shape
+        prompt_hidden, hidden = self.hidden_states(
+            prompts, embedded, completions, lengths, with_queries=with_queries, positions=positions
         )
         last = jnp.take_along_axis(prompt_hidden, prompts.length[:, None, None] - 1, axis=1)
         last = jnp.broadcast_to(last[:, None], (b, g, 1, last.shape[-1]))

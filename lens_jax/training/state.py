@@ -41,7 +41,10 @@ def in_alignment(path: Path, _: Any) -> bool:
 
 def in_grpo(path: Path, _: Any) -> bool:
     """Stage 2 trains all but SAM's image side."""
-    return path[0] != "sam" or path[1] in ("sam_prompt_encoder", "sam_mask_decoder")
+    if path[0] != "sam":
+        return True
+    constant = path[-1] == "positional_encoding_gaussian_matrix"
+    return path[1] in ("sam_prompt_encoder", "sam_mask_decoder") and not constant
 
 
 def split(
