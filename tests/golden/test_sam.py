@@ -25,7 +25,7 @@ def model(golden_dir, golden_weights):
     config = Sam2Config.from_dict(
         json.loads((golden_dir / "lens_tiny" / "sam2_config.json").read_text())
     )
-    model = Sam2(config, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: Sam2(config, rngs=nnx.Rngs(0)))
     nnx.update(model, params_from_tensors(config, golden_weights, prefix="sam."))
     return model
 

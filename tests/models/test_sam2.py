@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lens_jax.models.sam.config import PRESETS, Sam2Config
 from lens_jax.models.sam.hiera import bicubic_matrix
@@ -101,8 +101,25 @@ def original_names(config: Sam2Config, tensors: dict) -> dict[str, np.ndarray]:
 
 
 def ours(config: Sam2Config, tensors: dict[str, np.ndarray]) -> Sam2:
-    model = Sam2(config, rngs=nnx.Rngs(1))
+    model = nnx.eval_shape(lambda: Sam2(config, rngs=nnx.Rngs(0)))
     nnx.update(model, params_from_tensors(config, tensors))
+    return model
+
+
+def random_model(config: Sam2Config, seed: int = 0, dtype=jnp.float32) -> Sam2:
+    """A model with weights of every kind; drawn by numpy, as initialisation compiles for long."""
+    rng = np.random.default_rng(seed)
+    model = nnx.eval_shape(lambda: Sam2(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+    def draw(path, x):
+        values = rng.standard_normal(x.shape).astype(np.float32)
+        if x.ndim > 1:
+            scale = np.prod(x.shape[:-1]) ** -0.5 if path[-1] == "kernel" else 1.0
+            return scale * values
+        return (path[-1] == "scale") + np.float32(0.1) * values
+
+    flat = flatten_dict(nnx.to_pure_dict(nnx.state(model)))
+    nnx.update(model, unflatten_dict({path: draw(path, x) for path, x in flat.items()}))
     return model
 
 
@@ -256,7 +273,7 @@ def test_gradients(pair, images, prompts, kind):
 
 
 def test_embed_boxes_are_two_labelled_points():
-    model = Sam2(BASE, rngs=nnx.Rngs(0))
+    model = random_model(BASE)
     boxes = np.array([[[3.0, 5.0, 60.0, 70.0]]], np.float32)
     points = model.sam_prompt_encoder.embed_points(
         boxes.reshape(1, 1, 2, 2), jnp.array([[[2, 3]]]), pad=True
@@ -266,13 +283,17 @@ def test_embed_boxes_are_two_labelled_points():
     np.testing.assert_array_equal(tokens, points[:, :, :2])
 
 
+@nnx.jit
+def segment(model, images, sparse):
+    return model.decode(model.encode(images), sparse, stability=False)
+
+
 def test_prompts_of_a_picture_do_not_see_each_other(images):
-    model = Sam2(BASE, rngs=nnx.Rngs(0))
-    features = model.encode(images)
+    model = random_model(BASE)
     sparse = jax.random.normal(jax.random.key(0), (B, G, 1, BASE.d_model))
-    together = model.decode(features, sparse, stability=True)
+    together = segment(model, images, sparse)
     for g in range(G):
-        alone = model.decode(features, sparse[:, g : g + 1], stability=True)
+        alone = segment(model, images, sparse[:, g : g + 1])
         np.testing.assert_allclose(together.logits[:, g], alone.logits[:, 0], rtol=0, atol=1e-5)
 
 
@@ -283,7 +304,7 @@ def test_stability_rule():
 
     def decode(thresh):
         config = dataclasses.replace(BASE, stability_delta=0.05, stability_thresh=thresh)
-        model = Sam2(config, rngs=nnx.Rngs(3))
+        model = random_model(config, 3)
         return nnx.jit(lambda m, x: m.decode(m.encode(x), sparse, stability=True))(model, images)
 
     # The threshold is one of the scores: at equality token 0 stays.
@@ -308,11 +329,11 @@ def test_stability_of_an_empty_mask_is_one():
 
 
 def test_bfloat16_stays_near_float32(images):
-    full = Sam2(BASE, rngs=nnx.Rngs(0))
-    half = Sam2(BASE, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    full = random_model(BASE)
+    half = random_model(BASE, dtype=jnp.bfloat16)
     sparse = jax.random.normal(jax.random.key(0), (B, G, 1, BASE.d_model))
-    a, b = (m.decode(m.encode(images), sparse, stability=False) for m in (full, half))
-    assert half.encode(images).image_embed.dtype == jnp.bfloat16
+    a, b = (segment(m, images, sparse) for m in (full, half))
+    assert nnx.eval_shape(lambda m, x: m.encode(x), half, images).image_embed.dtype == jnp.bfloat16
     assert b.logits.dtype == jnp.float32
     assert np.corrcoef(np.ravel(a.logits), np.ravel(b.logits))[0, 1] > 0.99
 
