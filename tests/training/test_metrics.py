@@ -1,0 +1,85 @@
+"""metrics.jsonl: the promised keys, strict JSON, and rows that agree with the checkpoint."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from lens_jax.training import metrics
+from lens_jax.training.metrics import METRICS, StageLog
+
+
+def rows_of(run_dir):
+    return [(r["stage"], r["step"]) for r in metrics.read(run_dir)]
+
+
+def write(run_dir, stage, first, last, steps=10):
+    with StageLog(run_dir, stage, steps=steps, step=first - 1) as log:
+        for step in range(first, last + 1):
+            log.write(step, {"loss": step / 2})
+
+
+def test_a_row_has_every_key_in_order(tmp_path):
+    with StageLog(tmp_path, "grpo", steps=1) as log:
+        log.write(
+            1,
+            {
+                "reward": jnp.float32(0.5),
+                "loss": float("nan"),
+                "skipped_updates": jnp.int32(2),
+                "reward/boundary": 0.25,
+            },
+        )
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (line,) = text.splitlines()
+    row = json.loads(line, parse_constant=pytest.fail)  # NaN is not JSON
+    assert list(row) == ["stage", "step", *METRICS, "reward/boundary"]
+    assert row["stage"] == "grpo" and row["step"] == 1
+    assert row["reward"] == 0.5 and row["reward/boundary"] == 0.25
+    assert row["loss"] is None and row["kl"] is None
+    assert row["skipped_updates"] == 2 and isinstance(row["skipped_updates"], int)
+    assert row["bad_samples"] is None
+
+
+def test_rows_past_the_restored_step_are_cut(tmp_path):
+    write(tmp_path, "alignment", 1, 3)
+    write(tmp_path, "grpo", 1, 5)
+    write(tmp_path, "grpo", 4, 4)  # restored at 3
+    assert rows_of(tmp_path) == [
+        *[("alignment", s) for s in (1, 2, 3)],
+        *[("grpo", s) for s in (1, 2, 3, 4)],
+    ]
+
+
+def test_resuming_in_the_first_stage_drops_the_second(tmp_path):
+    write(tmp_path, "alignment", 1, 3)
+    write(tmp_path, "grpo", 1, 2)
+    write(tmp_path, "alignment", 3, 3)
+    assert rows_of(tmp_path) == [("alignment", s) for s in (1, 2, 3)]
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    write(tmp_path, "alignment", 1, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"stage": "alignment", "st')
+    assert rows_of(tmp_path) == [("alignment", 1), ("alignment", 2)]
+    write(tmp_path, "alignment", 3, 3)
+    assert rows_of(tmp_path) == [("alignment", s) for s in (1, 2, 3)]
+
+
+def test_tensorboard_holds_the_same(tmp_path):
+    with StageLog(tmp_path, "grpo", steps=2) as log:
+        log.write(1, {"reward/box": 0.75})
+    (events,) = (tmp_path / "tensorboard" / "grpo").iterdir()
+    assert events.name.startswith("events.out.tfevents")
+    assert b"reward/box" in events.read_bytes()
+
+
+def test_the_bar_shows_what_matters(tmp_path, capsys):
+    with StageLog(tmp_path, "grpo", steps=4, step=1) as log:
+        log.write(
+            2, {"reward": 1.2345, "box_iou": 0.5, "mask_iou": 0.75, "tokens_per_second": 812.4}
+        )
+    bar = capsys.readouterr().err
+    assert "grpo" in bar and "2/4" in bar
+    assert "reward 1.234, box IoU 0.500, mask IoU 0.750, tokens/s 812" in bar
