@@ -1,0 +1,214 @@
+"""Batches: their order, their shapes, and what happens to samples that cannot be read."""
+
+import itertools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from lens_jax.data import images
+from lens_jax.data.pipeline import Buckets, Evaluation, Pipeline, Processor
+from lens_jax.data.sample import Sample, SampleError
+from lens_jax.data.sources.refcoco import RefCoco
+from tests.data.conftest import TINY
+
+BUCKETS = Buckets(
+    prompt_tokens=(64, 96), windows=(4, 9), canvas=((56, 56), (112, 140)), answer_tokens=(40,)
+)
+
+
+class Numbered:
+    """Samples that name themselves: number i has the sentences `i a`, `i b`, and so on."""
+
+    def __init__(self, count, sentences=3, bad=(), side=56):
+        self.num_expressions = [sentences] * count
+        self.bad, self.side = set(bad), side
+
+    def __len__(self):
+        return len(self.num_expressions)
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise SampleError(f"{index}.jpg: no such picture")
+        texts = tuple(f"{index} {letter}" for letter in "abc"[: self.num_expressions[index]])
+        image = np.full((self.side, self.side, 3), index, np.uint8)
+        return Sample(image, texts, image[..., 0] > 0, np.arange(4.0), index, index, "")
+
+
+def names(batch, tokenizer):
+    """What the rows of a batch say they are."""
+    texts = []
+    for answer, length in zip(batch.targets.answer, batch.targets.answer_length, strict=True):
+        text = tokenizer.decode(answer[:length])
+        texts.append(text.removeprefix("<|object_ref_start|>").split(".")[0])
+    return texts
+
+
+def take(pipeline, count, tokenizer):
+    return [names(batch, tokenizer) for batch in itertools.islice(pipeline, count)]
+
+
+def rows_of(pipeline, count, tokenizer):
+    return list(itertools.chain.from_iterable(take(pipeline, count, tokenizer)))
+
+
+def make(processor, source=None, batch_size=4, seed=0, **options):
+    source = Numbered(10) if source is None else source
+    return Pipeline(source, processor, batch_size, seed, buckets=BUCKETS, **options)
+
+
+def test_each_epoch_is_another_permutation(processor, tokenizer):
+    rows = rows_of(make(processor, batch_size=5), 6, tokenizer)
+    epochs = [[int(row.split()[0]) for row in rows[k : k + 10]] for k in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(10))
+    assert len({row for row in rows}) > 15  # sentences vary over epochs
+    assert take(make(processor, batch_size=5), 6, tokenizer) == [
+        rows[k : k + 5] for k in range(0, 30, 5)
+    ]
+    assert take(make(processor, batch_size=5, seed=1), 2, tokenizer) != [rows[:5], rows[5:10]]
+
+
+def test_unshuffled_is_in_order(processor, tokenizer):
+    rows = rows_of(make(processor, shuffle=False), 3, tokenizer)
+    assert [int(row.split()[0]) for row in rows] == [*range(10), 0, 1]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_position_resumes_on_any_number_of_processes(processor, tokenizer, threads):
+    whole = make(processor, num_threads=threads)
+    expected = take(whole, 6, tokenizer)
+    assert whole.position == 24
+    first = make(processor)
+    assert take(first, 2, tokenizer) == expected[:2]
+    shares = [
+        make(processor, start=first.position, process_index=i, process_count=2, num_threads=threads)
+        for i in range(2)
+    ]
+    batches = [list(itertools.islice(share, 4)) for share in shares]
+    for k, parts in enumerate(zip(*batches, strict=True)):
+        joined = [name for part in parts for name in names(part, tokenizer)]
+        assert joined == expected[2 + k]
+        ids = np.concatenate([part.sample_id for part in parts])
+        assert ids.tolist() == list(range(8 + 4 * k, 12 + 4 * k))
+    with pytest.raises(ValueError, match="3 processes"):
+        make(processor, process_count=3)
+
+
+def test_bad_samples_are_replaced_and_counted(processor, tokenizer):
+    good = rows_of(make(processor), 10, tokenizer)
+    pipeline = make(processor, Numbered(10, bad=[3, 7]))
+    rows = rows_of(pipeline, 10, tokenizer)
+    was_bad = [row.split()[0] in ("3", "7") for row in good]
+    assert sum(was_bad) == pipeline.bad_samples == 8
+    for row, before, bad in zip(rows, good, was_bad, strict=True):
+        assert (row.split()[0] not in ("3", "7")) if bad else row == before
+    assert rows == rows_of(make(processor, Numbered(10, bad=[3, 7])), 10, tokenizer)
+
+
+def test_nothing_readable_is_an_error(processor):
+    with pytest.raises(SampleError, match="no such picture"):
+        next(make(processor, Numbered(5, bad=range(5))))
+    with pytest.raises(ValueError, match="empty"):
+        make(processor, Numbered(0))
+
+
+def test_batches_take_the_smallest_bucket_that_holds_them(processor):
+    def shapes(side):
+        pipeline = make(processor, Numbered(4, side=side))
+        batch = next(pipeline)
+        sizes = (batch.prompts.tokens.shape[1], batch.prompts.patches.shape[1])
+        return (*sizes, batch.targets.mask.shape[1:]), pipeline.shrunken_masks
+
+    assert shapes(56) == ((64, 4, (56, 56)), 0)
+    assert shapes(112) == ((64, 4, (112, 140)), 0)
+    assert shapes(120) == ((64, 4, (112, 140)), 4)
+    assert shapes(168) == ((96, 9, (112, 140)), 4)
+    with pytest.raises(SampleError, match=r"data\.windows"):
+        next(make(processor, Numbered(4, side=200)))
+    with pytest.raises(ValueError, match="canvas"):
+        Buckets(canvas=((640, 480), (480, 640)))
+
+
+def test_a_batch_holds_what_the_processor_made(processor, tokenizer, shapes_dir):
+    source = RefCoco(shapes_dir, "refcoco", "train")
+    batch = next(make(processor, source, batch_size=6))
+    prompts, targets = batch.prompts, batch.targets
+    assert jax.tree.all(
+        jax.tree.map(lambda a: a.dtype in (np.float32, np.int32, bool, np.uint8), batch)
+    )
+    refs = {text: i for i, ref in enumerate(source.refs) for text in ref.expressions}
+    for row, name in enumerate(names(batch, tokenizer)):
+        assert name in refs
+        length = prompts.length[row]
+        text = tokenizer.decode(prompts.tokens[row, :length])
+        assert f"bounding box of the {name} in the image." in text
+        index = prompts.image_index[row]
+        slots = index[index >= 0]
+        assert (
+            sorted(slots) == np.flatnonzero(prompts.patch_mask[row].reshape(-1, 4).all(1)).tolist()
+        )
+        unit = prompts.patch_positions[row].reshape(-1, 4, 2)[slots, 0] // 2
+        first = prompts.positions[row, 0, np.flatnonzero(index >= 0)[0]]
+        np.testing.assert_array_equal(prompts.positions[row, 1:, index >= 0], unit + first)
+        assert prompts.next_position[row] == prompts.positions[row, :, length - 1].max() + 1
+        answer = tokenizer.decode(targets.answer[row, : targets.answer_length[row]])
+        x0, y0, x1, y1 = targets.box[row].astype(int)
+        assert answer.endswith(f"<|box_start|>({x0},{y0}),({x1},{y1})<|box_end|><|im_end|>")
+        ys, xs = np.nonzero(targets.mask[row])
+        assert targets.mask_size[row].tolist() == [112, 112]
+        np.testing.assert_allclose(
+            [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], [x0, y0, x1, y1], atol=1
+        )
+
+
+def test_evaluation_sees_every_expression_once(processor, tokenizer):
+    source = Numbered(5)
+    expected = [f"{i} {letter}" for i in range(5) for letter in "abc"]
+    for count in (1, 2):
+        seen = []
+        shares = [
+            Evaluation(source, processor, 4, buckets=BUCKETS, process_index=i, process_count=count)
+            for i in range(count)
+        ]
+        assert {len(share) for share in shares} == {4} and shares[0].num_expressions == 15
+        for parts in zip(*shares, strict=True):
+            for part in parts:
+                rows = list(itertools.compress(names(part.batch, tokenizer), part.valid))
+                assert rows == [row.expression for row in part.rows]
+                assert [expected[row.number] for row in part.rows] == rows
+                assert len(part.valid) == 4 // count
+                seen += rows
+        assert seen == expected
+    assert Evaluation(source, processor, 4, buckets=BUCKETS, limit=7).num_expressions == 7
+
+
+def test_evaluation_does_not_pass_over_bad_samples(processor):
+    with pytest.raises(SampleError, match=r"2\.jpg"):
+        list(Evaluation(Numbered(5, bad=[2]), processor, 4, buckets=BUCKETS))
+
+
+def test_processor_of_a_pretrained_checkpoint(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        shutil.copy(TINY / name, tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"lens_config\.json"):
+        Processor.from_pretrained(tmp_path)
+    config = {
+        "mllm": {"vision_config": {"window_size": 56}},
+        "sam": {"image_size": 64},
+        "coordinates": "qwen2vl",
+        "prompts": {"system": "Be brief.", "question": "Where is {question}?"},
+    }
+    (tmp_path / "lens_config.json").write_text(json.dumps(config))
+    processor = Processor.from_pretrained(tmp_path)
+    picture = np.zeros((100, 120, 3), np.uint8)
+    batch = processor.prompts([picture, picture[:60]], ["it", "the other one"])
+    assert batch.patches.shape == (2, 4, 16, 1176) and batch.sam_pixels.shape == (2, 64, 64, 3)
+    text = processor.tokenizer.decode(batch.tokens[0, : batch.length[0]])
+    assert "Where is it?" in text and "Be brief." in text
+    np.testing.assert_allclose(
+        processor.box_to_pixels((0, 250, 500, 1000), (100, 120)), [0, 25, 60, 100]
+    )
+    assert images.smart_resize(100, 120) == (112, 112)

@@ -1,0 +1,87 @@
+"""Tokens against the chat template, positions against transformers."""
+
+import inspect
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lens_jax.data import prompts
+
+EXPRESSIONS = ["the red circle", "Ünï {question} <b>", " a  \n b ", "", "q: <|box_start|> ＃12"]
+
+
+@pytest.mark.parametrize("reasoning", [False, True])
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_tokens_are_the_whole_texts_tokens(tokenizer, expression, reasoning):
+    templates = prompts.Templates()
+    text = tokenizer.apply_chat_template(
+        templates.messages(expression, reasoning), tokenize=False, add_generation_prompt=True
+    )
+    expected = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 7)).input_ids
+    tokens, start = prompts.PromptEncoder(tokenizer, templates).prompt(expression, 7, reasoning)
+    assert tokens.tolist() == expected
+    assert (tokens[start : start + 7] == tokenizer.convert_tokens_to_ids("<|image_pad|>")).all()
+
+
+def test_answer(tokenizer):
+    text = (
+        "<|object_ref_start|>a {0} b.<|object_ref_end|><|box_start|>(1,22),(333,4)<|box_end|>"
+        "<|im_end|>"
+    )
+    assert prompts.answer_text("a {0} b", (1, 22, 333, 4)) == text
+    encoder = prompts.PromptEncoder(tokenizer, prompts.Templates())
+    assert encoder.answer("a {0} b", (1, 22, 333, 4)).tolist() == tokenizer(text).input_ids
+
+
+@given(
+    before=st.integers(1, 9),
+    rows=st.integers(1, 8),
+    columns=st.integers(1, 8),
+    after=st.integers(1, 9),
+)
+@settings(max_examples=40, deadline=None)
+def test_positions_are_transformers(before, rows, columns, after):
+    torch = pytest.importorskip("torch")
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
+
+    config = Qwen2_5_VLConfig()
+    kinds = [0] * before + [1] * (rows * columns) + [0] * after
+    ids = [5] * (before - 1) + [config.vision_start_token_id]
+    ids += [config.image_token_id] * (rows * columns) + [6] * after
+    arguments = {
+        "input_ids": torch.tensor([ids]),
+        "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns]]),
+        "mm_token_type_ids": torch.tensor([kinds]),
+    }
+    model = types.SimpleNamespace(config=config)
+    for name in ("get_vision_position_ids",):  # newer versions ask a method of the model
+        if hasattr(hf.Qwen2_5_VLModel, name):
+            setattr(model, name, types.MethodType(getattr(hf.Qwen2_5_VLModel, name), model))
+    known = inspect.signature(hf.Qwen2_5_VLModel.get_rope_index).parameters
+    expected, delta = hf.Qwen2_5_VLModel.get_rope_index(
+        model, **{k: v for k, v in arguments.items() if k in known}
+    )
+    positions, following = prompts.rope_positions(len(ids), before, (rows, columns))
+    np.testing.assert_array_equal(positions, expected[:, 0].numpy())
+    assert following == len(ids) + int(delta)
+
+
+def test_boxes_there_and_back():
+    size, resized = (333, 500), (336, 504)
+    for scheme in prompts.COORDINATES:
+        scale = prompts.coordinate_scale(resized, scheme)
+        box = prompts.box_to_text((10.0, 20.0, 250.5, 333.0), size, scale)
+        assert box[3] == scale[0]
+        back = prompts.box_to_pixels(box, size, scale)
+        np.testing.assert_allclose(back, [10.0, 20.0, 250.5, 333.0], atol=0.55)
+    with pytest.raises(ValueError, match="qwen3"):
+        prompts.coordinate_scale(resized, "qwen3")
+
+
+def test_template_without_a_question_is_refused():
+    with pytest.raises(ValueError, match="reasoning_question"):
+        prompts.Templates(reasoning_question="Where is it?")
