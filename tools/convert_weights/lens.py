@@ -45,19 +45,21 @@ def fresh_context(table: Table, expected: dict[str, Shape], seed: int) -> Source
     """
 
     def tensor(entry: Entry, place: int) -> LazyTensor:
-        shape = entry.transform.source_shape(expected[entry.target])
+        shape = expected[entry.target]
         kind = entry.target.rsplit("/", 1)[-1]
 
         def draw() -> np.ndarray:
             if kind == "scale":
-                return np.ones(shape, np.float32)
-            if kind in ("bias", "pos_embed"):
-                return np.zeros(shape, np.float32)
-            values = np.random.default_rng((seed, place)).standard_normal(shape, np.float32)
-            values *= np.float32(_INIT_STD)
-            return values
+                values = np.ones(shape, np.float32)
+            elif kind in ("bias", "pos_embed"):
+                values = np.zeros(shape, np.float32)
+            else:
+                values = np.random.default_rng((seed, place)).standard_normal(shape, np.float32)
+                values *= np.float32(_INIT_STD)
+            # Drawn in the layout it is stored in: the convolution alone is a gigabyte to transpose.
+            return entry.transform.inverse(values)
 
-        return LazyTensor(shape, draw)
+        return LazyTensor(entry.transform.source_shape(shape), draw)
 
     return Source(
         {entry.source: tensor(entry, place) for place, entry in enumerate(table.entries)},
