@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from lens_jax.data import images, prompts
 from lens_jax.data.pipeline import Processor
+from lens_jax.models.sam.sam2 import Sam2
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,11 @@ def test_pictures(arrays, settings):
         np.testing.assert_array_equal(images.resize(picture, size), expected)
         sides = [k for k in arrays if k.startswith("sam_resized") and k.endswith(f"_{i}")]
         for key in sides:
-            np.testing.assert_array_equal(images.sam_pixels(picture, len(arrays[key])), arrays[key])
+            square = images.sam_pixels(picture, len(arrays[key]))
+            np.testing.assert_array_equal(square, arrays[key])
+            channels_first = np.asarray(Sam2.normalize(None, square)).transpose(2, 0, 1)
+            stored = sampled(channels_first, arrays, f"sam_normalised_{i}")
+            np.testing.assert_allclose(*stored, atol=1e-5)
         for key in arrays:
             if key.startswith("resize_longest") and key.endswith(f"_{i}"):
                 longest = int(key.removeprefix("resize_longest").split("_")[0])
