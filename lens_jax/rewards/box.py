@@ -1,0 +1,240 @@
+"""The box a completion writes: found, read and compared on the device.
+
+Three forms are looked for anywhere in the text, `[a, b, c, d]`, else `(a, b, c, d)`, else
+`(a, b), (c, d)`; the first match of the first form that has one is the box. An attempt can only
+fail at a character that begins the next one, so one deterministic automaton a form finds the
+leftmost match; the numbers it stands between are the last four that were read.
+"""
+
+import functools
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lens_jax.rewards.automaton import (
+    ANY,
+    CUT,
+    DIGIT,
+    SILENT,
+    SPACE,
+    SYMBOLS,
+    Alphabet,
+    Chars,
+    Many,
+    Maybe,
+    compile_decoder,
+    compile_pattern,
+)
+
+_GAP = Many(SPACE)
+_NUMBER = (Maybe("-"), DIGIT, Many(DIGIT), Maybe((".", DIGIT, Many(DIGIT))))
+_PAIR = (_NUMBER, ",", _GAP, _NUMBER)
+_FOUR = (_PAIR, ",", _GAP, _PAIR, _GAP)
+# In order of preference.
+FORMS = (
+    ("[", _GAP, _FOUR, "]"),
+    ("(", _GAP, _FOUR, ")"),
+    ("(", _GAP, _PAIR, ")", ",", _GAP, "(", _GAP, _PAIR, ")"),
+)
+
+NOTHING = SYMBOLS  # pads byte strings
+# A number is kept as mantissa x 10^exponent; with a ninth digit the mantissa is full.
+_FULL = 10**8
+_EXACT = 10  # 10^10 is the last power of ten that float32 holds exactly
+
+
+class BoxState(NamedTuple):
+    """What is known of N texts so far; -1 axes are N."""
+
+    decoder: Int[Array, "N"]
+    form: Int[Array, "F N"]  # states of the forms' automata
+    mantissa: Int[Array, "4 N"]  # the last four numbers, the present one last
+    exponent: Int[Array, "4 N"]
+    sign: Int[Array, "N"]  # of the present number
+    fraction: Int[Array, "N"]  # 1 after its point
+    best: Int[Array, "N"]  # the form found, len(FORMS) for none
+    best_mantissa: Int[Array, "4 N"]
+    best_exponent: Int[Array, "4 N"]
+
+
+class BoxReader:
+    """Reads boxes from texts that arrive in pieces of encoded bytes."""
+
+    def __init__(self):
+        values = [Chars(frozenset(c for c in DIGIT.points if _value(c) == v)) for v in range(10)]
+        patterns = [(Many(ANY), form) for form in FORMS]
+        alphabet = Alphabet(patterns, apart=values)
+        silent = len(alphabet)  # the class of no character
+
+        decoder = compile_decoder(alphabet)
+        states = np.arange(len(decoder.next_state))[:, None]
+        self._next = np.concatenate([decoder.next_state, states], axis=1)
+        quiet = np.full_like(states, SILENT)
+        self._first, self._second = (
+            np.where((table := np.concatenate([t, quiet], axis=1)) == SILENT, silent, table)
+            for t in (decoder.first, decoder.second)
+        )
+
+        automata = [compile_pattern(pattern, alphabet) for pattern in patterns]
+        size = max(len(a.accepts) for a in automata)
+        self._forms = np.zeros((len(FORMS), size, len(alphabet) + 1), np.int32)
+        self._accepts = np.zeros((len(FORMS), size), bool)
+        for i, automaton in enumerate(automata):
+            count = len(automaton.accepts)
+            self._forms[i, :count, :-1] = automaton.next_state
+            self._forms[i, :, -1] = np.arange(size)
+            self._accepts[i, :count] = automaton.accepts
+
+        self._digit = np.full(len(alphabet) + 1, -1)
+        for value in range(10):
+            self._digit[alphabet[str(value)]] = value
+        self._minus, self._point, self._comma = (alphabet[char] for char in "-.,")
+        self._openers = [alphabet[char] for char in "[("]
+
+    @staticmethod
+    def encode(strings: Sequence[str]) -> np.ndarray:
+        """Byte strings as int16 [len(strings), E], each shortened to one that reads the same."""
+        short = [_shorten(string) for string in strings]
+        codes = np.full((len(short), max(map(len, short), default=0)), NOTHING, np.int16)
+        for row, string in zip(codes, short, strict=True):
+            row[: len(string)] = [*map(ord, string)]
+        return codes
+
+    def start(self, count: int) -> BoxState:
+        def full(*shape: int, value: int = 0) -> Array:
+            return jnp.full((*shape, count), value, jnp.int32)
+
+        return BoxState(
+            decoder=full(),
+            form=full(len(FORMS)),
+            mantissa=full(4),
+            exponent=full(4),
+            sign=full(value=1),
+            fraction=full(),
+            best=full(value=len(FORMS)),
+            best_mantissa=full(4),
+            best_exponent=full(4),
+        )
+
+    def read(self, state: BoxState, codes: Int[Array, "E N"]) -> BoxState:
+        """Go on with one piece of every text."""
+        return jax.lax.scan(lambda s, code: (self._read(s, code), None), state, codes)[0]
+
+    def _read(self, state: BoxState, code: Int[Array, "N"]) -> BoxState:
+        after, first, second = (
+            jnp.asarray(table)[state.decoder, code]
+            for table in (self._next, self._first, self._second)
+        )
+        forms, accepts = jnp.asarray(self._forms), jnp.asarray(self._accepts)
+        i = jnp.arange(len(FORMS))[:, None]
+        form = forms[i, forms[i, state.form, first], second]
+        found = accepts[i, form] & (i < state.best)
+
+        now = found.any(0)
+        best_mantissa = jnp.where(now, state.mantissa, state.best_mantissa)
+        best_exponent = jnp.where(now, state.exponent, state.best_exponent)
+        best = jnp.where(now, jnp.argmax(found, 0), state.best)
+
+        # A digit beyond the ninth only moves the point.
+        digit = jnp.asarray(self._digit)[second]
+        present, scale = state.mantissa[3], state.exponent[3]
+        full = jnp.abs(present) >= _FULL
+        present = jnp.where((digit < 0) | full, present, 10 * present + state.sign * digit)
+        scale = jnp.where(digit < 0, scale, scale + full - state.fraction)
+        comma = second == self._comma
+        fresh = comma | functools.reduce(jnp.logical_or, [second == c for c in self._openers])
+        return BoxState(
+            decoder=after,
+            form=form,
+            mantissa=_append(state.mantissa, present, comma, fresh),
+            exponent=_append(state.exponent, scale, comma, fresh),
+            sign=jnp.where(fresh, 1, jnp.where(second == self._minus, -1, state.sign)),
+            fraction=jnp.where(fresh, 0, jnp.where(second == self._point, 1, state.fraction)),
+            best=best,
+            best_mantissa=best_mantissa,
+            best_exponent=best_exponent,
+        )
+
+    def finish(self, state: BoxState) -> tuple[Float[Array, "N 4"], Bool[Array, "N"]]:
+        """The boxes, zeros where there is none, and which texts have one."""
+        found = state.best < len(FORMS)
+        values = _decimal(state.best_mantissa, state.best_exponent)
+        return jnp.where(found, values, 0.0).T, found
+
+
+def box_iou(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"]) -> Float[Array, "*N"]:
+    """IoU of xyxy boxes in float32; 0 where the union is 0 or a box is not finite."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    upper, lower = jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:])
+    intersection = jnp.prod(jnp.maximum(lower - upper, 0.0), axis=-1)
+    area_a, area_b = (jnp.prod(box[..., 2:] - box[..., :2], axis=-1) for box in (a, b))
+    union = area_a + area_b - intersection
+    defined = (union != 0) & jnp.isfinite(union) & jnp.isfinite(intersection)
+    return jnp.where(defined, intersection / jnp.where(defined, union, 1.0), 0.0)
+
+
+def _append(numbers: Array, present: Array, comma: Array, fresh: Array) -> Array:
+    """Write the present number [N] into [4, N]; a comma moves it back, a fresh one is 0."""
+    earlier = jnp.where(comma, jnp.stack([*numbers[1:3], present]), numbers[:3])
+    return jnp.concatenate([earlier, jnp.where(fresh, 0, present)[None]])
+
+
+def _decimal(mantissa: Int[Array, "*N"], exponent: Int[Array, "*N"]) -> Float[Array, "*N"]:
+    """mantissa x 10^exponent in float32, exact to 7 significant digits, to 1e-6 beyond.
+
+    Without trailing zeros 7 digits are a float32 integer, and one division or product by an exact
+    power of ten rounds once.
+    """
+
+    def trim(_, number):
+        mantissa, exponent = number
+        zero = mantissa % 10 == 0
+        return jnp.where(zero, mantissa // 10, mantissa), exponent + zero
+
+    mantissa, exponent = jax.lax.fori_loop(0, 9, trim, (mantissa, exponent))
+    with np.errstate(over="ignore"):
+        power = jnp.asarray((10.0 ** np.arange(60)).astype(np.float32))  # 1e39 and up: infinite
+    exact = jnp.clip(exponent, -_EXACT, _EXACT)
+    rest = exponent - exact
+    value = mantissa.astype(jnp.float32)
+    value = jnp.where(exact < 0, value / power[jnp.abs(exact)], value * power[jnp.abs(exact)])
+    scale = power[jnp.minimum(jnp.abs(rest), len(power) - 1)]
+    value = jnp.where(rest < 0, value / scale, value * scale)
+    return jnp.where(mantissa == 0, 0.0, value)  # not 0 x infinity
+
+
+def _value(char: str) -> int:
+    return unicodedata.decimal(char)
+
+
+class _Spelling(dict):
+    """What stands for a character in a shortened string, for str.translate."""
+
+    def __missing__(self, point: int) -> str:
+        return chr(point - 0xDC00) if 0xDC80 <= point <= 0xDCFF else "x"
+
+
+_SPELLING = _Spelling(
+    {ord(c): " " for c in SPACE.points}
+    | {ord(c): str(_value(c)) for c in DIGIT.points}
+    | {ord(c): c for c in "-.,[]()"}
+)
+
+
+def _shorten(string: str) -> str:
+    """A shorter byte string that no reader of boxes can tell from this one.
+
+    Whole characters become one byte, x where they have no place in a box; bytes that may belong to
+    a character cut in two stay. An x ends every attempt: what stands before it matters only if it
+    may close a box, what stands after it only from the next bracket on.
+    """
+    pieces = (piece.encode("latin-1") for piece in string.split(chr(CUT)))
+    decoded = (piece.decode("utf-8", "surrogateescape").translate(_SPELLING) for piece in pieces)
+    short = re.sub(" +", " ", chr(CUT).join(decoded))
+    return re.sub(r"x[^\[(]*", "x", re.sub(r"[^\])]*x", "x", short))

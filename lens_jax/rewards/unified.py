@@ -1,0 +1,95 @@
+"""The unified reward: sentence, box and mask in named channels (LENS, section 3.3)."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from lens_jax.models.inputs import Targets
+from lens_jax.rewards.box import box_iou
+from lens_jax.rewards.segment import boundary_iou, mask_iou
+from lens_jax.rewards.sentence import Score
+
+
+@struct.dataclass
+class Rewards:
+    """What G completions of each prompt earned, float32 and without gradient."""
+
+    values: Float[Array, "B G K"]
+    """One channel each of `names`, before weights."""
+    total: Float[Array, "B G"]
+    """The weighted sum."""
+    mask_iou: Float[Array, "B G"]
+    box_iou: Float[Array, "B G"]
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+
+    @property
+    def channels(self) -> dict[str, Float[Array, "B G"]]:
+        """The values of each channel by name."""
+        return {name: self.values[..., k] for k, name in enumerate(self.names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class UnifiedReward:
+    """Weighs format, box, segment and boundary rewards; weight 0: not in the total.
+
+    A sample without target (no box, an empty mask) is answered rightly by no box and an empty mask,
+    which earn 1 each; anything else earns 0.
+    """
+
+    score: Score
+    """Reads the text: `text_rewards(tokenizer)`."""
+    format: float = 0.0
+    pattern: Literal["think_format", "grounding_format", "grounding_format_reasoning"] = (
+        "grounding_format"
+    )
+    box: float = 1.0
+    segment: float = 1.0
+    boundary: float = 0.0
+    squared: bool = True
+    """Square the mask's and the boundary's IoU; the box's is always squared."""
+    scale: float = 1.0
+    """Factor on the total."""
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B G T"],
+        lengths: Int[Array, "B G"],
+        logits: Float[Array, "B G H W"],
+        targets: Targets,
+        valid: Bool[Array, "B H W"],
+    ) -> Rewards:
+        """Reward completions and their masks.
+
+        Args:
+            lengths: tokens of each completion that count, end token included.
+            logits: mask logits on the canvas of the true masks.
+            valid: which pixels of the canvas belong to the picture.
+        """
+        text = self.score(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
+        text = {name: v.reshape(*lengths.shape, *v.shape[1:]) for name, v in text.items()}
+        truth = targets.mask & valid
+        no_target = ~(truth.any((1, 2)) | (targets.box != 0).any(-1))[:, None]
+        no_mask = ~((logits > 0) & valid[:, None]).any((-2, -1))
+
+        box = box_iou(text["box"], targets.box[:, None])
+        box = jnp.where(no_target, ~text["box_found"], box)
+        segment = jnp.where(no_target, no_mask, mask_iou(logits, truth, valid))
+        power = 2 if self.squared else 1
+        channels = {
+            "format": (self.format, text[self.pattern].astype(jnp.float32)),
+            "box": (self.box, box**2),
+            "segment": (self.segment, segment**power),
+        }
+        if self.boundary:
+            boundary = jnp.where(no_target, no_mask, boundary_iou(logits, truth, valid))
+            channels["boundary"] = (self.boundary, boundary**power)
+
+        weights, values = zip(*channels.values(), strict=True)
+        values = jnp.stack(values, axis=-1)
+        total = self.scale * (values * jnp.array(weights, jnp.float32)).sum(-1)
+        rewards = Rewards(values, total, segment, box, names=tuple(channels))
+        return jax.lax.stop_gradient(rewards)
