@@ -76,7 +76,7 @@ class Chart:
     border: float | None  # where stage 2 begins
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> Path:
+def write(run_dir: str | os.PathLike[str]) -> Path:
     """Writes RUN_DIR/report.html from metrics.jsonl, evaluation.json, config.yaml and samples/;
     what is missing is left out. Returns the file."""
     run_dir = Path(run_dir)

@@ -81,7 +81,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_page_stands_alone_and_escapes_what_it_shows(run):
-    text = report.write_report(run).read_text(encoding="utf-8")
+    text = report.write(run).read_text(encoding="utf-8")
     page = Page(text)
     assert page.all("script") == [] and page.all("link") == []
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "url(" not in text
@@ -93,7 +93,7 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(run):
 
 
 def test_samples_are_shown_with_every_panel(run):
-    page = Page(report.write_report(run).read_text())
+    page = Page(report.write(run).read_text())
     images = page.all("img")
     assert [i["alt"].split(":")[0] for i in images] == ["before", "after GRPO"]
     assert all(i["src"].startswith("data:image/jpeg;base64,") for i in images)
@@ -101,7 +101,7 @@ def test_samples_are_shown_with_every_panel(run):
 
 
 def test_every_metric_that_has_values_has_a_chart(run):
-    page = Page(report.write_report(run).read_text())
+    page = Page(report.write(run).read_text())
     charts = [a["aria-label"] for a in page.all("svg")]
     assert charts == ["Reward over steps", "IoU over steps", "Loss over steps"]
     paths = [a["d"] for a in page.all("path")]
@@ -140,7 +140,7 @@ def test_the_table_compares_first_and_last(run):
 
 
 def test_an_empty_run_has_a_report(tmp_path):
-    page = Page(report.write_report(tmp_path).read_text())
+    page = Page(report.write(tmp_path).read_text())
     assert page.all("svg") == [] and page.all("img") == []
 
 
