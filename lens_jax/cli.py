@@ -1,0 +1,97 @@
+"""What the commands share: flags from a function's signature, and mistakes as one line."""
+
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+from tqdm import tqdm
+
+# What jsonargparse calls a type -> what it asks for.
+_TYPES = {
+    "PositiveInt": "a whole number of at least 1",
+    "<class 'bool'>": "true or false",
+}
+
+
+class UsageError(Exception):
+    """A command that cannot be carried out as given; one line that says what to change."""
+
+
+class Formatter(jsonargparse.DefaultHelpFormatter):
+    """Keeps the line breaks of descriptions and examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Raises UsageError, one line, where argparse would print its usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(_explain(message))
+
+
+def run(
+    command: Callable[..., int | None], argv: Sequence[str] | None, *, prog: str, example: str
+) -> int:
+    """Calls `command` with the flags that its signature and docstring describe.
+
+    Returns what it returns, None as 0; 2 after a mistake, printed to stderr as one line.
+    """
+    parser = Parser(
+        prog=prog,
+        description=inspect.getdoc(command).partition("Args:")[0].rstrip(),
+        epilog=f"example:\n{example}",
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_function_arguments(command, as_group=False, as_positional=False)
+    try:
+        options = parser.parse_args(None if argv is None else list(argv)).as_dict()
+    except UsageError as error:
+        return complain(error)
+
+    import jax
+
+    from lens_jax.checkpoints import CheckpointError
+    from lens_jax.data.sample import SampleError
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "lens-jax")
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    try:
+        return command(**options) or 0
+    except (UsageError, CheckpointError, SampleError, OSError) as error:
+        return complain(error)
+
+
+def complain(error: Exception) -> int:
+    """Prints an error as one line, clear of progress bars; returns the exit code for it."""
+    tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _explain(message: str) -> str:
+    """jsonargparse's message as one line that names the flag and what it should be."""
+    message = " ".join(message.split())
+    if required := re.search(r"arguments are required: (.+)", message):
+        return "give " + ", ".join(f"--{name}" for name in required[1].split(", "))
+    if unknown := re.search(r"unrecognized arguments: (.+)", message):
+        return f"unknown: {unknown[1]} (--help lists what there is)"
+    wrong = re.search(r'key "(?P<key>\w+)": (?P<why>.+)', message)
+    if not wrong:
+        return message
+    key, why = wrong["key"], wrong["why"]
+    value: Any = re.search(r"(?:Got value|Given value): (.+)", why)
+    given = f", got {value[1]}" if value else ""
+    if choices := re.search(r"typing\.Literal\[(.+?)\]", why):
+        return f"--{key}: expected one of {choices[1].replace(chr(39), '')}{given}"
+    for name, expected in _TYPES.items():
+        if name in why:
+            return f"--{key}: expected {expected}{given}"
+    return f"--{key}: {why}"
