@@ -8,6 +8,7 @@ notice a flipped byte, and a directory without a manifest was not written to its
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -318,8 +319,9 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 def iterate_params(directory: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a pretrained checkpoint as written: (name, host array), in portions."""
-    for _, arrays in _read_groups(_verified(directory)):
-        yield from arrays.items()
+    directory = _verified(directory)
+    saved = _saved(directory)
+    yield from _read(directory, saved, saved)
 
 
 def load_pretrained(
@@ -336,22 +338,23 @@ def load_pretrained(
         array goes; every process puts its own shards there. None gives host (numpy) arrays.
     """
     config = read_config(directory)
+    directory = _verified(directory)
+    saved = _saved(directory)
+    groups = _groups(saved)
+    arrays = _read(directory, saved, (m for members in groups.values() for m in members))
     leaves = {}
-    for groups, arrays in _read_groups(_verified(directory)):
-        for name, members in groups.items():
-            first = arrays[members[0]]
-            is_float = jax.dtypes.issubdtype(first.dtype, np.floating)
-            kind = np.dtype(dtype) if dtype is not None and is_float else first.dtype
-            if members == [name]:
-                leaf = arrays.pop(name).astype(kind, copy=False)
-            else:
-                leaf = np.empty((len(members), *first.shape), kind)
-                for i, member in enumerate(members):
-                    leaf[i] = arrays.pop(member)
-            if sharding is not None:
-                place = sharding(name, leaf.shape)
-                leaf = jax.make_array_from_callback(leaf.shape, place, leaf.__getitem__)
-            leaves[name] = leaf
+    for name, members in groups.items():
+        shape, kind = saved[members[0]].shape, saved[members[0]].dtype
+        if dtype is not None and jax.dtypes.issubdtype(kind, np.floating):
+            kind = np.dtype(dtype)
+        stacked = members != [name]
+        leaf = np.empty((len(members), *shape) if stacked else shape, kind)
+        for i, (_, array) in zip(range(len(members)), arrays, strict=False):
+            leaf[i if stacked else ...] = array
+        if sharding is not None:
+            place = sharding(name, leaf.shape)
+            leaf = jax.make_array_from_callback(leaf.shape, place, leaf.__getitem__)
+        leaves[name] = leaf
     return config, _nest(leaves)
 
 
@@ -390,26 +393,31 @@ def _verified(directory: str | os.PathLike[str]) -> Path:
     return directory
 
 
-def _read_groups(
-    directory: Path,
-) -> Iterator[tuple[dict[str, list[str]], dict[str, np.ndarray]]]:
-    """Reads in portions; tensors that are stacked together come together."""
-    saved = ocp.metadata(directory / PARAMS).metadata
-    portion: dict[str, list[str]] = {}
+def _saved(directory: Path) -> dict[str, Any]:
+    """Name -> shape and dtype of the tensors on disk."""
+    return ocp.metadata(directory / PARAMS).metadata
+
+
+def _read(
+    directory: Path, saved: Mapping[str, Any], names: Iterable[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The named tensors in that order, read a portion at a time."""
+    portion: dict[str, Any] = {}
     size = 0
 
-    def read():
-        names = [m for members in portion.values() for m in members]
-        return portion, _load(directory / PARAMS, {m: saved[m] for m in names})
+    def load() -> Iterator[tuple[str, np.ndarray]]:
+        arrays = _load(directory / PARAMS, portion)
+        for name in portion:
+            yield name, arrays.pop(name)
 
-    for name, members in _groups(saved).items():
-        portion[name] = members
-        size += sum(np.prod(saved[m].shape) * saved[m].dtype.itemsize for m in members)
+    for name in names:
+        portion[name] = saved[name]
+        size += math.prod(saved[name].shape) * saved[name].dtype.itemsize
         if size >= PORTION_BYTES:
-            yield read()
+            yield from load()
             portion, size = {}, 0
     if portion:
-        yield read()
+        yield from load()
 
 
 def _stacked_prefix(name: str) -> str | None:
