@@ -276,13 +276,23 @@ def token_strings(tokenizer) -> list[str]:
             "so use a tokenizer of the Qwen family"
         )
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    table = str.maketrans(_byte_of_char())
-    spelled = _byte_of_char().keys()
+    alphabet = byte_alphabet()
+    table = str.maketrans(alphabet)
     return [
-        # The decoder takes a token for bytes only if all of it can be.
-        token.translate(table) if spelled >= set(token) else token.encode().decode("latin-1")
+        # The tokenizers' decoder takes a token for bytes only if all of it can be.
+        token.translate(table)
+        if alphabet.keys() >= set(token)
+        else token.encode().decode("latin-1")
         for token in (token or "" for token in tokens)
     ]
+
+
+def byte_alphabet() -> dict[str, str]:
+    """Byte-level BPE's alphabet: printable Latin-1 stands for itself, the rest moves up to 256."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    shifted = {chr(256 + i): chr(byte) for i, byte in enumerate(others)}
+    return {chr(byte): chr(byte) for byte in printable} | shifted
 
 
 def distinct(*tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -368,11 +378,3 @@ def _lead(byte: int) -> tuple[int, int, int] | None:
     if 0xF0 <= byte <= 0xF4:  # neither overlong nor past U+10FFFF
         return 3, 0x90 if byte == 0xF0 else 0x80, 0x8F if byte == 0xF4 else 0xBF
     return None
-
-
-def _byte_of_char() -> dict[str, str]:
-    """Byte-level BPE's alphabet: printable Latin-1 stands for itself, the rest moves up to 256."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    shifted = {chr(256 + i): chr(byte) for i, byte in enumerate(others)}
-    return {chr(byte): chr(byte) for byte in printable} | shifted

@@ -186,7 +186,7 @@ def _append(numbers: Array, present: Array, comma: Array, fresh: Array) -> Array
 
 
 def _decimal(mantissa: Int[Array, "*N"], exponent: Int[Array, "*N"]) -> Float[Array, "*N"]:
-    """mantissa x 10^exponent in float32, exact to 7 significant digits, to 1e-6 beyond.
+    """mantissa x 10^exponent in float32: the nearest to 7 digits and 10 decimals, 1e-6 beyond.
 
     Without trailing zeros 7 digits are a float32 integer, and one division or product by an exact
     power of ten rounds once.

@@ -1,0 +1,172 @@
+"""Text rewards agree with Python's `re` on the decoded text, however tokens cut it."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from lens_jax.rewards import text_rewards
+from lens_jax.rewards.automaton import byte_alphabet, token_strings
+from tests.rewards.texts import FORMATS, PIECES, Writer, check, decode
+
+SPECIAL = [
+    *("<|endoftext|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>"),
+]
+# Tokens that hold much of a pattern, several of them, or halves of characters.
+LONG_TOKENS = [
+    *("[1,2,3,4]", "),(", "], [", "1,2", ",-3.5", "(12,", "00", "0.0", "]foo[", "x(1,2),(3,4)y"),
+    *(
+        "</think><answer>",
+        "<think>a</think>\n",
+        "</answer>",
+        "|><|box_start|>",
+        "<|end",
+        "oftext|>",
+    ),
+    *("<|endoftext|><|endof", "t|>7", "text|>,", "a<", "  \n\t ", "\u3000\u3000", "中文", "３４"),
+    *("é[", "0" * 12, "[[((", "))]]", "foo)bar", "(a)", "1)", "(b", ">\n", "|", "e", "xt"),
+]
+LONG_BYTES = [b"\xef\xbc", b"\x95", b"\xbc\x95,", b"\xf0\x9d", b"\x9f\x98]", b"\xa3\xd9", b"[\xd9"]
+
+
+def byte_strings(tokenizer) -> list[bytes]:
+    return [string.encode("latin-1") for string in token_strings(tokenizer)]
+
+
+@pytest.fixture(scope="module")
+def long_tokenizer():
+    chars = {ord(byte): char for char, byte in byte_alphabet().items()}
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [*(token.encode() for token in LONG_TOKENS), *LONG_BYTES]
+    spelled = dict.fromkeys("".join(chars[b] for b in token) for token in tokens)
+    backend = Tokenizer(BPE({token: i for i, token in enumerate(spelled)}, []))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_token_bytes_are_what_the_tokenizer_decodes(tokenizer, long_tokenizer):
+    for tok in (tokenizer, long_tokenizer):
+        rng = np.random.default_rng(0)
+        strings = byte_strings(tok)
+        assert len(strings) == len(tok)
+        for ids in rng.integers(0, len(tok), (300, 12)):
+            text = b"".join(strings[i] for i in ids).decode(errors="replace")
+            assert text == decode(tok, ids)
+
+
+def test_random_texts(tokenizer, score):
+    tokens, lengths = Writer(tokenizer, byte_strings(tokenizer), seed=0).rows(5000, 160)
+    counts = check(tokenizer, jax.device_get(score(tokens, lengths)), tokens, lengths)
+    assert min(counts.values()) > 200, counts  # the texts try what they should
+
+
+def test_random_texts_in_long_tokens(long_tokenizer):
+    writer = Writer(long_tokenizer, byte_strings(long_tokenizer), seed=1)
+    tokens, lengths = writer.rows(3000, 160)
+    out = jax.jit(text_rewards(long_tokenizer))(tokens, lengths)
+    counts = check(long_tokenizer, jax.device_get(out), tokens, lengths)
+    assert min(counts.values()) > 100, counts
+
+
+def rows_of(tokenizer, texts: list[str | list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and lengths of texts, always of one shape: it is compiled once."""
+    ids = [tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
+    tokens, lengths = np.full((16, 160), tokenizer.eos_token_id, np.int32), np.zeros(16, np.int32)
+    for i, row in enumerate(ids):
+        tokens[i, : len(row)], lengths[i] = row, len(row)
+    return tokens, lengths
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_tokens(tokenizer, score, data):
+    """The same from examples that shrink: pieces of the patterns and any token, in any order."""
+    pieces = [tokenizer.encode(piece) for piece in PIECES]
+    token = st.integers(0, len(tokenizer) + 5).map(lambda i: [i])
+    drawn = data.draw(st.lists(st.sampled_from(pieces) | token, max_size=30))
+    tokens, lengths = rows_of(tokenizer, [[*itertools.chain(*drawn)][:160]])
+    check(tokenizer, jax.device_get(score(tokens, lengths)), tokens, lengths)
+
+
+def test_end_of_text_stays_in_the_think_format(tokenizer, score):
+    """It is padding for the other formats and the box, as a token or spelled in characters."""
+    think = "<think>a</think>{}<answer>b</answer>"
+    grounding = "<|object_ref_start|>a<|object_ref_end|>{}<|box_start|>b<|box_end|><|im_end|>"
+    byte_ids = {bytes: i for i, bytes in reversed([*enumerate(byte_strings(tokenizer))])}
+    spelled = [byte_ids[bytes([b])] for b in b"<|endoftext|>"]
+    texts = []
+    for form in (think, grounding, "[1,2{},3,4]"):
+        head, tail = (tokenizer(s, add_special_tokens=False)["input_ids"] for s in form.split("{}"))
+        texts += [
+            head + tail,
+            head + tokenizer.encode("<|endoftext|>") + tail,
+            head + spelled + tail,
+        ]
+    tokens, lengths = rows_of(tokenizer, texts)
+    out = jax.device_get(score(tokens, lengths))
+    check(tokenizer, out, tokens, lengths)
+    assert out["think_format"][:9].tolist() == [True, False, False] + [False] * 6
+    assert out["grounding_format"][:9].tolist() == [False] * 3 + [True] * 3 + [False] * 3
+    assert out["box_found"][:9].tolist() == [False] * 6 + [True] * 3
+
+
+def test_what_is_removed_joins_text_but_no_characters(tokenizer, score):
+    """Halves of a digit on both sides of an end of text are two U+FFFD, not the digit."""
+    byte_ids = {bytes: i for i, bytes in reversed([*enumerate(byte_strings(tokenizer))])}
+    end = tokenizer.encode("<|endoftext|>")
+
+    def ids(*codes: bytes) -> list[int]:
+        return [byte_ids[bytes([b])] for code in codes for b in code]
+
+    digit = "５".encode()
+    texts = [
+        ids(b"[1,2,3,", digit, b"]"),
+        ids(b"[1,2,3,", digit[:1]) + end + ids(digit[1:], b"]"),
+        ids(b"[1,2,3,", digit[:2]) + end + ids(digit[2:], b"]"),
+        ids(b"[1,2,3,", digit) + end + ids(b"6]"),
+        ids(b"[1,2,3,4") + ids(b"<|endof") + end + ids(b"text|>]"),  # removed only once
+    ]
+    tokens, lengths = rows_of(tokenizer, texts)
+    out = jax.device_get(score(tokens, lengths))
+    check(tokenizer, out, tokens, lengths)
+    assert out["box_found"][:5].tolist() == [True, False, False, True, False]
+    assert out["box"][3].tolist() == [1, 2, 3, 56]
+
+
+def test_only_the_first_length_tokens_count(tokenizer, score):
+    tokens, lengths = rows_of(tokenizer, ["[1,2,3,4]"] * 16)
+    lengths -= np.arange(16) % 2
+    out = score(tokens, lengths)
+    np.testing.assert_array_equal(out["box_found"], np.arange(16) % 2 == 0)
+    assert out["box"].dtype == np.float32 and out["think_format"].dtype == bool
+    assert not out["box"][1::2].any()
+
+
+def test_sharded_rows_need_no_communication(tokenizer, score):
+    tokens, lengths = Writer(tokenizer, byte_strings(tokenizer), seed=2).rows(16, 160)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    arguments = jax.device_put((tokens, lengths), rows)
+    compiled = score.lower(*arguments).compile()
+    program = compiled.as_text()
+    assert not any(name in program for name in ("all-reduce", "all-gather", "all-to-all"))
+    out, alone = compiled(*arguments), score(tokens, lengths)
+    for name in (*FORMATS, "box", "box_found"):
+        np.testing.assert_array_equal(out[name], alone[name])
+
+
+def test_other_tokenizers_are_refused(tokenizer):
+    class Sentencepiece:
+        def convert_tokens_to_string(self, tokens):
+            return "".join(tokens).replace("▁", " ")
+
+    with pytest.raises(ValueError, match="Sentencepiece is not a byte-level BPE tokenizer"):
+        text_rewards(Sentencepiece())
