@@ -1,0 +1,176 @@
+"""Qwen2.5-VL against transformers, on random tiny weights: forward and gradients."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from lens_jax import checkpoints
+from lens_jax.models.lens import abstract, split_policy
+from lens_jax.models.qwen_vl.config import QwenVLConfig
+from lens_jax.models.qwen_vl.head import logits
+from lens_jax.models.qwen_vl.language import LanguageModel
+from lens_jax.models.qwen_vl.vision import VisionTower
+from tests import micro
+from tools.convert_weights.qwen_vl import official_name, table
+
+# 84 x 140 pixels and 112 x 84 are no multiples of either window.
+ROWS = [((6, 10), (3, 6)), ((8, 6), (1, 2)), ((4, 4), (5, 4))]
+
+
+def config(tied, window, full, depth=3):
+    mllm = micro.CONFIG.mllm
+    vision = dataclasses.replace(
+        mllm.vision, depth=depth, window_size=window, full_attention_blocks=full
+    )
+    mllm = dataclasses.replace(mllm, tie_word_embeddings=tied, vision=vision)
+    return dataclasses.replace(micro.CONFIG, mllm=mllm)
+
+
+def hf_model(mllm: QwenVLConfig) -> Qwen2_5_VLForConditionalGeneration:
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**micro.hf_config(mllm))).eval()
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            scale = x[0].numel() ** -0.5 if x.ndim > 1 else 0.2
+            x.copy_(torch.randn_like(x) * scale + ("norm" in name or "ln_q" in name) * (x.ndim < 2))
+    return model
+
+
+def official(tensors) -> dict[str, np.ndarray]:
+    return {official_name(name): x.detach().numpy() for name, x in tensors}
+
+
+def hf_batch(rows, side):
+    length = max(len(r.tokens) for r in rows)
+    pad = lambda x: (  # noqa: E731
+        np.pad(x, (0, length - len(x)) if side == "right" else (length - len(x), 0))
+    )
+    ids = torch.tensor(np.stack([pad(r.tokens) for r in rows])).long()
+    mask = torch.tensor(np.stack([pad(np.ones(len(r.tokens), np.int64)) for r in rows]))
+    return dict(
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values=torch.tensor(np.concatenate([r.patches for r in rows])),
+        image_grid_thw=torch.tensor([(1, *r.grid) for r in rows]),
+        mm_token_type_ids=(ids == micro.CONFIG.mllm.image_token_id).int(),
+    )
+
+
+def tokens_only(x, rows, side):
+    """[B, P, ...] without padding, all rows in one."""
+    ends = [len(r.tokens) for r in rows]
+    take = (lambda y, n: y[:n]) if side == "right" else (lambda y, n: y[len(y) - n :])
+    return [take(y, n) for y, n in zip(x, ends, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("tied", "window", "full", "side"),
+    [(True, 56, (1,), "right"), (False, 112, (0,), "left"), (True, 56, (0, 2), "left")],
+)
+def test_parity(tied, window, full, side):
+    ours = config(tied, window, full)
+    theirs = hf_model(ours.mllm)
+    assert QwenVLConfig.from_hf(theirs.config.to_dict()) == ours.mllm
+    tensors = official(theirs.state_dict().items())
+    if tied:
+        tensors.pop("lm_head.weight", None)
+    entries = table(ours.mllm).entries
+    assert {e.source for e in entries} == set(tensors)
+    definition, policy, rest = split_policy(abstract(ours))
+    params = {e.target: e.transform.forward(tensors[e.source]) for e in entries}
+    nnx.replace_by_pure_dict(policy, checkpoints.stack(params))
+
+    rows = [micro.row(ours, grid, text, i) for i, (grid, text) in enumerate(ROWS)]
+    prompts = micro.collate(ours, rows)
+    rng = np.random.default_rng(3)
+    weights = rng.standard_normal((*prompts.tokens.shape, ours.mllm.vocab_size)).astype("f4")
+    mask = np.arange(weights.shape[1]) < prompts.length[:, None]
+    weights *= mask[..., None]
+
+    @jax.jit
+    def forward_and_gradients(policy):
+        def weighted(policy):
+            model = nnx.merge(definition, policy, rest)
+            embedded = model.embed(prompts)
+            hidden, _ = model.language.prefill(embedded, prompts.positions, mask)
+            z = logits(hidden, model.language.head)
+            return (z * weights).sum(), z
+
+        gradients, z = jax.grad(weighted, has_aux=True)(policy)
+        return z, gradients
+
+    z, gradients = forward_and_gradients(policy)
+    expected = theirs(**hf_batch(rows, side)).logits
+    aligned = tokens_only(expected, rows, side)
+    for got, want in zip(tokens_only(z, rows, "right"), aligned, strict=True):
+        micro.close(got, want.detach().numpy())
+
+    kept = tokens_only(torch.tensor(weights), rows, "right")
+    sum((x * w).sum() for x, w in zip(aligned, kept, strict=True)).backward()
+    theirs_by_name = official((n, x.grad) for n, x in theirs.named_parameters())
+    flat = dict(checkpoints.unstack(nnx.to_pure_dict(gradients)))
+    ours_by_name = {e.source: e.transform.inverse(flat[e.target]) for e in entries}
+    micro.same_gradients(ours_by_name, theirs_by_name)
+
+
+SIZES = {  # hidden, MLP, layers, heads, KV heads, vocabulary, tied, vision MLP, parameters
+    "3B": (2048, 11008, 36, 16, 2, 151936, True, 3420, 3_754_622_976),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False, 3420, 8_292_166_656),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False, 3456, 33_452_718_336),
+    "72B": (8192, 29568, 80, 64, 8, 152064, False, 3456, 73_410_777_344),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_published_shapes(size):
+    hidden, mlp, layers, heads, kv_heads, vocabulary, tied, vision_mlp, parameters = SIZES[size]
+    mllm = QwenVLConfig.from_hf(
+        dict(
+            model_type="qwen2_5_vl",
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=vocabulary,
+            tie_word_embeddings=tied,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+            image_token_id=151655,
+            vision_config=dict(
+                depth=32,
+                hidden_size=1280,
+                intermediate_size=vision_mlp,
+                num_heads=16,
+                in_chans=3,
+                out_hidden_size=hidden,
+                patch_size=14,
+                spatial_merge_size=2,
+                temporal_patch_size=2,
+                window_size=112,
+                fullatt_block_indexes=[7, 15, 23, 31],
+            ),
+        )
+    )
+    assert mllm.head_dim == 128 and sum(mllm.mrope_section) == 64
+    assert mllm.vision.window_patches == 64 and mllm.vision.patch_dim == 1176
+    parts = nnx.eval_shape(
+        lambda: (VisionTower(mllm.vision, rngs=nnx.Rngs(0)), LanguageModel(mllm, rngs=nnx.Rngs(0)))
+    )
+    count = sum(int(np.prod(x.shape)) for part in parts for x in jax.tree.leaves(nnx.state(part)))
+    assert count == parameters
+
+
+@pytest.mark.parametrize("key", ["fullatt_block_indexes", "num_key_value_heads", "image_token_id"])
+def test_a_missing_key_is_named(key):
+    hf = micro.hf_config(micro.CONFIG.mllm)
+    for part in (hf, hf["text_config"], hf["vision_config"]):
+        part.pop(key, None)
+    with pytest.raises(ValueError, match=key):
+        QwenVLConfig.from_hf(hf)
