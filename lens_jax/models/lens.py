@@ -183,3 +183,12 @@ class LensModel(nnx.Module):
 def abstract(config: LensConfig, dtype=jnp.float32, remat: str = "none") -> LensModel:
     """The model without memory: shapes only."""
     return nnx.eval_shape(lambda: LensModel(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+
+
+def split_policy(model: LensModel) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Definition, the part that reads and writes text, and the rest (context module, SAM).
+
+    Sampling and the reference need the first part alone: merged with the shapes of the rest, it
+    makes a model that can `embed` and `score`.
+    """
+    return nnx.split(model, lambda path, _: path[0] in ("visual", "language"), ...)

@@ -32,6 +32,7 @@ class Rollout:
 def rollout(
     model: LensModel,
     prompts: Prompts,
+    embedded: Float[Array, "B P D"],
     sample_id: Int[Array, "B"],
     key: Array,
     *,
@@ -42,14 +43,15 @@ def rollout(
 ) -> Rollout:
     """Draws `num_completions` (G) completions of at most `max_new_tokens` (T) tokens a prompt.
 
-    Positions are Qwen's multimodal ones. Keys fold in sample, completion and token, so that a
-    completion does not depend on what else is in the batch.
+    `embedded` is what `model.embed` made of the prompts. Positions are Qwen's multimodal ones.
+    Keys fold in sample, completion and token, so that a completion does not depend on what else is
+    in the batch.
     """
     language = model.language
     b, p = prompts.tokens.shape
     shape = (b, num_completions)
     mask = jnp.arange(p) < prompts.length[:, None]
-    hidden, prompt_cache = language.prefill(model.embed(prompts), prompts.positions, mask)
+    hidden, prompt_cache = language.prefill(embedded, prompts.positions, mask)
     last = jnp.take_along_axis(hidden, prompts.length[:, None, None] - 1, axis=1)
     keys = row_keys(key, sample_id, num_completions)
     ends = jnp.asarray(end_tokens)

@@ -95,7 +95,7 @@ def sums(
 
 def make_update(
     definition: nnx.GraphDef,
-    reference_definition: nnx.GraphDef,
+    absent: nnx.State,
     optimizer: optax.GradientTransformation,
     reward: UnifiedReward,
     objective: Objective,
@@ -105,12 +105,15 @@ def make_update(
 
     `(state, frozen, reference, batch, rollout) -> (state, metrics)`; metrics are means over
     completions. With `beta` 0 the reference is not computed.
+
+    Args:
+        absent: shapes of what the reference does without (`lens.split_policy`).
     """
 
     def update(state, frozen, reference, batch, rollout):
         past = None
         if objective.beta and objective.policy_weight:
-            past = nnx.merge(reference_definition, reference)
+            past = nnx.merge(definition, reference, absent)
 
         def gradient_of_sums(portion):
             def loss(params):

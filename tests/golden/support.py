@@ -116,4 +116,6 @@ def check_gradient_norms(ours: dict[str, float], golden: dict[str, float]) -> No
         for name, norm in golden.items()
         if name not in ours or abs(ours[name] - norm) > max(1e-3 * norm, 1e-5 * total)
     }
-    assert not wrong, f"{len(wrong)} of {len(golden)} gradient norms: {dict(list(wrong.items())[:8])}"
+    assert not wrong, (
+        f"{len(wrong)} of {len(golden)} gradient norms: {dict(list(wrong.items())[:8])}"
+    )

@@ -50,12 +50,8 @@ def test_vision_features(model, golden, prompts):
     merged = np.asarray(
         nnx.jit(lambda m, p: m.visual(p.patches, p.patch_positions, p.patch_mask))(model, prompts)
     )
-    rows = [
-        merged[i, index[index >= 0]] for i, index in enumerate(np.asarray(prompts.image_index))
-    ]
-    np.testing.assert_allclose(
-        np.concatenate(rows), golden["vision_features"], rtol=0, atol=VISION
-    )
+    rows = [merged[i, index[index >= 0]] for i, index in enumerate(np.asarray(prompts.image_index))]
+    np.testing.assert_allclose(np.concatenate(rows), golden["vision_features"], rtol=0, atol=VISION)
 
 
 def test_positions(golden, prompts):
@@ -105,6 +101,7 @@ def decode(model, prompts, steps, ends, sampling):
         lambda model, prompts: rollout(
             model,
             prompts,
+            model.embed(prompts),
             np.arange(len(prompts.length)),
             jax.random.key(0),
             num_completions=2,

@@ -1,0 +1,111 @@
+"""Scores of a model on a data set: cIoU, gIoU, box IoU (LENS, section 4; sums, not means)."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from lens_jax.data.images import upsample_logits
+from lens_jax.data.pipeline import Evaluation, EvaluationRow
+from lens_jax.inference import Lens
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One expression's outcome. Boxes are in the text's coordinates; IoUs are fractions.
+
+    `box_iou` is None where the data set has no box; a completion without a box scores 0.
+    """
+
+    number: int
+    ref_id: int
+    image: str
+    expression: str
+    completion: str
+    box: tuple[float, ...] | None
+    intersection: int
+    union: int
+    iou: float
+    box_iou: float | None
+    well_formed: bool
+    ended: bool
+
+
+def evaluate(
+    lens: Lens,
+    data: Evaluation,
+    *,
+    dataset: str,
+    split: str,
+    progress: Callable[[Iterable], Iterable] = iter,
+    show: Callable[[Row, EvaluationRow, np.ndarray], None] | None = None,
+) -> tuple[dict[str, Any], list[Row]]:
+    """Decodes every expression greedily; returns the scores and one row for each, in order.
+
+    `show` is called with each row, what was asked, and the predicted mask at original size.
+    """
+    start = time.perf_counter()
+    format_name = "think_format" if data.reasoning else "grounding_format"
+    rows = []
+    for item in progress(data):
+        responses = lens.respond(item.batch.prompts, item.batch.sample_id)
+        for i, asked in zip(np.flatnonzero(item.valid), item.rows, strict=True):
+            truth = asked.sample.mask
+            mask = upsample_logits(responses.mask_logits[i], truth.shape) > 0
+            intersection, union = overlap(mask, truth)
+            box = tuple(float(v) for v in responses.box[i]) if responses.box_found[i] else None
+            has_box = asked.sample.box is not None
+            row = Row(
+                number=asked.number,
+                ref_id=asked.sample.ref_id,
+                image=asked.sample.image_path,
+                expression=asked.expression,
+                completion=lens.completion_text(responses, i),
+                box=box,
+                intersection=intersection,
+                union=union,
+                iou=intersection / (union + 1e-5) if union else 1.0,
+                box_iou=box_iou(box, item.batch.targets.box[i]) if has_box else None,
+                well_formed=bool(responses.formats[format_name][i]),
+                ended=bool(responses.ended[i]),
+            )
+            rows.append(row)
+            if show is not None:
+                show(row, asked, mask)
+    scores = {"dataset": dataset, "split": split, **summarize(rows)}
+    return scores | {"seconds": round(time.perf_counter() - start, 2)}, rows
+
+
+def summarize(rows: list[Row]) -> dict[str, Any]:
+    """The scores of a list of rows."""
+    count = len(rows)
+    boxes = [row.box_iou for row in rows if row.box_iou is not None]
+    intersection, union = sum(r.intersection for r in rows), sum(r.union for r in rows)
+    return {
+        "samples": count,
+        "ciou": intersection / (union + 1e-8),
+        "giou": sum(row.iou for row in rows) / (count + 1e-5),
+        "box_iou": sum(boxes) / len(boxes) if boxes else None,
+        "precision_at_0.5": sum(row.iou > 0.5 for row in rows) / count,
+        "format_rate": sum(row.well_formed for row in rows) / count,
+        "truncated": sum(not row.ended for row in rows),
+    }
+
+
+def overlap(mask: Bool[np.ndarray, "H W"], truth: np.ndarray) -> tuple[int, int]:
+    """Pixels of intersection and union. Truth counts where it is 1: a sum of polygons holds 2s."""
+    truth = truth == 1
+    return int(np.sum(mask & truth)), int(np.sum(mask | truth))
+
+
+def box_iou(box: tuple[float, ...] | None, truth: Float[np.ndarray, "4"]) -> float:
+    """IoU of two xyxy boxes; 0 without a box or without area."""
+    if box is None:
+        return 0.0
+    a, b = np.asarray(box, np.float64), np.asarray(truth, np.float64)
+    inner = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0).prod()
+    union = (a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner
+    return float(inner / union) if union > 0 and np.isfinite(union) else 0.0

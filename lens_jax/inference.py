@@ -1,0 +1,287 @@
+"""Masks from sentences: a pretrained checkpoint as one object."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from PIL import Image
+
+from lens_jax import checkpoints, sharding
+from lens_jax.data.images import upsample_logits
+from lens_jax.data.pipeline import Buckets, Processor
+from lens_jax.models.inputs import Prompts
+from lens_jax.models.lens import LensConfig, abstract
+from lens_jax.rewards import text_rewards
+from lens_jax.rollout.sampler import Rollout, rollout
+from lens_jax.rollout.sampling import GREEDY, Sampling
+
+Picture = UInt8[np.ndarray, "H W 3"] | Image.Image
+
+# Shapes are rounded up to these, so that pictures of any size share a few compiled programs.
+BUCKETS = Buckets(
+    prompt_tokens=range(64, 8192, 64),
+    windows=(1, 2, 4, 6, 9, 12, 16, 20, 25, 30, 36, 42, 49, 64, 81, 100, 121, 144, 256, 512),
+    canvas=((1, 1),),
+    answer_tokens=(1,),
+)
+COMPLETION_BUCKET = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What LENS makes of one picture and one sentence.
+
+    `completion` leaves special tokens out. `box` is xyxy in pixels of the original picture, None if
+    the completion holds none. `mask_logits` are the mask decoder's, at low resolution.
+    """
+
+    completion: str
+    box: Float[np.ndarray, "4"] | None
+    mask: Bool[np.ndarray, "H W"]
+    mask_logits: Float[np.ndarray, "h w"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """When a completion ends, and what greedy decoding does on the way (generation_config.json)."""
+
+    end_tokens: tuple[int, ...]
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 768
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "Generation":
+        """Reads a pretrained checkpoint's generation_config.json and lens_config.json."""
+        file = Path(directory) / "generation_config.json"
+        try:
+            settings = json.loads(file.read_text())
+        except FileNotFoundError:
+            raise checkpoints.CheckpointError(
+                f"{file} is missing: it names the end tokens"
+            ) from None
+        ends = settings.get("eos_token_id")
+        if ends is None:
+            raise checkpoints.CheckpointError(f"{file}: no eos_token_id")
+        limit = checkpoints.read_config(directory).get("max_new_tokens", cls.max_new_tokens)
+        return cls(
+            end_tokens=tuple(ends) if isinstance(ends, list) else (ends,),
+            repetition_penalty=settings.get("repetition_penalty") or 1.0,
+            max_new_tokens=limit,
+        )
+
+
+@struct.dataclass
+class Responses:
+    """A batch of completions with what they say, on the host; boxes in the text's coordinates."""
+
+    tokens: Int[np.ndarray, "B T"]
+    lengths: Int[np.ndarray, "B"]
+    ended: Bool[np.ndarray, "B"]
+    mask_logits: Float[np.ndarray, "B h w"]
+    box: Float[np.ndarray, "B 4"]
+    box_found: Bool[np.ndarray, "B"]
+    formats: dict[str, Bool[np.ndarray, "B"]]
+
+
+@partial(jax.jit, static_argnames=("definition", "generation", "sampling"))
+def _write(
+    state, prompts: Prompts, sample_id, key, *, definition, generation: Generation, sampling
+) -> tuple[Rollout, Array]:
+    model = nnx.merge(definition, state)
+    embedded = model.embed(prompts)
+    written = rollout(
+        model,
+        prompts,
+        embedded,
+        sample_id,
+        key,
+        num_completions=1,
+        max_new_tokens=generation.max_new_tokens,
+        end_tokens=generation.end_tokens,
+        sampling=sampling,
+    )
+    return written, embedded
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def _embed(state, prompts: Prompts, *, definition) -> Array:
+    return nnx.merge(definition, state).embed(prompts)
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def _draw(state, prompts: Prompts, embedded, tokens, lengths, *, definition) -> tuple[Array, Array]:
+    """SAM's prompt token [B, E] and mask logits [B, h, w] for given completions."""
+    model = nnx.merge(definition, state)
+    _, hidden = model.hidden_states(
+        prompts, embedded, tokens[:, None], lengths[:, None], with_queries=True
+    )
+    queries = hidden[:, :, tokens.shape[1] :]
+    masks = model.masks(model.sam_features(prompts), queries, stability=True)
+    return model.context(queries)[:, 0], masks.logits[:, 0]
+
+
+class Lens:
+    """A LENS model with everything between pictures and masks; greedy unless told otherwise.
+
+    `state` may be replaced by another of the same shapes, as training does between evaluations.
+    """
+
+    def __init__(
+        self,
+        definition: nnx.GraphDef,
+        state: nnx.State,
+        processor: Processor,
+        generation: Generation,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        self.definition, self.state = definition, state
+        self.config: LensConfig = nnx.merge(definition, state).config
+        self.processor, self.generation, self.mesh = processor, generation, mesh
+        self._read_text = jax.jit(text_rewards(processor.tokenizer))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        precision: str | None = None,
+    ) -> "Lens":
+        """Loads a pretrained checkpoint (`runs/x/final`, or what tools.convert_weights wrote).
+
+        Args:
+            mesh: devices that share a batch; None takes one device.
+            precision: `bfloat16` or `float32`; by default float32 on CPU, bfloat16 elsewhere.
+
+        Raises:
+            CheckpointError: the directory is missing, incomplete or damaged.
+        """
+        if precision is None:
+            precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[precision]
+        config, params = checkpoints.load_pretrained(directory, dtype=dtype)
+        params.pop("unused", None)
+        definition, state = nnx.split(abstract(LensConfig.from_dict(config), dtype=dtype))
+        nnx.replace_by_pure_dict(state, params)
+        state = jax.device_put(state, sharding.replicated(mesh) if mesh else jax.devices()[0])
+        processor = Processor.from_pretrained(directory)
+        return cls(definition, state, processor, Generation.from_pretrained(directory), mesh)
+
+    def segment(self, image: Picture, prompt: str, **options) -> Result:
+        """Segments what `prompt` describes; options as for `segment_batch`."""
+        return self.segment_batch([image], [prompt], **options)[0]
+
+    def segment_batch(
+        self,
+        images: Sequence[Picture],
+        prompts: Sequence[str],
+        *,
+        reasoning: bool = False,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[Result]:
+        """Segments one picture for each prompt.
+
+        Args:
+            images: PIL images or uint8 arrays [H, W, 3].
+            prompts: bare expressions; the checkpoint's template goes around them.
+            reasoning: ask for a line of thought before the answer.
+            temperature: 0 is greedy; above, completions are drawn.
+            seed: of the draw; a completion depends on it and on its place in the batch.
+        """
+        inputs = self._prompts(images, prompts, reasoning)
+        sampling = Sampling(temperature=temperature) if temperature else None
+        ids = np.arange(len(prompts), dtype=np.int32)
+        responses = self.respond(inputs, ids, seed=seed, sampling=sampling)
+        results = []
+        for i, image in enumerate(images):
+            size = (
+                (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+            )
+            low = responses.mask_logits[i]
+            box = None
+            if responses.box_found[i]:
+                box = self.processor.box_to_pixels(responses.box[i], size)
+            text = self.completion_text(responses, i)
+            results.append(Result(text, box, upsample_logits(low, size) > 0, low))
+        return results
+
+    def respond(
+        self,
+        prompts: Prompts,
+        sample_id: Int[np.ndarray, "B"],
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+    ) -> Responses:
+        """Completes a prepared batch and draws the masks; greedy by default."""
+        if sampling is None:
+            penalty = self.generation.repetition_penalty
+            sampling = dataclasses.replace(GREEDY, repetition_penalty=penalty)
+        prompts, sample_id = self._place((prompts, sample_id))
+        written, embedded = _write(
+            self.state,
+            prompts,
+            sample_id,
+            jax.random.key(seed),
+            definition=self.definition,
+            generation=self.generation,
+            sampling=sampling,
+        )
+        longest = int(written.lengths.max())
+        kept = -(-longest // COMPLETION_BUCKET) * COMPLETION_BUCKET
+        tokens, lengths = written.tokens[:, 0, :kept], written.lengths[:, 0]
+        _, logits = _draw(
+            self.state, prompts, embedded, tokens, lengths, definition=self.definition
+        )
+        text = dict(self._read_text(tokens, lengths))
+        tokens, lengths, ended, logits, text = jax.device_get(
+            (tokens, lengths, written.ended[:, 0], logits, text)
+        )
+        box, found = text.pop("box"), text.pop("box_found")
+        return Responses(tokens, lengths, ended, logits.astype(np.float32), box, found, text)
+
+    def completion_text(self, responses: Responses, index: int) -> str:
+        """A completion as text, special tokens left out."""
+        ids = responses.tokens[index, : responses.lengths[index]]
+        return self.processor.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+    def context_embedding(
+        self, image: Picture, prompt: str, completion: str | Sequence[int], *, reasoning=False
+    ) -> Float[np.ndarray, "E"]:
+        """What SAM is prompted with, for a given completion (text, or tokens after the prompt)."""
+        return self._draw_given(image, prompt, completion, reasoning)[0]
+
+    def mask_logits(
+        self, image: Picture, prompt: str, completion: str | Sequence[int], *, reasoning=False
+    ) -> Float[np.ndarray, "h w"]:
+        """Low-resolution mask logits for a given completion (text, or tokens after the prompt)."""
+        return self._draw_given(image, prompt, completion, reasoning)[1]
+
+    def _draw_given(self, image, prompt, completion, reasoning):
+        ids = completion
+        if isinstance(completion, str):
+            ids = self.processor.encoder.encode(completion)
+        ids = np.asarray(ids, np.int32)
+        length = max(1, -(-len(ids) // COMPLETION_BUCKET)) * COMPLETION_BUCKET
+        tokens = np.pad(ids, (0, length - len(ids)))[None]
+        lengths = np.array([len(ids)], np.int32)
+        prompts = self._prompts([image], [prompt], reasoning)
+        embedded = _embed(self.state, prompts, definition=self.definition)
+        drawn = _draw(self.state, prompts, embedded, tokens, lengths, definition=self.definition)
+        return tuple(np.asarray(x[0], np.float32) for x in drawn)
+
+    def _prompts(self, images, prompts, reasoning) -> Prompts:
+        return self.processor.prompts(images, prompts, reasoning=reasoning, buckets=BUCKETS)
+
+    def _place(self, batch):
+        if self.mesh is None:
+            return batch
+        return jax.device_put(batch, sharding.batch_sharding(self.mesh))

@@ -1,0 +1,413 @@
+"""A run, from a pretrained checkpoint to a better one: both stages, evaluations, report.
+
+Everything that a run is lies in its directory (see the README). A run that was stopped goes on at
+its last complete checkpoint; what it had already evaluated is not evaluated again.
+"""
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from lens_jax import checkpoints, sharding
+from lens_jax.config import ConfigError, RunConfig, check_batches, differences, dump_yaml, read_yaml
+from lens_jax.data.pipeline import Buckets, Evaluation, EvaluationRow, Pipeline, Processor
+from lens_jax.data.sources import shapes
+from lens_jax.data.sources.refcoco import RefCoco
+from lens_jax.evaluation import Row, evaluate
+from lens_jax.inference import Generation, Lens
+from lens_jax.models.inputs import Batch
+from lens_jax.models.lens import LensConfig, abstract, split_policy
+from lens_jax.rewards import text_rewards
+from lens_jax.rewards.unified import UnifiedReward
+from lens_jax.rollout.sampler import rollout
+from lens_jax.rollout.sampling import Sampling
+from lens_jax.training import alignment, drawing, grpo, report
+from lens_jax.training.metrics import StageLog
+from lens_jax.training.state import (
+    TrainState,
+    create,
+    in_alignment,
+    in_grpo,
+    make_optimizer,
+    make_schedule,
+    split,
+)
+
+POINTS = {"before": "before", "after_alignment": "after stage 1", "after_grpo": "after stage 2"}
+Step = Callable[[TrainState, Batch, int], tuple[TrainState, dict[str, Any]]]
+
+
+class Stopped(Exception):
+    """The run was asked to stop; the text says where it can go on."""
+
+
+@dataclasses.dataclass
+class Run:
+    """What the stages share. `model` is the definition, `params` all of its parameters."""
+
+    config: RunConfig
+    directory: Path
+    mesh: jax.sharding.Mesh
+    start: Path
+    start_config: dict[str, Any]
+    model: nnx.GraphDef
+    params: nnx.State
+    processor: Processor
+    buckets: Buckets
+    train_source: RefCoco
+    held_out: Evaluation
+    lens: Lens
+    stopping: bool = False
+
+
+def run(config: RunConfig, start: Callable[[], Path]) -> None:
+    """Trains as `config` says.
+
+    Args:
+        start: gives the pretrained checkpoint to start from; called only if there is work to do.
+
+    Raises:
+        ConfigError: the directory holds another run, or the configuration does not fit.
+        Stopped: after SIGTERM, with everything saved.
+    """
+    directory = Path(config.run_dir)
+    if not _claim(directory, config):
+        print(f"{directory} is finished: see {directory / 'report.html'}")
+        return
+    precision = "highest" if config.precision == "float32" else "default"
+    with jax.default_matmul_precision(precision):
+        job = _prepare(config, directory, start())
+        signal.signal(signal.SIGTERM, lambda *_: setattr(job, "stopping", True))
+        score(job, "before")
+        if config.alignment.steps:
+            align(job)
+            score(job, "after_alignment")
+        if config.grpo.steps:
+            reinforce(job)
+            score(job, "after_grpo")
+        finish(job)
+
+
+# ---- the stages ----------------------------------------------------------------------------------
+
+
+def align(job: Run) -> None:
+    """Stage 1: the context module learns to prompt SAM."""
+    settings = job.config.alignment
+    definition, trained, frozen = split(nnx.merge(job.model, job.params), in_alignment)
+    schedule, optimizer = _optimizer(settings)
+    update = jax.jit(
+        alignment.make_update(definition, optimizer, settings.accumulation_steps), donate_argnums=0
+    )
+
+    def step(state: TrainState, batch: Batch, _: int):
+        begin = time.perf_counter()
+        state, metrics = update(state, frozen, batch)
+        metrics = jax.device_get(metrics)
+        seconds = time.perf_counter() - begin
+        tokens = int(np.sum(batch.prompts.length) + np.sum(batch.targets.answer_length))
+        return state, metrics | {"update_seconds": seconds, "tokens_per_second": tokens / seconds}
+
+    state = _initial_state(job, trained, optimizer)
+    state = _train(job, "alignment", settings, state, step, schedule, first_sample=0)
+    job.params = nnx.State.merge(state.params, frozen)
+
+
+def reinforce(job: Run) -> None:
+    """Stage 2: GRPO from the rewards, with the segmentation loss."""
+    config, settings = job.config, job.config.grpo
+    model = nnx.merge(job.model, job.params)
+    _, policy, rest = split_policy(model)
+    shapes_of_rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
+    lighten = jax.jit(lambda state: jax.tree.map(lambda x: x.astype(_dtype(config)), state))
+    reference = lighten(policy)
+
+    definition, trained, frozen = split(model, in_grpo)
+    schedule, optimizer = _optimizer(settings)
+    weights = config.rewards
+    reward = UnifiedReward(
+        text_rewards(job.processor.tokenizer),
+        format=weights.format,
+        pattern=weights.pattern,
+        box=weights.box,
+        segment=weights.segment,
+        boundary=weights.boundary,
+        squared=weights.squared,
+        scale=weights.scale,
+    )
+    objective = grpo.Objective(settings.beta, settings.policy_weight, settings.segmentation_weight)
+    update = jax.jit(
+        grpo.make_update(
+            definition, shapes_of_rest, optimizer, reward, objective, settings.accumulation_steps
+        ),
+        donate_argnums=0,
+    )
+
+    sample = config.rollout
+    draw = partial(
+        rollout,
+        num_completions=settings.num_generations,
+        max_new_tokens=sample.max_new_tokens,
+        end_tokens=job.lens.generation.end_tokens,
+        sampling=Sampling(sample.temperature, sample.top_k, sample.top_p),
+    )
+
+    # Each device samples its own prompts and stops when they have ended.
+    @jax.jit
+    @partial(
+        jax.shard_map,
+        mesh=job.mesh,
+        in_specs=(P(), sharding.BATCH, P()),
+        out_specs=sharding.BATCH,
+        check_vma=False,
+    )
+    def write(policy, batch: Batch, key):
+        model = nnx.merge(job.model, policy, shapes_of_rest)
+        return draw(model, batch.prompts, model.embed(batch.prompts), batch.sample_id, key)
+
+    def step(state: TrainState, batch: Batch, index: int):
+        begin = time.perf_counter()
+        policy = reference
+        if sample.policy == "current":
+            policy = lighten(split_policy(nnx.merge(definition, state.params, frozen))[1])
+        key = jax.random.fold_in(jax.random.key(config.seed), index)
+        written = jax.block_until_ready(write(policy, batch, key))
+        middle = time.perf_counter()
+        state, metrics = update(state, frozen, reference, batch, written)
+        metrics = jax.device_get(metrics)
+        end = time.perf_counter()
+        tokens = metrics["completion_length"] * written.lengths.size
+        return state, metrics | {
+            "rollout_seconds": middle - begin,
+            "update_seconds": end - middle,
+            "tokens_per_second": tokens / (end - begin),
+        }
+
+    # Stage 2 goes on in the data where stage 1 stopped: no scene is needed twice.
+    first = config.alignment.steps * config.alignment.batch_size
+    state = _initial_state(job, trained, optimizer)
+    state = _train(job, "grpo", settings, state, step, schedule, first_sample=first)
+    job.params = nnx.State.merge(state.params, frozen)
+
+
+def _train(
+    job: Run,
+    stage: str,
+    settings: Any,
+    state: TrainState,
+    step: Step,
+    schedule: Callable[[int], Any],
+    *,
+    first_sample: int,
+) -> TrainState:
+    """Steps from the last complete checkpoint of the stage to its end."""
+    config = job.config
+    store = checkpoints.TrainingCheckpoints(
+        job.directory / "checkpoints" / stage, keep=config.checkpoint.keep
+    )
+    key, done, position = jax.random.key(config.seed), store.latest() or 0, first_sample
+    if done:
+        saved = store.restore(done, {"state": state, "position": position, "key": key})
+        state, position = saved["state"], int(saved["position"])
+    if done == settings.steps:
+        return state
+    pipeline = Pipeline(
+        job.train_source,
+        job.processor,
+        settings.batch_size,
+        config.seed,
+        buckets=job.buckets,
+        start=position,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with StageLog(job.directory, stage, steps=settings.steps, step=done) as log:
+        for index in range(done, settings.steps):
+            batch = sharding.global_batch(next(pipeline), job.mesh)
+            state, metrics = step(state, batch, index)
+            count, seen = pipeline.bad_samples, pipeline.position - position
+            metrics |= {"learning_rate": float(schedule(index)), "bad_samples": count}
+            log.write(index + 1, metrics)
+            if count > max(1.0, config.data.max_bad * seen):
+                raise ConfigError(
+                    f"{count} of {seen} samples could not be read, more than data.max_bad "
+                    f"{config.data.max_bad} allows; the log names them"
+                )
+            last = index + 1 == settings.steps
+            if last or job.stopping or (index + 1) % config.checkpoint.every == 0:
+                store.save(index + 1, {"state": state, "position": pipeline.position, "key": key})
+            if job.stopping:
+                store.wait()
+                raise Stopped(f"stopped after {stage} step {index + 1}; saved in {store.directory}")
+    store.wait()
+    return state
+
+
+def _initial_state(job: Run, trained: nnx.State, optimizer) -> TrainState:
+    """A fresh training state, its moments laid out as their parameters."""
+    make = partial(create, optimizer=optimizer)
+    kv_heads = job.lens.config.mllm.num_kv_heads
+    places = sharding.shardings(jax.eval_shape(make, trained), job.mesh, kv_heads=kv_heads)
+    return jax.jit(make, out_shardings=places)(trained)
+
+
+def _optimizer(settings: Any):
+    schedule = make_schedule(
+        settings.schedule, settings.learning_rate, settings.warmup_steps, settings.steps
+    )
+    return schedule, make_optimizer(
+        schedule,
+        b1=settings.b1,
+        b2=settings.b2,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+    )
+
+
+# ---- around the stages ---------------------------------------------------------------------------
+
+
+def _claim(directory: Path, config: RunConfig) -> bool:
+    """Takes the run directory; False if the run in it is finished."""
+    file = directory / "config.yaml"
+    if file.exists():
+        if config.resume == "never":
+            raise ConfigError(f"{directory} holds a run already, and resume is never")
+        changed = differences(read_yaml(file), config)
+        if changed:
+            raise ConfigError(
+                f"{directory} holds a run with another configuration ({', '.join(changed)}); "
+                "name another run_dir or remove it"
+            )
+        return not (directory / "report.html").exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    file.write_text(dump_yaml(config))
+    return True
+
+
+def _dtype(config: RunConfig):
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.precision]
+
+
+def _prepare(config: RunConfig, directory: Path, start: Path) -> Run:
+    """Mesh, data and model."""
+    if config.attention in ("splash", "cudnn"):
+        raise ConfigError(f"attention: {config.attention} is not supported yet, use auto or xla")
+    mesh = sharding.make_mesh(config.mesh)
+    check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
+    data = config.data
+    data_dir = Path(data.data_dir or directory / "data")
+    if data.shapes.train_scenes:
+        scenes = {"train": data.shapes.train_scenes, data.eval_split: data.shapes.eval_scenes}
+        shapes.write_refcoco(data_dir, scenes, data.shapes.seed)
+    buckets = Buckets(data.prompt_tokens, data.windows, data.canvas, data.answer_tokens)
+
+    start_config, params = checkpoints.load_pretrained(start, dtype=jnp.float32)
+    params.pop("unused", None)
+    start_config["max_new_tokens"] = config.rollout.max_new_tokens
+    if config.model.context_positions:
+        start_config["context_positions"] = config.model.context_positions
+    lens_config = LensConfig.from_dict(start_config)
+    definition, state = nnx.split(abstract(lens_config, dtype=_dtype(config)))
+    places = sharding.shardings(state, mesh, kv_heads=lens_config.mllm.num_kv_heads)
+    nnx.replace_by_pure_dict(state, params)
+    state = jax.device_put(state, places)
+
+    processor = Processor.from_pretrained(start)
+    generation = dataclasses.replace(
+        Generation.from_pretrained(start), max_new_tokens=config.rollout.max_new_tokens
+    )
+    return Run(
+        config=config,
+        directory=directory,
+        mesh=mesh,
+        start=start,
+        start_config=start_config,
+        model=definition,
+        params=state,
+        processor=processor,
+        buckets=buckets,
+        train_source=RefCoco(data_dir, data.dataset, data.split),
+        held_out=Evaluation(
+            RefCoco(data_dir, data.dataset, data.eval_split),
+            processor,
+            data.eval_batch_size,
+            buckets=buckets,
+            limit=data.eval_limit,
+        ),
+        lens=Lens(definition, state, processor, generation, mesh),
+    )
+
+
+def score(job: Run, point: str) -> None:
+    """Evaluates on the held-out split, once: evaluation.json, a file of rows, sample pictures."""
+    file = job.directory / "evaluation.json"
+    scores = json.loads(file.read_text()) if file.exists() else {}
+    if point in scores:
+        return
+    job.lens.state = job.params
+    total = job.held_out.num_expressions
+    shown = {round(i) for i in np.linspace(0, total - 1, min(job.config.samples, total))}
+
+    def show(row: Row, asked: EvaluationRow, mask: np.ndarray) -> None:
+        if row.number not in shown:
+            return
+        size = asked.sample.image.shape[:2]
+        box = job.processor.box_to_pixels(row.box, size) if row.box else None
+        answer = drawing.Answer(POINTS[point], row.completion, box, mask, row.box_iou, row.iou)
+        sample = asked.sample
+        drawing.add_panel(
+            job.directory / "samples" / f"{row.number:05d}.png",
+            sample.image,
+            asked.expression,
+            sample.box,
+            sample.mask,
+            answer,
+        )
+
+    data = job.config.data
+    scores[point], rows = evaluate(
+        job.lens,
+        job.held_out,
+        dataset=data.dataset,
+        split=data.eval_split,
+        progress=partial(tqdm, desc=f"evaluating {POINTS[point]}", unit="batch"),
+        show=show,
+    )
+    folder = job.directory / "evaluation"
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows]
+    (folder / f"{point}.jsonl").write_text("".join(lines))
+    file.write_text(json.dumps(scores, indent=2) + "\n")
+    print(
+        f"{POINTS[point]}: box IoU {scores[point]['box_iou']:.3f}, gIoU {scores[point]['giou']:.3f}"
+        f", cIoU {scores[point]['ciou']:.3f} on {len(rows)} held-out expressions"
+    )
+
+
+def finish(job: Run) -> None:
+    """Writes the trained model as a pretrained checkpoint, and the report."""
+    final = job.directory / "final"
+    if not final.exists():
+
+        def params():
+            yield from checkpoints.unstack(nnx.to_pure_dict(job.params))
+            for name, value in checkpoints.iterate_params(job.start):
+                if name.startswith("unused/"):
+                    yield name, value
+
+        checkpoints.save_pretrained(final, params(), job.start_config, files_from=job.start)
+    report.write(job.directory)
+    print(f"{final}: the trained model\n{job.directory / 'report.html'}: the report")

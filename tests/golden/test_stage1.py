@@ -1,0 +1,101 @@
+"""Stage 1 on golden: the loss, the masks and the gradient of the context module."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from lens_jax.models.inputs import Batch, Targets
+from lens_jax.training import alignment
+from lens_jax.training.state import in_alignment, split
+from tests.golden import support
+
+LOSS, GRADIENT, MASKS, EMBEDDING = 1e-4, 1e-3, 8e-4, 2e-4
+# Tag -> (position scheme, prefix of the arrays that only one of both schemes has).
+TAGS = {"official": ("text", ""), "mrope": ("mrope", "mrope_"), "unstable": ("text", None)}
+
+
+@pytest.fixture(scope="module")
+def golden(golden_dir):
+    return np.load(golden_dir / "stage1_loss.npz")
+
+
+def batch_of(config, golden, golden_dir):
+    """Golden's sequences end with the answer; ours are cut there."""
+    texts = support.read_json(golden_dir / "stage1_loss_texts.json")
+    ids, mask = golden["input_ids"], golden["attention_mask"]
+    start = "<|im_start|>assistant\n"
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(golden_dir / "lens_tiny")
+    answers = [
+        tokenizer.encode(text.split(start)[1], add_special_tokens=False)
+        for text in texts["prompts_text_after_expansion"]
+    ]
+    prompt_mask = mask.copy()
+    for row, answer in enumerate(answers):
+        np.testing.assert_array_equal(ids[row, -len(answer) :], answer)
+        prompt_mask[row, -len(answer) :] = 0
+    prompts = support.prompts(
+        config, ids, prompt_mask, golden["pixel_values"], golden["image_grid_thw"],
+        golden["sam_images_u8"],
+    )  # fmt: skip
+    longest = max(map(len, answers))
+    masks, sizes = support.canvas([golden[f"mask_{i}"] for i in range(len(ids))])
+    targets = Targets(
+        box=np.zeros((len(ids), 4), np.float32),
+        mask=masks,
+        mask_size=sizes,
+        answer=np.stack([np.pad(a, (0, longest - len(a))) for a in answers]).astype(np.int32),
+        answer_length=np.array([len(a) for a in answers], np.int32),
+    )
+    return Batch(prompts, targets, np.arange(len(ids), dtype=np.int32))
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_stage1(golden_dir, golden_weights, golden, tag):
+    scheme, prefix = TAGS[tag]
+    tensors = dict(golden_weights)
+    if tag == "unstable":
+        name = "sam.sam_mask_decoder.output_hypernetworks_mlps.0.layers.{}.{}"
+        last = max(int(k.split(".")[5]) for k in tensors if k.startswith(name[:-6]))
+        for kind in ("weight", "bias"):
+            tensors[name.format(last, kind)] = tensors[name.format(last, kind)] * np.float32(0.25)
+    model = support.lens_model(golden_dir, tensors, scheme)
+    batch = batch_of(model.config, golden, golden_dir)
+    definition, trained, frozen = split(model, in_alignment)
+
+    @jax.jit
+    def run(trained, frozen, batch):
+        def loss(params):
+            return alignment.sums(nnx.merge(definition, params, frozen), batch)
+
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
+        model = nnx.merge(definition, trained, frozen)
+        answer, length = batch.targets.answer[:, None], batch.targets.answer_length[:, None]
+        hidden = model.score(
+            batch.prompts, model.embed(batch.prompts), answer, length, with_queries=True
+        ).hidden
+        masks = model.masks(model.sam_features(batch.prompts), hidden, stability=True)
+        return metrics, gradient, model.context(hidden), masks
+
+    metrics, gradient, token, masks = run(trained, frozen, batch)
+    count = len(batch.sample_id)
+    for ours, theirs in {"loss": "loss", "mask_bce": "bce", "mask_dice": "dice"}.items():
+        np.testing.assert_allclose(metrics[ours] / count, golden[f"{tag}_{theirs}"], rtol=LOSS)
+    np.testing.assert_array_equal(masks.selected_token[:, 0], golden[f"{tag}_selected_token"])
+    np.testing.assert_allclose(masks.logits, golden[f"{tag}_low_res_masks"], rtol=0, atol=MASKS)
+    if prefix is not None:
+        np.testing.assert_allclose(
+            token, golden[f"{prefix}sam_embedding"], rtol=0, atol=EMBEDDING
+        )
+
+    gradient = jax.tree.map(lambda x: x / count, gradient)
+    norms = support.read_json(golden_dir / "stage1_grad_norms.json")[tag]
+    support.check_gradient_norms(support.gradient_norms(model.config, gradient), norms)
+    total = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(total, golden[f"{tag}_grad_norm_lens"], rtol=GRADIENT)
+    if prefix is not None:
+        ours = np.asarray(nnx.to_pure_dict(gradient)["context"]["queries"])
+        theirs = golden[f"{prefix}grad_learnable_query"][0]
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=GRADIENT * np.abs(theirs).max())
