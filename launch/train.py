@@ -7,10 +7,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     from lens_jax import config as configuration
 
-    config = configuration.load()
+    config = configuration.load(argv)
 
     import jax
 
