@@ -131,14 +131,15 @@ def test_what_is_removed_joins_text_but_no_characters(tokenizer, score):
         ids(b"[1,2,3,", digit, b"]"),
         ids(b"[1,2,3,", digit[:1]) + end + ids(digit[1:], b"]"),
         ids(b"[1,2,3,", digit[:2]) + end + ids(digit[2:], b"]"),
+        ids(b"[1,2,3,", digit[:2], b"<|endoftext|>", digit[2:], b"]"),
         ids(b"[1,2,3,", digit) + end + ids(b"6]"),
         ids(b"[1,2,3,4") + ids(b"<|endof") + end + ids(b"text|>]"),  # removed only once
     ]
     tokens, lengths = rows_of(tokenizer, texts)
     out = jax.device_get(score(tokens, lengths))
     check(tokenizer, out, tokens, lengths)
-    assert out["box_found"][:5].tolist() == [True, False, False, True, False]
-    assert out["box"][3].tolist() == [1, 2, 3, 56]
+    assert out["box_found"][:6].tolist() == [True, False, False, False, True, False]
+    assert out["box"][4].tolist() == [1, 2, 3, 56]
 
 
 def test_only_the_first_length_tokens_count(tokenizer, score):
