@@ -47,7 +47,7 @@ def check(folder, stem, prompt, size):
     assert answer["mask_area"] == (mask == 255).sum()
     np.testing.assert_array_equal(coco_mask.decode(answer["rle"]), mask == 255)
     with Image.open(folder / f"{stem}.overlay.png") as overlay:
-        assert overlay.width * size[1] == overlay.height * size[0]
+        assert overlay.size == tuple(round(n * max(1, 400 / max(size))) for n in size)
     return answer
 
 
@@ -73,8 +73,9 @@ def test_a_folder_in_batches_of_one_shape(checkpoint, pictures, tmp_path, monkey
         check(output, stem, "it", (112, 112))
 
 
-def test_a_jsonl_file_and_a_damaged_picture(checkpoint, pictures, tmp_path, capfd):
+def test_a_jsonl_file_and_a_damaged_picture(checkpoint, pictures, tmp_path, capfd, monkeypatch):
     """Paths are relative to the file; rows on one picture do not overwrite each other."""
+    monkeypatch.setattr(predict, "BATCH", 3)
     (pictures / "bad.jpg").write_bytes((pictures / "a.jpg").read_bytes()[:300])
     rows = [("a.jpg", "the red circle"), ("bad.jpg", "x"), ("b.jpg", "y"), ("a.jpg", "ein Rot „ß“")]
     jsonl = pictures / "questions.jsonl"
