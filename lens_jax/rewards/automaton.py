@@ -3,7 +3,7 @@
 A tokenizer's completion is bytes before it is text: a token may hold half a character or ten. So a
 pattern is compiled, once and on the host, to a deterministic automaton over characters, then over
 UTF-8 bytes, then lifted to tokens: `next_state[state, token]`. Tokens that no automaton can tell
-apart share a column, and a vocabulary of 150,000 has only some hundreds of different columns.
+apart share a column: a vocabulary of 150,000 has a few thousand different ones.
 
 Text is what `bytes.decode(errors="replace")` makes of the bytes. Byte strings are kept as `str`
 with one code point a byte and CUT (256) for a place where something was taken out of the text:
