@@ -70,7 +70,9 @@ def sums(
             with_queries=False,
             positions="mrope",
         )
-        kl = k3(score.log_probs, jax.lax.stop_gradient(past.log_probs))
+        # What follows the end is arbitrary: an overflow there would reach the gradient as 0 * inf.
+        past = jnp.where(counted, past.log_probs, score.log_probs)
+        kl = k3(score.log_probs, jax.lax.stop_gradient(past))
     policy = policy_loss(score.log_probs, advantages, kl, objective.beta, counted)
     loss = jnp.sum(
         objective.policy_weight * policy + objective.segmentation_weight * (cross_entropy + dice)
