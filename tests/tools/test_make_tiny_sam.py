@@ -1,0 +1,94 @@
+"""The script behind checkpoints/tiny/sam2 still works, and what it shipped still segments."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from lens_jax.data.sources import shapes
+from lens_jax.models.sam.config import Sam2Config
+from lens_jax.models.sam.sam2 import Sam2
+from tools import make_tiny_sam
+from tools.convert_weights.sam2 import params_from_tensors
+
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "tiny" / "sam2"
+
+
+def load(directory: Path) -> Sam2:
+    config = Sam2Config.from_dict(json.loads((directory / "sam2_config.json").read_text()))
+    model = nnx.eval_shape(lambda: Sam2(config, rngs=nnx.Rngs(0)))
+    nnx.update(model, params_from_tensors(config, load_file(directory / "model.safetensors")))
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny_sam")
+    arguments = [
+        "--steps",
+        "12",
+        "--dense_steps",
+        "3",
+        "--images",
+        "2",
+        "--warmup",
+        "2",
+        "--evaluation_scenes",
+        "4",
+    ]
+    make_tiny_sam.main([*arguments, "--learning_rate", "0.01", "--output", str(directory)])
+    return directory
+
+
+def test_a_few_steps(trained):
+    record = json.loads((trained / "training.json").read_text())
+    assert record["steps"] == 12
+    assert record["last_loss"] < 0.8 * record["first_loss"]
+    scores = record["held_out_mean_iou"]
+    assert set(make_tiny_sam.PROMPTS) <= set(scores)
+    assert all(0 <= score <= 1 for score in scores.values())
+
+
+def test_saved_model_is_the_trained_one(trained):
+    settings = make_tiny_sam.Settings(evaluation_scenes=4)
+    scores = make_tiny_sam.evaluate(load(trained), settings)
+    record = json.loads((trained / "training.json").read_text())
+    assert scores == pytest.approx(record["held_out_mean_iou"], abs=1e-3)
+
+
+def test_batches_are_prompts_of_their_objects():
+    batch = make_tiny_sam.draw_batch(np.random.default_rng(0), images=3, objects=2)
+    size = make_tiny_sam.CONFIG.mask_size
+    assert batch.cover.shape == (3, size, size)
+    for length, points, targets in zip(
+        make_tiny_sam.LENGTHS, batch.points, batch.targets, strict=True
+    ):
+        prompts = np.repeat(make_tiny_sam.prompts_of(length), 2)
+        assert points.shape == (3, len(prompts), length, 2)
+        for row, g in np.ndindex(3, len(prompts)):
+            mask, box = targets.masks[row, g], targets.boxes[row, g] * shapes.SIDE
+            columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+            np.testing.assert_allclose(
+                box, [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], atol=1e-4
+            )
+            slack = max((box[2] - box[0]) / 6, 1) + 1e-3
+            labels = make_tiny_sam.PROMPTS[prompts[g]]
+            for label, point in zip(labels, points[row, g], strict=True):
+                x, y = (point + 0.5) / make_tiny_sam.SCALE
+                if label == 1:
+                    assert mask[int(y), int(x)]
+                elif label in (2, 3):
+                    corner = box[:2] if label == 2 else box[2:]
+                    assert np.abs(corner - [x, y]).max() <= slack
+
+
+def test_shipped_weights_segment_held_out_pictures():
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 3.5 * 2**20
+    settings = make_tiny_sam.Settings(evaluation_scenes=64, seed=1234)
+    scores = make_tiny_sam.evaluate(load(SHIPPED), settings)
+    assert scores["box"] > 0.85 and scores["box+"] > 0.85
+    assert scores["point"] > 0.75 and scores["point+"] > 0.75
+    assert np.isfinite(list(scores.values())).all()
