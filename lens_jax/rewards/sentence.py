@@ -107,8 +107,9 @@ def text_rewards(tokenizer) -> Score:
 
         zeros = jnp.zeros(count, jnp.int32)
         states = (*(zeros for _ in groundings), box.start(count))
-        (think_state, held, states), _ = jax.lax.scan(step, (zeros, zeros, states), kinds.T)
-        grounding, grounding_reasoning, boxes = release(states, held)
+        carry, _ = jax.lax.scan(step, (zeros, zeros, states), kinds.T)
+        # What is still held back begins the literal, and no match ends with a beginning of it.
+        think_state, _, (grounding, grounding_reasoning, boxes) = carry
         values, found = box.finish(boxes)
         return {
             "think_format": jnp.asarray(think.accepts)[think_state],
