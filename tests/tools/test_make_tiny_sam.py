@@ -27,19 +27,9 @@ def load(directory: Path) -> Sam2:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tiny_sam")
-    arguments = [
-        "--steps",
-        "12",
-        "--dense_steps",
-        "3",
-        "--images",
-        "2",
-        "--warmup",
-        "2",
-        "--evaluation_scenes",
-        "4",
-    ]
-    make_tiny_sam.main([*arguments, "--learning_rate", "0.01", "--output", str(directory)])
+    counts = {"dense_steps": 3, "steps": 12, "images": 2, "evaluation_scenes": 4}
+    arguments = [text for name, n in counts.items() for text in (f"--{name}", str(n))]
+    make_tiny_sam.main([*arguments, "--learning_rate", "0.005", "--output", str(directory)])
     return directory
 
 

@@ -169,6 +169,28 @@ class MaskDecoder(nnx.Module):
         self.iou_prediction_head = Mlp((dim, *hidden, masks), rngs=rngs, dtype=dtype)
         self.pred_obj_score_head = Mlp((dim, dim, dim, 1), rngs=rngs, dtype=dtype)
 
+    def attend(
+        self,
+        image_embed: Float[Array, "B h w C"],
+        image_pe: Float[Array, "h w C"],
+        sparse: Float[Array, "B G N C"],
+        dense: Float[Array, "B #G #h #w C"],
+    ) -> tuple[Float[Array, "B G L C"], Float[Array, "B G h w C"]]:
+        """Output tokens (object score, IoU, masks, then the prompt's) and image features."""
+        batch, height, width, channels = image_embed.shape
+        outputs = jnp.concatenate(
+            [
+                embed.embedding[...]
+                for embed in (self.obj_score_token, self.iou_token, self.mask_tokens)
+            ]
+        ).astype(self.dtype)
+        outputs = jnp.broadcast_to(outputs, (*sparse.shape[:2], *outputs.shape))
+        tokens = jnp.concatenate([outputs, sparse.astype(self.dtype)], axis=2)
+        image = (image_embed[:, None] + dense).astype(self.dtype)
+        image = image.reshape(batch, -1, height * width, channels)
+        tokens, image = self.transformer(tokens, image, image_pe.reshape(-1, channels))
+        return tokens, image.reshape(batch, -1, height, width, channels)
+
     def __call__(
         self,
         image_embed: Float[Array, "B h w C"],
@@ -190,19 +212,7 @@ class MaskDecoder(nnx.Module):
           stability: whether an unstable mask of token 0 gives way to the best of the others, as
             SAM 2 does whenever it is not training.
         """
-        batch, height, width, channels = image_embed.shape
-        outputs = jnp.concatenate(
-            [
-                embed.embedding[...]
-                for embed in (self.obj_score_token, self.iou_token, self.mask_tokens)
-            ]
-        ).astype(self.dtype)
-        outputs = jnp.broadcast_to(outputs, (*sparse.shape[:2], *outputs.shape))
-        tokens = jnp.concatenate([outputs, sparse.astype(self.dtype)], axis=2)
-        image = (image_embed[:, None] + dense).astype(self.dtype)
-        image = image.reshape(batch, -1, height * width, channels)
-        tokens, image = self.transformer(tokens, image, image_pe.reshape(-1, channels))
-        image = image.reshape(batch, -1, height, width, channels)
+        tokens, image = self.attend(image_embed, image_pe, sparse, dense)
         upscaled = self.output_upscaling(image, high_res)
         hyper = jnp.stack(
             [mlp(tokens[:, :, 2 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)],
