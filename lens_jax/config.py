@@ -182,9 +182,9 @@ class RewardsConfig:
     boundary: NonNegativeFloat = 0.0
     """IoU of the mask's boundary."""
     squared: bool = True
-    """Square the IoUs."""
+    """Square the IoU of mask and boundary; the box's is always squared."""
     scale: PositiveFloat = 1.0
-    """Factor on the advantages."""
+    """Factor on the total reward."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,9 +86,7 @@ def test_stage1(golden_dir, golden_weights, golden, tag):
     np.testing.assert_array_equal(masks.selected_token[:, 0], golden[f"{tag}_selected_token"])
     np.testing.assert_allclose(masks.logits, golden[f"{tag}_low_res_masks"], rtol=0, atol=MASKS)
     if prefix is not None:
-        np.testing.assert_allclose(
-            token, golden[f"{prefix}sam_embedding"], rtol=0, atol=EMBEDDING
-        )
+        np.testing.assert_allclose(token, golden[f"{prefix}sam_embedding"], rtol=0, atol=EMBEDDING)
 
     gradient = jax.tree.map(lambda x: x / count, gradient)
     norms = support.read_json(golden_dir / "stage1_grad_norms.json")[tag]
