@@ -13,6 +13,8 @@ import jax
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update(
     "jax_compilation_cache_dir",
-    os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "lens-jax-cache")),
+    os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "lens-jax-cache")
+    ),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

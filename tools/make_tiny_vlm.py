@@ -5,7 +5,7 @@
 It is to LENS what Qwen2.5-VL-3B-Instruct is to the real one: it picks the object that an expression
 names, most of the time, and writes its box as text, loosely. Supervised training from scratch on
 generated scenes, in three parts: the vision tower learns to say what is centred in each cell of a
-picture; then answers are taught, with a loss that draws one pair of heads to the object meant (plain
+picture; then answers are taught, with a loss that draws two heads to the object meant (plain
 supervised training binds words to objects too slowly); last, with boxes enlarged at random, because
 tightening them is what reinforcement learning is to show. Expressions that the held-out splits
 reserve (`shapes.is_held_out`) are never used.

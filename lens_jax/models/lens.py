@@ -108,7 +108,7 @@ class LensModel(nnx.Module):
         with_queries: bool,
         positions: str | None = None,
     ) -> tuple[Float[Array, "B P D"], Float[Array, "B G S D"]]:
-        """One packed pass; hidden states of the prompts and of completions [+ queries], S = T [+ M].
+        """One packed pass; hidden states of prompts and of completions [+ queries], S = T [+ M].
 
         Args:
             embedded: what `embed` made of the prompts.
@@ -175,7 +175,7 @@ class LensModel(nnx.Module):
     def masks(
         self, features: SamFeatures, hidden: Float[Array, "B G M D"], *, stability: bool
     ) -> SamMasks:
-        """Masks from the queries' hidden states; `stability`: SAM's multimask rule of evaluation."""
+        """Masks from the queries' hidden states; `stability`: the multimask rule of evaluation."""
         token = self.context(hidden)[:, :, None]
         return self.sam.decode(features, token, stability=stability)
 

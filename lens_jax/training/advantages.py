@@ -1,6 +1,5 @@
 """From rewards to advantages (DeepSeekMath, section 4.1.1): a completion against its group."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
