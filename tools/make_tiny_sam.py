@@ -9,6 +9,9 @@ a dice loss on the single mask and on the others, and its own estimate of the Io
 thrown away ask every mask token for box and kind of its object. Without those two helps a prompt
 does not find its object in the time at hand: the masks are those of all objects at once.
 
+The defaults stop early, at masks of IoU 0.8 from boxes: LENS trains the mask decoder on in stage 2,
+and a run of minutes should show it. With `--steps 1500` boxes give 0.95, single points 0.9.
+
 Prompts are points (one to three), boxes (tight or loose) and both, as SAM 2 feeds them, and single
 points or boxes without the token that ends a list: LENS prompts SAM with one token alone.
 
@@ -90,7 +93,7 @@ class Settings:
 
     output: Path = Path("checkpoints/tiny/sam2")
     dense_steps: int = 300
-    steps: int = 1500
+    steps: int = 350
     images: int = 8
     learning_rate: float = 2e-3
     evaluation_scenes: int = 256

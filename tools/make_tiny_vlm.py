@@ -9,6 +9,10 @@ picture; then answers are taught, with a loss that draws two heads to the object
 supervised training binds words to objects too slowly); last, with boxes enlarged at random, because
 tightening them is what reinforcement learning is to show. Expressions that the held-out splits
 reserve (`shapes.is_held_out`) are never used.
+
+The shipped weights took two calls: 700 vision steps and 2,080 tight ones at the constant peak rate,
+of which the weights after 2,000 were taken; from there 1,000 tight steps whose rate fell in their
+second half, then 600 loose ones (`--start`, `--seed 1` and `--seed 2`).
 """
 
 import dataclasses
@@ -102,8 +106,8 @@ class Settings:
     output: Path = Path("checkpoints/tiny/qwen2_5_vl")
     scenes: int = 24_000
     vision_steps: int = 600
-    tight_steps: int = 5_000
-    loose_steps: int = 1_000
+    tight_steps: int = 3_000
+    loose_steps: int = 600
     learning_rate: float = 1.5e-3
     start: Path | None = None
     seed: int = 0
