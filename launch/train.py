@@ -1,6 +1,5 @@
 """Trains LENS: `python launch/train.py --help`."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,15 +7,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main(argv: list[str] | None = None) -> int:
+    from lens_jax import cli
     from lens_jax import config as configuration
 
     config = configuration.load(argv)
 
-    import jax
-
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "lens-jax"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-
+    cli.keep_compiled_programs()
     from lens_jax.checkpoints import CheckpointError
     from lens_jax.data.sample import SampleError
     from lens_jax.training import loop
@@ -43,10 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except loop.Stopped as stop:
         print(stop)
     except (
-        configuration.ConfigError, CheckpointError, SampleError, WeightsError, FileNotFoundError,
+        configuration.ConfigError, CheckpointError, SampleError, WeightsError, OSError,
     ) as error:  # fmt: skip
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return cli.complain(error)
     return 0
 
 

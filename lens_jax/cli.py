@@ -56,18 +56,23 @@ def run(
     except UsageError as error:
         return complain(error)
 
-    import jax
-
     from lens_jax.checkpoints import CheckpointError
     from lens_jax.data.sample import SampleError
 
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "lens-jax")
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    keep_compiled_programs()
     try:
         return command(**options) or 0
     except (UsageError, CheckpointError, SampleError, OSError) as error:
         return complain(error)
+
+
+def keep_compiled_programs() -> None:
+    """Sets JAX's compilation cache: what one command compiled, the next one reads."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "lens-jax")
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def complain(error: Exception) -> int:
