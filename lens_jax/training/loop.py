@@ -108,8 +108,11 @@ def align(job: Run) -> None:
     settings = job.config.alignment
     definition, trained, frozen = split(nnx.merge(job.model, job.params), in_alignment)
     schedule, optimizer = _optimizer(settings)
+    places = _places(job, trained, optimizer)
     update = jax.jit(
-        alignment.make_update(definition, optimizer, settings.accumulation_steps), donate_argnums=0
+        alignment.make_update(definition, optimizer, settings.accumulation_steps),
+        donate_argnums=0,
+        out_shardings=(places, None),
     )
 
     def step(state: TrainState, batch: Batch, _: int):
@@ -120,7 +123,7 @@ def align(job: Run) -> None:
         tokens = int(np.sum(batch.prompts.length) + np.sum(batch.targets.answer_length))
         return state, metrics | {"update_seconds": seconds, "tokens_per_second": tokens / seconds}
 
-    state = _initial_state(job, trained, optimizer)
+    state = jax.jit(partial(create, optimizer=optimizer), out_shardings=places)(trained)
     state = _train(job, "alignment", settings, state, step, schedule, first_sample=0)
     job.params = nnx.State.merge(state.params, frozen)
 
@@ -148,11 +151,13 @@ def reinforce(job: Run) -> None:
         scale=weights.scale,
     )
     objective = grpo.Objective(settings.beta, settings.policy_weight, settings.segmentation_weight)
+    places = _places(job, trained, optimizer)
     update = jax.jit(
         grpo.make_update(
             definition, shapes_of_rest, optimizer, reward, objective, settings.accumulation_steps
         ),
         donate_argnums=0,
+        out_shardings=(places, None),
     )
 
     sample = config.rollout
@@ -197,7 +202,7 @@ def reinforce(job: Run) -> None:
 
     # Stage 2 goes on in the data where stage 1 stopped: no scene is needed twice.
     first = config.alignment.steps * config.alignment.batch_size
-    state = _initial_state(job, trained, optimizer)
+    state = jax.jit(partial(create, optimizer=optimizer), out_shardings=places)(trained)
     state = _train(job, "grpo", settings, state, step, schedule, first_sample=first)
     job.params = nnx.State.merge(state.params, frozen)
 
@@ -255,12 +260,14 @@ def _train(
     return state
 
 
-def _initial_state(job: Run, trained: nnx.State, optimizer) -> TrainState:
-    """A fresh training state, its moments laid out as their parameters."""
-    make = partial(create, optimizer=optimizer)
-    kv_heads = job.lens.config.mllm.num_kv_heads
-    places = sharding.shardings(jax.eval_shape(make, trained), job.mesh, kv_heads=kv_heads)
-    return jax.jit(make, out_shardings=places)(trained)
+def _places(job: Run, trained: nnx.State, optimizer) -> TrainState:
+    """Where each array of a training state lies, moments with their parameters.
+
+    Updates must be told: left alone, the compiler may lay out the new state otherwise, which copies
+    what was donated and compiles the second step again.
+    """
+    shapes = jax.eval_shape(partial(create, optimizer=optimizer), trained)
+    return sharding.shardings(shapes, job.mesh, kv_heads=job.lens.config.mllm.num_kv_heads)
 
 
 def _optimizer(settings: Any):
