@@ -119,12 +119,9 @@ def _embed(state, prompts: Prompts, *, definition) -> Array:
 def _draw(state, prompts: Prompts, embedded, tokens, lengths, *, definition) -> tuple[Array, Array]:
     """SAM's prompt token [B, E] and mask logits [B, h, w] for given completions."""
     model = nnx.merge(definition, state)
-    _, hidden = model.hidden_states(
-        prompts, embedded, tokens[:, None], lengths[:, None], with_queries=True
-    )
-    queries = hidden[:, :, tokens.shape[1] :]
-    masks = model.masks(model.sam_features(prompts), queries, stability=True)
-    return model.context(queries)[:, 0], masks.logits[:, 0]
+    hidden = model.read(prompts, embedded, tokens, lengths)
+    masks = model.masks(model.sam_features(prompts), hidden, stability=True)
+    return model.context(hidden)[:, 0], masks.logits[:, 0]
 
 
 class Lens:

@@ -119,12 +119,7 @@ class LensModel(nnx.Module):
         """
         b, g, t = completions.shape
         mask = jnp.arange(prompts.tokens.shape[1]) < prompts.length[:, None]
-        if (positions or self.config.context_positions) == "text":
-            prompt_positions = jnp.broadcast_to(jnp.arange(mask.shape[1]), (b, 3, mask.shape[1]))
-            first = prompts.length
-        else:
-            prompt_positions, first = prompts.positions, prompts.next_position
-
+        prompt_positions, first = self._positions(prompts, positions)
         own = self.language.embed_tokens(completions)
         offsets = jnp.broadcast_to(jnp.arange(t), (b, g, t))
         valid = offsets < lengths[..., None]
@@ -143,6 +138,51 @@ class LensModel(nnx.Module):
             jnp.tri(own.shape[2], dtype=bool) & valid[:, :, None],
             remat=self.remat,
         )
+
+    def read(
+        self,
+        prompts: Prompts,
+        embedded: Float[Array, "B P D"],
+        completion: Int[Array, "B T"],
+        length: Int[Array, "B"],
+    ) -> Float[Array, "B 1 M D"]:
+        """The queries' hidden states after one given completion a prompt.
+
+        The numbers of `hidden_states`. Queries run apart from what they read, so that training the
+        queries alone differentiates M tokens, not the sequence.
+        """
+        b, t = completion.shape
+        offsets = jnp.arange(t)
+        prompt_positions, first = self._positions(prompts)
+        own_positions = jnp.broadcast_to((first[:, None] + offsets)[:, None], (b, 3, t))
+        _, cache = self.language.prefill(
+            jnp.concatenate([embedded, self.language.embed_tokens(completion)], axis=1),
+            jnp.concatenate([prompt_positions, own_positions], axis=2),
+            jnp.concatenate(
+                [
+                    jnp.arange(embedded.shape[1]) < prompts.length[:, None],
+                    offsets < length[:, None],
+                ],
+                axis=1,
+            ),
+        )
+        queries = self.context.queries[...].astype(embedded.dtype)
+        m = len(queries)
+        return self.language.extend(
+            jnp.broadcast_to(queries, (b, 1, *queries.shape)),
+            (first + length)[:, None, None] + jnp.arange(m),
+            jnp.tri(m, dtype=bool)[None, None],
+            cache,
+        )
+
+    def _positions(
+        self, prompts: Prompts, scheme: str | None = None
+    ) -> tuple[Int[Array, "B 3 P"], Int[Array, "B"]]:
+        """Rotary positions of the prompts' tokens, and the first one after each."""
+        if (scheme or self.config.context_positions) == "mrope":
+            return prompts.positions, prompts.next_position
+        b, p = prompts.tokens.shape
+        return jnp.broadcast_to(jnp.arange(p), (b, 3, p)), prompts.length
 
     def score(
         self,

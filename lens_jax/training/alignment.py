@@ -25,9 +25,8 @@ def sums(model: LensModel, batch: Batch) -> tuple[jax.Array, Metrics]:
     """The loss and the metrics, summed over samples."""
     prompts, targets = batch.prompts, batch.targets
     embedded = model.embed(prompts)
-    answer, length = targets.answer[:, None], targets.answer_length[:, None]
-    score = model.score(prompts, embedded, answer, length, with_queries=True)
-    masks = model.masks(model.sam_features(prompts), score.hidden, stability=True)
+    hidden = model.read(prompts, embedded, targets.answer, targets.answer_length)
+    masks = model.masks(model.sam_features(prompts), hidden, stability=True)
     canvas = targets.mask.shape[1:]
     logits = upsample_logits(masks.logits, targets.mask_size, canvas)
     valid = valid_pixels(targets.mask_size, canvas)

@@ -72,10 +72,8 @@ def test_stage1(golden_dir, golden_weights, golden, tag):
 
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
         model = nnx.merge(definition, trained, frozen)
-        answer, length = batch.targets.answer[:, None], batch.targets.answer_length[:, None]
-        hidden = model.score(
-            batch.prompts, model.embed(batch.prompts), answer, length, with_queries=True
-        ).hidden
+        answer, length = batch.targets.answer, batch.targets.answer_length
+        hidden = model.read(batch.prompts, model.embed(batch.prompts), answer, length)
         masks = model.masks(model.sam_features(batch.prompts), hidden, stability=True)
         return metrics, gradient, model.context(hidden), masks
 

@@ -164,6 +164,33 @@ def test_queries_do_not_change_the_text(expected):
     micro.close(np.asarray(score.entropy)[counted], expected[1], 1e-5)
 
 
+@pytest.mark.parametrize("scheme", ["mrope", "text"])
+def test_reading_apart_equals_the_packed_pass(scheme):
+    config, prompts, tokens = batch(scheme, more_tokens=3)
+    used, model_of = split(config)
+    weight = np.random.default_rng(3).standard_normal((len(tokens), 1, config.num_queries, 32))
+
+    def apart(model, tokens, lengths):
+        return model.read(prompts, model.embed(prompts), tokens[:, 0], lengths[:, 0])
+
+    def together(model, tokens, lengths):
+        return packed(model, prompts, tokens, lengths)[2]
+
+    def run(function, member):
+        pick = slice(member, member + 1)
+
+        def weighted(used):
+            hidden = function(model_of(used), tokens[:, pick], LENGTHS[:, pick])
+            return (weight * hidden).sum(), hidden
+
+        return jax.jit(jax.grad(weighted, has_aux=True))(used)
+
+    for member in (0, 1):
+        (ours, hidden), (theirs, expected) = run(apart, member), run(together, member)
+        micro.close(hidden, expected)
+        micro.same_gradients(ours, theirs)
+
+
 def test_unknown_position_scheme():
     with pytest.raises(ValueError, match="context_positions: 'plain'"):
         LensConfig(micro.CONFIG.mllm, micro.CONFIG.sam, context_positions="plain")

@@ -156,6 +156,28 @@ class LanguageModel(nnx.Module):
         x = self.norm(x)
         return x[:, :p], x[:, p:].reshape(b, g, s, d)
 
+    def extend(
+        self,
+        own: Float[Array, "B G S D"],
+        own_positions: Int[Array, "B G S"],
+        own_mask: Bool[Array, "B G S S"],
+        cache: PromptCache,
+    ) -> Float[Array, "B G S D"]:
+        """Hidden states of tokens that follow what `prefill` has read.
+
+        The same numbers as `packed` gives, but a gradient with respect to `own` stops at the cache.
+        """
+        b, g, s = own_positions.shape
+        rotation = self.rotation(jnp.broadcast_to(own_positions[:, :, None], (b, g, 3, s)))
+
+        def step(layer, carry):
+            x, index = carry
+            attended = attention(*layer.project(x, rotation), own_mask, cache.layer(index))
+            return (layer.combine(x, attended), index + 1), None
+
+        (x, _), _ = layers.scan(self.layers, step, (own, jnp.int32(0)))
+        return self.norm(x)
+
     def empty_cache(self, batch: int, group: int, length: int) -> CompletionCache:
         config = self.config
         shape = (config.num_layers, batch, group, length, config.num_kv_heads, config.head_dim)
