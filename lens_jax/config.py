@@ -40,7 +40,7 @@ class ModelConfig:
     checkpoint: str | None = None
     """A pretrained checkpoint (lens_config.json, params/)."""
     mllm: str | None = None
-    """A Hugging Face directory of Qwen2.5-VL, converted first when there is no checkpoint."""
+    """Hugging Face directory of Qwen2(.5)-VL, converted first when there is no checkpoint."""
     sam: str | None = None
     """A SAM 2 file or directory, converted together with mllm."""
     num_queries: PositiveInt = 64

@@ -30,6 +30,7 @@ CONFIG = LensConfig(
         tie_word_embeddings=True,
         image_token_id=66,
         vision=VisionConfig(
+            family="qwen2_5_vl",
             depth=2,
             hidden_size=16,
             intermediate_size=24,
@@ -57,6 +58,24 @@ CONFIG = LensConfig(
     num_queries=5,
     connector_depth=1,
     connector_heads=4,
+)
+
+
+# The same language model behind Qwen2-VL's vision tower.
+QWEN2_VL = dataclasses.replace(
+    CONFIG,
+    mllm=dataclasses.replace(
+        CONFIG.mllm,
+        vision=VisionConfig(
+            family="qwen2_vl",
+            depth=2,
+            hidden_size=16,
+            intermediate_size=48,
+            num_heads=2,
+            out_hidden_size=32,
+            full_attention_blocks=(0, 1),
+        ),
+    ),
 )
 
 
@@ -154,7 +173,6 @@ def targets(batch: int, seed: int = 0, canvas=(24, 30), answer: int = 6, vocabul
 
 def hf_config(config: QwenVLConfig) -> dict:
     """The same shapes in Hugging Face's nested form."""
-    vision = config.vision
     return json.loads(
         json.dumps(
             dict(
@@ -172,15 +190,7 @@ def hf_config(config: QwenVLConfig) -> dict:
                         rope_theta=config.rope_theta,
                     ),
                 ),
-                vision_config=dict(
-                    depth=vision.depth,
-                    hidden_size=vision.hidden_size,
-                    intermediate_size=vision.intermediate_size,
-                    num_heads=vision.num_heads,
-                    out_hidden_size=vision.out_hidden_size,
-                    fullatt_block_indexes=vision.full_attention_blocks,
-                    window_size=vision.window_size,
-                ),
+                vision_config=hf_vision_config(config.vision),
                 image_token_id=config.image_token_id,
                 vision_start_token_id=config.image_token_id - 1,
                 vision_end_token_id=config.image_token_id - 2,
@@ -188,6 +198,23 @@ def hf_config(config: QwenVLConfig) -> dict:
                 tie_word_embeddings=config.tie_word_embeddings,
             )
         )
+    )
+
+
+def hf_vision_config(vision: VisionConfig) -> dict:
+    shared = dict(depth=vision.depth, num_heads=vision.num_heads)
+    if vision.family == "qwen2_vl":
+        return shared | dict(
+            embed_dim=vision.hidden_size,
+            mlp_ratio=vision.intermediate_size // vision.hidden_size,
+            hidden_size=vision.out_hidden_size,
+        )
+    return shared | dict(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        out_hidden_size=vision.out_hidden_size,
+        fullatt_block_indexes=vision.full_attention_blocks,
+        window_size=vision.window_size,
     )
 
 

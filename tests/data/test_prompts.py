@@ -36,6 +36,7 @@ def test_answer(tokenizer):
     assert encoder.answer("a {0} b", (1, 22, 333, 4)).tolist() == tokenizer(text).input_ids
 
 
+@pytest.mark.parametrize("family", ["Qwen2VL", "Qwen2_5_VL"])
 @given(
     before=st.integers(1, 9),
     rows=st.integers(1, 8),
@@ -43,12 +44,11 @@ def test_answer(tokenizer):
     after=st.integers(1, 9),
 )
 @settings(max_examples=40, deadline=None)
-def test_positions_are_transformers(before, rows, columns, after):
+def test_positions_are_transformers(family, before, rows, columns, after):
     torch = pytest.importorskip("torch")
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
-
-    config = Qwen2_5_VLConfig()
+    transformers = pytest.importorskip("transformers")
+    hf = getattr(transformers, f"{family}Model")
+    config = hf.config_class()
     kinds = [0] * before + [1] * (rows * columns) + [0] * after
     ids = [5] * (before - 1) + [config.vision_start_token_id]
     ids += [config.image_token_id] * (rows * columns) + [6] * after
@@ -59,12 +59,10 @@ def test_positions_are_transformers(before, rows, columns, after):
     }
     model = types.SimpleNamespace(config=config)
     for name in ("get_vision_position_ids",):  # newer versions ask a method of the model
-        if hasattr(hf.Qwen2_5_VLModel, name):
-            setattr(model, name, types.MethodType(getattr(hf.Qwen2_5_VLModel, name), model))
-    known = inspect.signature(hf.Qwen2_5_VLModel.get_rope_index).parameters
-    expected, delta = hf.Qwen2_5_VLModel.get_rope_index(
-        model, **{k: v for k, v in arguments.items() if k in known}
-    )
+        if hasattr(hf, name):
+            setattr(model, name, types.MethodType(getattr(hf, name), model))
+    known = inspect.signature(hf.get_rope_index).parameters
+    expected, delta = hf.get_rope_index(model, **{k: v for k, v in arguments.items() if k in known})
     positions, following = prompts.rope_positions(len(ids), before, (rows, columns))
     np.testing.assert_array_equal(positions, expected[:, 0].numpy())
     assert following == len(ids) + int(delta)

@@ -1,13 +1,19 @@
-"""Qwen2.5-VL against transformers, on random tiny weights: forward and gradients."""
+"""Qwen2-VL and Qwen2.5-VL against transformers, on random tiny weights: forward and gradients."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from lens_jax import checkpoints
 from lens_jax.models.lens import abstract, split_policy
@@ -22,21 +28,38 @@ from tools.convert_weights.qwen_vl import official_name, table
 ROWS = [((6, 10), (3, 6)), ((8, 6), (1, 2)), ((4, 4), (5, 4))]
 
 
-def config(tied, window, full, depth=3):
-    mllm = micro.CONFIG.mllm
+def qwen2(tied):
+    """Qwen2-VL's tower, its windows wider than every picture but one."""
     vision = dataclasses.replace(
-        mllm.vision, depth=depth, window_size=window, full_attention_blocks=full
+        micro.QWEN2_VL.mllm.vision, depth=3, full_attention_blocks=(0, 1, 2)
     )
-    mllm = dataclasses.replace(mllm, tie_word_embeddings=tied, vision=vision)
-    return dataclasses.replace(micro.CONFIG, mllm=mllm)
+    return changed(micro.QWEN2_VL, tied, vision)
 
 
-def hf_model(mllm: QwenVLConfig) -> Qwen2_5_VLForConditionalGeneration:
+def qwen2_5(tied, window, full):
+    vision = dataclasses.replace(
+        micro.CONFIG.mllm.vision, depth=3, window_size=window, full_attention_blocks=full
+    )
+    return changed(micro.CONFIG, tied, vision)
+
+
+def changed(config, tied, vision):
+    mllm = dataclasses.replace(config.mllm, tie_word_embeddings=tied, vision=vision)
+    return dataclasses.replace(config, mllm=mllm)
+
+
+def hf_model(mllm: QwenVLConfig) -> torch.nn.Module:
+    model, config = {
+        "qwen2_vl": (Qwen2VLForConditionalGeneration, Qwen2VLConfig),
+        "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig),
+    }[mllm.vision.family]
+    model = model(config(**micro.hf_config(mllm))).eval()
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**micro.hf_config(mllm))).eval()
     with torch.no_grad():
         for name, x in model.named_parameters():
             scale = x[0].numel() ** -0.5 if x.ndim > 1 else 0.2
+            if "patch_embed" in name:
+                scale *= 0.01  # so that the first norm's epsilon tells
             x.copy_(torch.randn_like(x) * scale + ("norm" in name or "ln_q" in name) * (x.ndim < 2))
     return model
 
@@ -69,11 +92,18 @@ def tokens_only(x, rows, side):
 
 
 @pytest.mark.parametrize(
-    ("tied", "window", "full", "side"),
-    [(True, 56, (1,), "right"), (False, 112, (0,), "left"), (True, 56, (0, 2), "left")],
+    ("ours", "side"),
+    [
+        (qwen2(tied=True), "left"),
+        (qwen2(tied=False), "right"),
+        (qwen2_5(True, 56, (1,)), "right"),
+        (qwen2_5(False, 112, (0,)), "left"),
+        (qwen2_5(True, 56, (0, 2)), "left"),
+    ],
+    ids=["qwen2", "qwen2-untied", "full-1", "untied-full-0", "full-0-2"],
 )
-def test_parity(tied, window, full, side):
-    ours = config(tied, window, full)
+def test_parity(ours, side):
+    tied = ours.mllm.tie_word_embeddings
     theirs = hf_model(ours.mllm)
     assert QwenVLConfig.from_hf(theirs.config.to_dict()) == ours.mllm
     tensors = official(theirs.state_dict().items())
@@ -126,9 +156,16 @@ SIZES = {  # hidden, MLP, layers, heads, KV heads, vocabulary, tied, vision MLP,
 }
 
 
+def parameters(mllm: QwenVLConfig) -> int:
+    parts = nnx.eval_shape(
+        lambda: (VisionTower(mllm.vision, rngs=nnx.Rngs(0)), LanguageModel(mllm, rngs=nnx.Rngs(0)))
+    )
+    return sum(int(np.prod(x.shape)) for part in parts for x in jax.tree.leaves(nnx.state(part)))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_published_shapes(size):
-    hidden, mlp, layers, heads, kv_heads, vocabulary, tied, vision_mlp, parameters = SIZES[size]
+    hidden, mlp, layers, heads, kv_heads, vocabulary, tied, vision_mlp, count = SIZES[size]
     mllm = QwenVLConfig.from_hf(
         dict(
             model_type="qwen2_5_vl",
@@ -160,11 +197,103 @@ def test_published_shapes(size):
     )
     assert mllm.head_dim == 128 and sum(mllm.mrope_section) == 64
     assert mllm.vision.window_patches == 64 and mllm.vision.patch_dim == 1176
-    parts = nnx.eval_shape(
-        lambda: (VisionTower(mllm.vision, rngs=nnx.Rngs(0)), LanguageModel(mllm, rngs=nnx.Rngs(0)))
+    assert parameters(mllm) == count
+
+
+QWEN2_SIZES = {  # hidden, MLP, layers, heads, KV heads, vocabulary, tied, parameters
+    "2B": (1536, 8960, 28, 12, 2, 151936, True, 2_208_985_600),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False, 8_291_375_616),
+    "72B": (8192, 29568, 80, 64, 8, 152064, False, 73_405_560_320),
+}
+
+
+def published_qwen2(size):
+    """config.json as Qwen publishes it."""
+    hidden, mlp, layers, heads, kv_heads, vocabulary, tied, _ = QWEN2_SIZES[size]
+    return dict(
+        architectures=["Qwen2VLForConditionalGeneration"],
+        model_type="qwen2_vl",
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        hidden_act="silu",
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        image_token_id=151655,
+        vision_config=dict(
+            depth=32,
+            embed_dim=1280,
+            mlp_ratio=4,
+            num_heads=16,
+            in_chans=3,
+            hidden_size=hidden,
+            patch_size=14,
+            spatial_merge_size=2,
+            spatial_patch_size=14,
+            temporal_patch_size=2,
+        ),
     )
-    count = sum(int(np.prod(x.shape)) for part in parts for x in jax.tree.leaves(nnx.state(part)))
-    assert count == parameters
+
+
+@pytest.mark.parametrize("size", QWEN2_SIZES)
+def test_published_shapes_of_qwen2(size):
+    mllm = QwenVLConfig.from_hf(published_qwen2(size))
+    assert mllm.head_dim == 128 and sum(mllm.mrope_section) == 64
+    assert (mllm.vision.hidden_size, mllm.vision.intermediate_size) == (1280, 5120)
+    assert mllm.vision.full_attention_blocks == tuple(range(32))
+    assert mllm.vision.window_patches == 64 and mllm.vision.patch_dim == 1176
+    assert parameters(mllm) == QWEN2_SIZES[size][-1]
+
+
+@pytest.mark.parametrize("size", QWEN2_SIZES)
+def test_both_forms_of_a_config_say_the_same(size, tmp_path):
+    """As published, and nested, as newer versions of transformers save it."""
+    published = published_qwen2(size)
+    Qwen2VLConfig(**published).save_pretrained(tmp_path)
+    nested = json.loads((tmp_path / "config.json").read_text())
+    assert "hidden_size" not in nested
+    assert QwenVLConfig.from_hf(nested) == QwenVLConfig.from_hf(published)
+    del published["vision_config"]["hidden_size"]  # some versions leave it out where it is 3584
+    assert QwenVLConfig.from_hf(nested) == QwenVLConfig.from_hf(published)
+
+
+def test_families_are_told_apart_by_their_vision_tower():
+    """LENS saves Qwen2.5-VL under the other family's model_type, with that one's defaults."""
+    lens = micro.hf_config(micro.CONFIG.mllm) | {"model_type": "qwen2_vl"}
+    lens["vision_config"] |= {"embed_dim": 1280, "mlp_ratio": 4}
+    assert QwenVLConfig.from_hf(lens) == micro.CONFIG.mllm
+    plain = micro.hf_config(micro.QWEN2_VL.mllm)
+    assert QwenVLConfig.from_hf(plain) == micro.QWEN2_VL.mllm
+    assert QwenVLConfig.from_hf(plain | {"model_type": "qwen2_vl"}) == micro.QWEN2_VL.mllm
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2_5_vl"}, "model_type is qwen2_5_vl, but .* Qwen2-VL"),
+        ({"out_hidden_size": 32}, "has out_hidden_size but no fullatt_block_indexes"),
+        ({"window_size": 112}, "has window_size but no fullatt_block_indexes"),
+        ({"embed_dim": None}, "neither embed_dim and mlp_ratio, as Qwen2-VL, nor"),
+        ({"hidden_size": 48}, "48 wide, the language model's 32"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+        ({"depth": None}, "no key 'depth', which Qwen2-VL needs"),
+    ],
+)
+def test_a_contradicting_config_is_one_clear_error(change, message):
+    hf = micro.hf_config(micro.QWEN2_VL.mllm)
+    for key, value in change.items():
+        part = hf if key == "model_type" else hf["vision_config"]
+        part[key] = value
+        if value is None:
+            del part[key]
+    with pytest.raises(ValueError, match=message) as caught:
+        QwenVLConfig.from_hf(hf)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["fullatt_block_indexes", "num_key_value_heads", "image_token_id"])

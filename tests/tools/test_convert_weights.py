@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -425,8 +426,20 @@ def test_the_default_is_64_queries(files, tmp_path):
     assert read(tmp_path / "out")["context/conv/kernel"].shape[0] == 64
 
 
-def hugging_face_model(tied: bool) -> transformers.Qwen2_5_VLForConditionalGeneration:
-    config = transformers.Qwen2_5_VLConfig(
+def hugging_face_model(family: str, tied: bool) -> transformers.PreTrainedModel:
+    vision = dict(
+        Qwen2VL=dict(depth=2, embed_dim=16, mlp_ratio=2, num_heads=2, hidden_size=32),
+        Qwen2_5_VL=dict(
+            depth=2,
+            hidden_size=16,
+            intermediate_size=24,
+            num_heads=2,
+            out_hidden_size=32,
+            fullatt_block_indexes=[1],
+            window_size=56,
+        ),
+    )[family]
+    config = getattr(transformers, f"{family}Config")(
         text_config=dict(
             vocab_size=96,
             hidden_size=32,
@@ -438,15 +451,7 @@ def hugging_face_model(tied: bool) -> transformers.Qwen2_5_VLForConditionalGener
             bos_token_id=1,
             eos_token_id=2,
         ),
-        vision_config=dict(
-            depth=2,
-            hidden_size=16,
-            intermediate_size=24,
-            num_heads=2,
-            out_hidden_size=32,
-            fullatt_block_indexes=[1],
-            window_size=56,
-        ),
+        vision_config=vision,
         image_token_id=90,
         video_token_id=91,
         vision_start_token_id=92,
@@ -454,19 +459,20 @@ def hugging_face_model(tied: bool) -> transformers.Qwen2_5_VLForConditionalGener
         tie_word_embeddings=tied,
     )
     torch.manual_seed(3)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
     return model
 
 
+@pytest.mark.parametrize("family", ["Qwen2VL", "Qwen2_5_VL"])
 @pytest.mark.parametrize("spelling", ["official", "new"])
 @pytest.mark.parametrize(
     ("tied", "shards", "with_head"), [(True, 1, False), (True, 3, True), (False, 2, True)]
 )
-def test_hugging_face_directories(files, tmp_path, tied, shards, with_head, spelling):
-    model = hugging_face_model(tied).to(torch.bfloat16)
+def test_hugging_face_directories(files, tmp_path, family, tied, shards, with_head, spelling):
+    model = hugging_face_model(family, tied).to(torch.bfloat16)
     directory = tmp_path / "mllm"
     model.save_pretrained(directory)  # transformers' own config.json
     (directory / "model.safetensors").unlink()
@@ -485,6 +491,70 @@ def test_hugging_face_directories(files, tmp_path, tied, shards, with_head, spel
     assert ("language/lm_head/embedding" in params) == (not tied)
     back = official_from(params, lens_config(tmp_path / "out"))
     assert_equal({n: x for n, x in back.items() if n.startswith(qwen_vl.PREFIXES)}, renamed)
+    scheme = {"Qwen2VL": "qwen2vl", "Qwen2_5_VL": "qwen2p5vl"}[family]
+    assert checkpoints.read_config(tmp_path / "out")["coordinates"] == scheme
+
+
+def qwen2_lens(directory: Path, tied: bool, shards: int) -> dict[str, np.ndarray]:
+    """An official LENS-2B directory with golden's SAM; its tensors."""
+    mllm = dict(
+        architectures=["SAMR1ForConditionalGeneration_qwen2"],
+        model_type="qwen2_vl",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        rope_theta=1e6,
+        rope_scaling={"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2]},
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        image_token_id=90,
+        num_of_query=3,
+        vision_config=dict(
+            depth=2,
+            embed_dim=16,
+            mlp_ratio=4,
+            num_heads=2,
+            hidden_size=32,
+            hidden_act="quick_gelu",
+            in_channels=3,
+            model_type="qwen2_vl",
+        ),
+    )
+    sam = json.loads((GOLDEN / "lens_tiny/sam2_config.json").read_text())
+    config = LensConfig.from_dict({"mllm": mllm, "sam": sam, "num_queries": 3})
+    shapes, rng = parameter_shapes(config), np.random.default_rng(4)
+    tensors = {
+        e.source: rng.standard_normal(e.transform.source_shape(shapes[e.target]), np.float32)
+        for e in lens_table(config).entries
+    }
+    golden.write_lens(GOLDEN, directory, tensors, shards)
+    (directory / "config.json").write_text(json.dumps(mllm))
+    return tensors
+
+
+@pytest.mark.parametrize(("tied", "shards"), [(True, 2), (False, 1)])
+def test_a_lens_on_qwen2_vl(tmp_path, tied, shards):
+    tensors = qwen2_lens(tmp_path / "lens", tied, shards)
+    assert {"visual.merger.ln_q.bias", "visual.blocks.1.mlp.fc2.weight"} <= tensors.keys()
+    assert ("lm_head.weight" in tensors) == (not tied)
+    from_torch(tmp_path / "out", lens=tmp_path / "lens")
+    config = checkpoints.read_config(tmp_path / "out")
+    assert (config["coordinates"], config["context_positions"]) == ("qwen2vl", "text")
+    assert_equal(official_from(read(tmp_path / "out"), lens_config(tmp_path / "out")), tensors)
+
+
+def test_weights_of_the_other_family_are_refused(tmp_path, files, capsys):
+    """A config of Qwen2.5-VL, a file of Qwen2-VL: every stranger by name, and what is missing."""
+    qwen2_lens(tmp_path / "lens", True, 1)
+    mllm = golden.write_mllm(GOLDEN, tmp_path / "mllm")
+    shutil.copy(tmp_path / "lens/config.json", mllm / "config.json")
+    errors = fails(capsys, tmp_path / "out", "--mllm", mllm, "--sam", files / "sam")
+    assert any("unexpected tensor visual.blocks.1.mlp.gate_proj.weight" in e for e in errors)
+    assert any("missing tensor visual.blocks.1.mlp.fc1.weight" in e for e in errors)
+    assert any("missing tensor visual.merger.ln_q.bias" in e for e in errors)
 
 
 def test_sam_under_hugging_faces_names(files, tmp_path, official):

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_function_arguments(from_torch, as_group=False, as_positional=False)
     parser.add_subcommands().add_subcommand(
-        "from_torch", command, help="Qwen2.5-VL + SAM 2, or an official LENS, to a checkpoint"
+        "from_torch", command, help="Qwen-VL + SAM 2, or an official LENS, to a checkpoint"
     )
     options = parser.parse_args(argv)
     arguments = options.from_torch.as_dict()

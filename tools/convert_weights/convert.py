@@ -74,7 +74,7 @@ def from_torch(
 
     Args:
       output: the directory to write; it must not hold anything yet.
-      mllm: Hugging Face directory of Qwen2.5-VL; the context module is drawn fresh.
+      mllm: Hugging Face directory of Qwen2-VL or Qwen2.5-VL; the context module is drawn fresh.
       lens: official LENS directory, sharded or not.
       sam: SAM 2 weights (.pt, .pth, .safetensors, or a directory with one). Shapes come from
         sam2_config.json beside it, otherwise the published model is recognised.
@@ -186,7 +186,7 @@ def _assemble(
         "connector_heads": LensConfig.connector_heads,
         # Released LENS weights were trained on plain positions in every pass with queries.
         "context_positions": "text" if is_lens else "mrope",
-        "coordinates": "qwen2p5vl",
+        "coordinates": "qwen2vl" if mllm.vision.family == "qwen2_vl" else "qwen2p5vl",
         "prompts": {
             "system": prompts.SYSTEM,
             "question": prompts.QUESTION,
@@ -214,7 +214,7 @@ def _check_kind(source: Source, is_lens: bool) -> None:
         raise WeightsError(
             [
                 f"{source.where}: is no LENS checkpoint: learnable_query and connector.* are "
-                "missing; a plain Qwen2.5-VL is converted with --mllm and --sam"
+                "missing; a plain Qwen-VL is converted with --mllm and --sam"
             ]
         )
 

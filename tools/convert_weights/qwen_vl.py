@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's tensors: the vision tower and the language model."""
+"""The tensors of Qwen2-VL and Qwen2.5-VL: the vision tower and the language model."""
 
 import numpy as np
 
@@ -11,14 +11,14 @@ _ROWS = 4096  # rows compared at a time: two untied-looking embeddings are never
 
 
 def table(config: QwenVLConfig) -> Table:
-    """Every tensor of a Qwen2.5-VL of these shapes, in the official spelling."""
+    """Every tensor of a Qwen-VL of these shapes, in the official spelling."""
     vision = config.vision
     window = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     entries = [
         Entry(
             "visual.patch_embed.proj.weight", "visual/patch_embed/kernel", flattened_conv(*window)
         ),
-        Entry("visual.merger.ln_q.weight", "visual/merger/norm/scale"),
+        *_vision_norm(config, "visual.merger.ln_q", "visual/merger/norm"),
         *linear("visual.merger.mlp.0", "visual/merger/fc1"),
         *linear("visual.merger.mlp.2", "visual/merger/fc2"),
         Entry("model.embed_tokens.weight", "language/embed_tokens/embedding"),
@@ -26,15 +26,16 @@ def table(config: QwenVLConfig) -> Table:
     ]
     if not config.tie_word_embeddings:
         entries.append(Entry("lm_head.weight", "language/lm_head/embedding"))
+    mlp = {"qwen2_vl": ("fc1", "fc2"), "qwen2_5_vl": ("gate_proj", "up_proj", "down_proj")}
     for i in range(vision.depth):
         source, target = f"visual.blocks.{i}", f"visual/blocks/{i}"
         entries += [
-            Entry(f"{source}.norm1.weight", f"{target}/norm1/scale"),
-            Entry(f"{source}.norm2.weight", f"{target}/norm2/scale"),
+            *_vision_norm(config, f"{source}.norm1", f"{target}/norm1"),
+            *_vision_norm(config, f"{source}.norm2", f"{target}/norm2"),
             *linear(f"{source}.attn.qkv", f"{target}/qkv"),
             *linear(f"{source}.attn.proj", f"{target}/proj"),
         ]
-        for name in ("gate_proj", "up_proj", "down_proj"):
+        for name in mlp[vision.family]:
             entries += linear(f"{source}.mlp.{name}", f"{target}/{name}")
     for i in range(config.num_layers):
         source, target = f"model.layers.{i}", f"language/layers/{i}"
@@ -50,6 +51,13 @@ def table(config: QwenVLConfig) -> Table:
         for name in ("gate_proj", "up_proj", "down_proj"):
             entries += linear(f"{source}.mlp.{name}", f"{target}/{name}", bias=False)
     return Table(tuple(entries))
+
+
+def _vision_norm(config: QwenVLConfig, source: str, target: str) -> list[Entry]:
+    entries = [Entry(f"{source}.weight", f"{target}/scale")]
+    if config.vision.family == "qwen2_vl":
+        entries.append(Entry(f"{source}.bias", f"{target}/bias"))
+    return entries
 
 
 def linear(source: str, target: str, bias: bool = True) -> list[Entry]:

@@ -1,14 +1,23 @@
-"""Shapes of Qwen2.5-VL, read from a Hugging Face config.json."""
+"""Shapes of Qwen2-VL and Qwen2.5-VL, read from a Hugging Face config.json."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+Family = Literal["qwen2_vl", "qwen2_5_vl"]
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower. `window_size` is in pixels of the resized picture."""
+    """The vision tower, of one of two families.
 
+    `qwen2_5_vl` attends within windows of `window_size` pixels of the resized picture, but for
+    `full_attention_blocks`; its norms are RMSNorms, its MLPs SwiGLUs. In `qwen2_vl` every block
+    attends to the whole picture, whose patches come in windows all the same; its norms are
+    LayerNorms, its MLPs quick GELUs.
+    """
+
+    family: Family
     depth: int
     hidden_size: int
     intermediate_size: int
@@ -58,16 +67,12 @@ class QwenVLConfig:
         """Reads config.json, flat (transformers < 4.52, LENS) or with a nested `text_config`.
 
         Raises:
-            ValueError: a key is missing, or the file does not describe Qwen2.5-VL.
+            ValueError: a key is missing, or the file describes neither family, or two at once.
         """
         text = {**hf, **(hf.get("text_config") or {})}
         vision = hf.get("vision_config") or {}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        # LENS writes model_type qwen2_vl for both families: only 2.5 has windows.
-        if "fullatt_block_indexes" not in vision:
-            raise ValueError(
-                "config.json: vision_config has no fullatt_block_indexes: this is not Qwen2.5-VL"
-            )
+        family = _family(hf.get("model_type"), vision)
         try:
             return cls(
                 hidden_size=text["hidden_size"],
@@ -84,19 +89,77 @@ class QwenVLConfig:
                     "tie_word_embeddings", text.get("tie_word_embeddings", False)
                 ),
                 image_token_id=hf["image_token_id"],
-                vision=VisionConfig(
-                    depth=vision["depth"],
-                    hidden_size=vision["hidden_size"],
-                    intermediate_size=vision["intermediate_size"],
-                    num_heads=vision["num_heads"],
-                    out_hidden_size=vision["out_hidden_size"],
-                    full_attention_blocks=tuple(vision["fullatt_block_indexes"]),
-                    patch_size=vision.get("patch_size", 14),
-                    temporal_patch_size=vision.get("temporal_patch_size", 2),
-                    in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-                    merge_size=vision.get("spatial_merge_size", 2),
-                    window_size=vision.get("window_size", 112),
-                ),
+                vision=_vision(family, vision, text["hidden_size"]),
             )
         except KeyError as missing:
-            raise ValueError(f"config.json: no key {missing}, which Qwen2.5-VL needs") from None
+            raise ValueError(
+                f"config.json: no key {missing}, which {_NAMES[family]} needs"
+            ) from None
+
+
+_NAMES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL"}
+# Keys of vision_config that only one family reads. A Qwen2.5-VL that LENS has saved carries those
+# of Qwen2-VL too, at their defaults, for its model_type names the other family's class.
+_ONLY_2_5 = ("fullatt_block_indexes", "window_size", "out_hidden_size")
+_ONLY_2 = ("embed_dim", "mlp_ratio")
+
+
+def _family(model_type: str | None, vision: Mapping[str, Any]) -> Family:
+    """By what vision_config holds: LENS writes model_type qwen2_vl for both families."""
+    if own := [key for key in _ONLY_2_5 if key in vision]:
+        if "fullatt_block_indexes" not in vision:
+            raise ValueError(
+                f"config.json: vision_config has {own[0]} but no fullatt_block_indexes: this is "
+                "not Qwen2.5-VL, and not Qwen2-VL either"
+            )
+        return "qwen2_5_vl"
+    if not all(key in vision for key in _ONLY_2):
+        raise ValueError(
+            f"config.json: vision_config has neither {' and '.join(_ONLY_2)}, as Qwen2-VL, nor "
+            f"{_ONLY_2_5[0]}, as Qwen2.5-VL; other models are not supported"
+        )
+    if model_type == "qwen2_5_vl":
+        raise ValueError(
+            "config.json: model_type is qwen2_5_vl, but vision_config is that of Qwen2-VL: it has "
+            f"no {_ONLY_2_5[0]}"
+        )
+    return "qwen2_vl"
+
+
+def _vision(family: Family, vision: Mapping[str, Any], width: int) -> VisionConfig:
+    """The vision tower's shapes; `width` is the language model's."""
+    if family == "qwen2_5_vl":
+        own = dict(
+            hidden_size=vision["hidden_size"],
+            intermediate_size=vision["intermediate_size"],
+            out_hidden_size=vision["out_hidden_size"],
+            full_attention_blocks=tuple(vision["fullatt_block_indexes"]),
+            window_size=vision.get("window_size", 112),
+        )
+    else:
+        if (activation := vision.get("hidden_act", "quick_gelu")) != "quick_gelu":
+            raise ValueError(
+                f"config.json: vision_config's hidden_act is {activation}, Qwen2-VL's quick_gelu"
+            )
+        own = dict(
+            hidden_size=vision["embed_dim"],
+            intermediate_size=int(vision["embed_dim"] * vision["mlp_ratio"]),
+            # Some versions of transformers leave it out when it is 3584.
+            out_hidden_size=vision.get("hidden_size", width),
+            full_attention_blocks=tuple(range(vision["depth"])),
+        )
+    if own["out_hidden_size"] != width:
+        raise ValueError(
+            f"config.json: vision_config's tokens are {own['out_hidden_size']} wide, the language "
+            f"model's {width}"
+        )
+    return VisionConfig(
+        family=family,
+        depth=vision["depth"],
+        num_heads=vision["num_heads"],
+        patch_size=vision.get("patch_size", 14),
+        temporal_patch_size=vision.get("temporal_patch_size", 2),
+        in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
+        merge_size=vision.get("spatial_merge_size", 2),
+        **own,
+    )

@@ -1,4 +1,4 @@
-"""Qwen2.5's decoder with multimodal rotary positions: packed groups, prompts, single tokens."""
+"""Qwen2's decoder with multimodal rotary positions: packed groups, prompts, single tokens."""
 
 import jax
 import jax.numpy as jnp

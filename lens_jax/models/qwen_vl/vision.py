@@ -1,4 +1,9 @@
-"""Qwen2.5-VL's vision tower: window attention, a few layers of full attention, a 2x2 merger."""
+"""The vision towers of Qwen2-VL and Qwen2.5-VL: blocks of attention, then a 2x2 merger.
+
+They differ in norms, in MLPs, and in that Qwen2.5-VL attends within windows in most blocks.
+"""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +16,31 @@ from lens_jax.models.qwen_vl.config import VisionConfig
 from lens_jax.models.rope import Rotation, grid_rotation, rotate
 
 
+def _norm(config: VisionConfig, *, rngs: nnx.Rngs, dtype) -> nnx.Module:
+    options = dict(epsilon=1e-6, dtype=dtype, rngs=rngs)
+    if config.family == "qwen2_vl":
+        return nnx.LayerNorm(config.hidden_size, use_fast_variance=False, **options)
+    return nnx.RMSNorm(config.hidden_size, **options)
+
+
 class VisionBlock(nnx.Module):
-    """Pre-norm attention and SwiGLU, on windows [B, W, S] or on whole pictures [B, 1, W*S]."""
+    """Pre-norm attention and MLP, on windows [B, W, S] or on whole pictures [B, 1, W*S]."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         width, mlp = config.hidden_size, config.intermediate_size
-        self.num_heads = config.num_heads
-        norm = dict(epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.family, self.num_heads = config.family, config.num_heads
         linear = dict(dtype=dtype, rngs=rngs)
-        self.norm1 = nnx.RMSNorm(width, **norm)
-        self.norm2 = nnx.RMSNorm(width, **norm)
+        self.norm1 = _norm(config, **linear)
+        self.norm2 = _norm(config, **linear)
         self.qkv = nnx.Linear(width, 3 * width, **linear)
         self.proj = nnx.Linear(width, width, **linear)
-        self.gate_proj = nnx.Linear(width, mlp, **linear)
-        self.up_proj = nnx.Linear(width, mlp, **linear)
-        self.down_proj = nnx.Linear(mlp, width, **linear)
+        if self.family == "qwen2_vl":
+            self.fc1 = nnx.Linear(width, mlp, **linear)
+            self.fc2 = nnx.Linear(mlp, width, **linear)
+        else:
+            self.gate_proj = nnx.Linear(width, mlp, **linear)
+            self.up_proj = nnx.Linear(width, mlp, **linear)
+            self.down_proj = nnx.Linear(mlp, width, **linear)
 
     def __call__(
         self,
@@ -40,8 +55,14 @@ class VisionBlock(nnx.Module):
             rotate(queries, rotation), rotate(keys, rotation), values, mask[:, :, None]
         )
         x = x + self.proj(attended.reshape(x.shape))
-        h = self.norm2(x)
-        return x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))
+        return x + self.mlp(self.norm2(x))
+
+    def mlp(self, x: Float[Array, "B W S d"]) -> Float[Array, "B W S d"]:
+        """Quick GELU (Qwen2-VL) or SwiGLU."""
+        if self.family == "qwen2_vl":
+            h = self.fc1(x)
+            return self.fc2(h * jax.nn.sigmoid(1.702 * h))
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class PatchMerger(nnx.Module):
@@ -49,7 +70,7 @@ class PatchMerger(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.merged = config.hidden_size * config.merge_size**2
-        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm = _norm(config, rngs=rngs, dtype=dtype)
         self.fc1 = nnx.Linear(self.merged, self.merged, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(self.merged, config.out_hidden_size, dtype=dtype, rngs=rngs)
 
@@ -83,25 +104,22 @@ class VisionTower(nnx.Module):
         config = self.config
         x = self.patch_embed(patches)
         rotation = grid_rotation(positions, config.hidden_size // config.num_heads)
-        windows, whole = (
-            (rotation, mask),
-            (
-                jax.tree.map(_join_windows, rotation),
-                _join_windows(mask),
-            ),
-        )
+        windows = (rotation, mask)
+        whole = jax.tree.map(_join_windows, windows)
 
         def run(x, view, first, last):
             step = lambda block, x: (block(x, *view), None)  # noqa: E731
             return layers.scan(self.blocks, step, x, remat=remat, first=first, last=last)[0]
 
-        done = 0
-        for block in (*sorted(config.full_attention_blocks), config.depth):
-            if done < block:
-                x = run(x, windows, done, block)
-            if block < config.depth:
-                x = run(_join_windows(x), whole, block, block + 1).reshape(x.shape)
-            done = block + 1
+        full = frozenset(config.full_attention_blocks)
+        # Neighbours that attend alike run in one scan.
+        for is_full, blocks in itertools.groupby(range(config.depth), full.__contains__):
+            first, *more = blocks
+            last = first + len(more) + 1
+            if is_full:
+                x = run(_join_windows(x), whole, first, last).reshape(x.shape)
+            else:
+                x = run(x, windows, first, last)
         return self.merger(x)
 
 
