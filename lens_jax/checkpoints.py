@@ -5,6 +5,7 @@ Both carry `manifest.json`, the size and SHA-256 of every file, written last: or
 notice a flipped byte, and a directory without a manifest was not written to its end.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -47,6 +48,7 @@ PROCESSOR_FILES = (
 
 # Tensors are written and read in portions of this size: what is held beyond the model itself.
 PORTION_BYTES = 256 * 2**20
+CHUNK_BYTES = 32 * 2**20
 
 log = logging.getLogger("lens_jax")
 
@@ -279,25 +281,43 @@ def save_pretrained(
       config: what goes into `lens_config.json`.
       files_from: a directory whose tokenizer and processor files (`PROCESSOR_FILES`) are copied.
     """
+    with new_directory(directory) as unfinished:
+        items = params.items() if isinstance(params, Mapping) else params
+        _write_params(unfinished / PARAMS, items)
+        if files_from is not None:
+            copy_processor_files(files_from, unfinished)
+        (unfinished / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_manifest(unfinished)
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden directory beside `directory`, to be filled; it takes that name when all went well.
+
+    Raises:
+      CheckpointError: `directory` exists already and is not empty.
+    """
     directory = Path(directory).absolute()
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise CheckpointError(f"{directory} exists already: remove it or name another directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        items = params.items() if isinstance(params, Mapping) else params
-        _write_params(unfinished / PARAMS, items)
-        if files_from is not None:
-            for name in PROCESSOR_FILES:
-                if (Path(files_from) / name).is_file():
-                    shutil.copyfile(Path(files_from) / name, unfinished / name)
-        (unfinished / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        write_manifest(unfinished)
+        yield unfinished
         unfinished.chmod(0o755)
         unfinished.rename(directory)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def copy_processor_files(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str]
+) -> None:
+    """Copies those of `PROCESSOR_FILES` that there are."""
+    for name in PROCESSOR_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(destination) / name)
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -319,9 +339,21 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 def iterate_params(directory: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a pretrained checkpoint as written: (name, host array), in portions."""
-    directory = _verified(directory)
-    saved = _saved(directory)
-    yield from _read(directory, saved, saved)
+    yield from read_params(directory, saved_params(directory))
+
+
+def saved_params(directory: str | os.PathLike[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name -> shape and dtype of a pretrained checkpoint's tensors; verifies its files."""
+    saved = _saved(_verified(directory))
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in saved.items()}
+
+
+def read_params(
+    directory: str | os.PathLike[str], names: Iterable[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Some of the tensors that `saved_params` lists, in the order asked for, in portions."""
+    directory = Path(directory).absolute()
+    yield from _read(directory, _saved(directory), names)
 
 
 def load_pretrained(
@@ -361,6 +393,10 @@ def load_pretrained(
 def _write_params(directory: Path, items: Iterable[tuple[str, Any]]) -> None:
     context = ocp.Context()
     context.array.saving.use_compression = False  # trained weights hardly compress
+    # Orbax would copy every tensor on its way out and hold all of its file's bytes on its way in.
+    # Nothing changes what is being written here, so that tensors mapped from a file stay there.
+    context.memory.deepcopy_host_arrays = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     portion: dict[str, np.ndarray] = {}
     written: set[str] = set()
     size = 0

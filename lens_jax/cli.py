@@ -1,10 +1,11 @@
 """What the commands share: flags from a function's signature, and mistakes as one line."""
 
+import difflib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,14 @@ _TYPES = {
 
 
 class UsageError(Exception):
-    """A command that cannot be carried out as given; one line that says what to change."""
+    """A command that cannot be carried out as given; one line that says what to change.
+
+    `errors` holds several such lines where all of them are known at once.
+    """
+
+    @property
+    def errors(self) -> list[str]:
+        return [str(self)]
 
 
 class Formatter(jsonargparse.DefaultHelpFormatter):
@@ -33,7 +41,7 @@ class Parser(jsonargparse.ArgumentParser):
     """Raises UsageError, one line, where argparse would print its usage and exit."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(_explain(message))
+        raise UsageError(_explain(message, [f"--{key}" for key in vars(self.get_defaults())]))
 
 
 def run(
@@ -66,6 +74,33 @@ def run(
         return complain(error)
 
 
+def run_one_of(
+    commands: Mapping[str, tuple[Callable[..., int | None], str]],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+) -> int:
+    """`run` for the command that the first argument names.
+
+    Args:
+      commands: name -> the function, and the example in its help.
+      description: what `--help` without a command says above the list of commands.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv[0] if argv else ""
+    if name in ("-h", "--help"):
+        print(f"usage: {prog} COMMAND ...\n\n{description}\n\ncommands (COMMAND --help says more):")
+        for name, (command, _) in commands.items():
+            print(f"  {name:<12} {inspect.getdoc(command).splitlines()[0]}")
+        return 0
+    if name not in commands:
+        what = f"unknown command {name} " if name else "give a command "
+        return complain(UsageError(what + _nearest(name, commands)))
+    command, example = commands[name]
+    return run(command, argv[1:], prog=f"{prog} {name}", example=example)
+
+
 def keep_compiled_programs() -> None:
     """Sets JAX's compilation cache: what one command compiled, the next one reads."""
     import jax
@@ -76,18 +111,19 @@ def keep_compiled_programs() -> None:
 
 
 def complain(error: Exception) -> int:
-    """Prints an error as one line, clear of progress bars; returns the exit code for it."""
-    tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Prints an error, a line for each, clear of progress bars; returns the exit code for it."""
+    for line in error.errors if isinstance(error, UsageError) else [str(error)]:
+        tqdm.write(f"error: {' '.join(line.split())}", file=sys.stderr)
     return 2
 
 
-def _explain(message: str) -> str:
+def _explain(message: str, flags: Iterable[str]) -> str:
     """jsonargparse's message as one line that names the flag and what it should be."""
     message = " ".join(message.split())
     if required := re.search(r"arguments are required: (.+)", message):
         return "give " + ", ".join(f"--{name}" for name in required[1].split(", "))
     if unknown := re.search(r"unrecognized arguments: (.+)", message):
-        return f"unknown: {unknown[1]} (--help lists what there is)"
+        return f"unknown: {unknown[1]} " + _nearest(unknown[1].split()[0].split("=")[0], flags)
     wrong = re.search(r'key "(?P<key>\w+)": (?P<why>.+)', message)
     if not wrong:
         return message
@@ -100,3 +136,8 @@ def _explain(message: str) -> str:
         if name in why:
             return f"--{key}: expected {expected}{given}"
     return f"--{key}: {why}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"(did you mean {near[0]}?)" if near else "(--help lists what there is)"

@@ -16,7 +16,7 @@ from lens_jax.models.sam.hiera import bicubic_matrix
 from lens_jax.models.sam.mask_decoder import stability_score
 from lens_jax.models.sam.sam2 import Sam2
 from tools.convert_weights.sam2 import (
-    HF_CARRIED,
+    HF_MATRIX_AGAIN,
     hf_source,
     params_from_tensors,
     sam2_table,
@@ -96,7 +96,7 @@ def original_names(config: Sam2Config, tensors: dict) -> dict[str, np.ndarray]:
         name, row = hf_source(config, entry.source)
         used.add(name)
         result[entry.source] = tensors[name] if row is None else tensors[name][row : row + 1]
-    assert set(tensors) - used <= {HF_CARRIED[0].replace("\\", "")}
+    assert set(tensors) - used <= {HF_MATRIX_AGAIN}
     return result
 
 

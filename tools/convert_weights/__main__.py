@@ -1,62 +1,84 @@
 """The command line: `python -m tools.convert_weights COMMAND --help`."""
 
-import inspect
+import functools
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-# Conversion computes nothing: no accelerator is woken, nor waited for.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import jax
 
-import jsonargparse
-
-from lens_jax.checkpoints import CheckpointError
+from lens_jax import cli
 from tools.convert_weights.convert import Conversion, from_torch
-from tools.convert_weights.table import WeightsError
+from tools.convert_weights.export import Export, to_torch
+from tools.convert_weights.verify import Comparison, verify
+
+DESCRIPTION = """\
+Official PyTorch weights to checkpoints of lens-jax, and back. Reads and writes tensor by tensor;
+nothing appears unless every tensor has its place."""
 
 
-class _Formatter(jsonargparse.DefaultHelpFormatter):
-    """Keeps the line breaks of examples."""
+def _printed(
+    command: Callable[..., Conversion | Export | Comparison],
+) -> Callable[..., int]:
+    """The command as the command line runs it: prints what came out, returns the exit code."""
 
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "".join(indent + line for line in text.splitlines(keepends=True))
+    @functools.wraps(command)
+    def run(**options) -> int:
+        result = command(**options)
+        match result:
+            case Conversion():
+                lines = [f"dropped {name}" for name in result.dropped]
+                lines.append(
+                    f"{options['output']}: {result.tensors} tensors, {result.unused} carried along "
+                    f"unused, {len(result.dropped)} dropped"
+                )
+            case Export():
+                lines = [f"note: {note}" for note in result.notes]
+                lines.append(f"{options['output']}: {result.tensors} tensors")
+            case Comparison():
+                lines = [*result.compared, *(f"differs: {line}" for line in result.differences)]
+                lines.append(
+                    f"{len(result.differences)} differences" if result.differences else "all agree"
+                )
+        print("\n".join(lines))
+        return int(isinstance(result, Comparison) and bool(result.differences))
+
+    return run
+
+
+COMMANDS = {
+    "from_torch": (
+        _printed(from_torch),
+        """\
+  python -m tools.convert_weights from_torch --mllm Qwen2.5-VL-3B-Instruct \\
+      --sam sam2_hiera_large.pt --output checkpoints/start""",
+    ),
+    "to_torch": (
+        _printed(to_torch),
+        """\
+  python -m tools.convert_weights to_torch --checkpoint runs/lens/final --layout lens \\
+      --output LENS-3B-mine""",
+    ),
+    "verify": (
+        _printed(verify),
+        """\
+  python -m tools.convert_weights verify --checkpoint checkpoints/lens-3b --torch LENS-3B""",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 2 means that something is wrong, printed, and nothing was written."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m tools.convert_weights",
-        description="Official PyTorch weights to checkpoints of lens-jax. Reads tensor by tensor;\n"
-        "nothing is written unless every tensor has its place.",
-        formatter_class=_Formatter,
+    return cli.run_one_of(
+        COMMANDS, argv, prog="python -m tools.convert_weights", description=DESCRIPTION
     )
-    command = jsonargparse.ArgumentParser(
-        description=inspect.getdoc(from_torch).partition("Args:")[0].rstrip(),
-        formatter_class=_Formatter,
-    )
-    command.add_function_arguments(from_torch, as_group=False, as_positional=False)
-    parser.add_subcommands().add_subcommand(
-        "from_torch", command, help="Qwen-VL + SAM 2, or an official LENS, to a checkpoint"
-    )
-    options = parser.parse_args(argv)
-    arguments = options.from_torch.as_dict()
-    try:
-        conversion = from_torch(**arguments)
-    except (WeightsError, CheckpointError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(_summary(arguments["output"], conversion))
-    return 0
-
-
-def _summary(output: object, conversion: Conversion) -> str:
-    lines = [f"dropped {name}" for name in conversion.dropped]
-    lines.append(
-        f"{output}: {conversion.tensors} tensors, {conversion.unused} carried along unused, "
-        f"{len(conversion.dropped)} dropped"
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
+    if "JAX_PLATFORMS" not in os.environ:
+        # Conversion computes nothing: no accelerator is woken, nor waited for.
+        jax.config.update("jax_platforms", "cpu")
+    # As after an interrupt, what has been written so far is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -5,10 +5,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -30,8 +29,8 @@ from tools.convert_weights.table import (
     WeightsError,
     make_plan,
 )
+from tools.convert_weights.values import Dtype, cast, difference, is_finite, is_floating
 
-Dtype = Literal["keep", "float32", "bfloat16"]
 T = TypeVar("T")
 
 
@@ -45,11 +44,23 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A source with the table that must account for all of it."""
 
     source: Source
     table: Table
+
+
+@dataclass(frozen=True)
+class Official:
+    """Official weights as found: what lens_config.json will say, and where the tensors are.
+
+    `left_out` names tensors that another file replaces.
+    """
+
+    config: dict[str, Any]
+    parts: list[Part]
+    left_out: tuple[str, ...]
 
 
 def from_torch(
@@ -57,6 +68,7 @@ def from_torch(
     mllm: Path | None = None,
     lens: Path | None = None,
     sam: Path | None = None,
+    context: Path | None = None,
     dtype: Dtype = "keep",
     num_queries: int = 64,
     seed: int = 0,
@@ -72,12 +84,17 @@ def from_torch(
       python -m tools.convert_weights from_torch --lens LENS-3B-stage1 --sam sam2_hiera_large.pt
       --output checkpoints/stage1
 
+    What `to_torch --layout hf` wrote:
+      python -m tools.convert_weights from_torch --mllm hf/mllm --sam hf/sam
+      --context hf/context.safetensors --output checkpoints/again
+
     Args:
       output: the directory to write; it must not hold anything yet.
       mllm: Hugging Face directory of Qwen2-VL or Qwen2.5-VL; the context module is drawn fresh.
       lens: official LENS directory, sharded or not.
       sam: SAM 2 weights (.pt, .pth, .safetensors, or a directory with one). Shapes come from
         sam2_config.json beside it, otherwise the published model is recognised.
+      context: with mllm, the context module under its official names instead of a fresh one.
       dtype: how floating-point tensors are stored; keep changes no bit.
       num_queries: context queries of a fresh context module.
       seed: of a fresh context module.
@@ -85,21 +102,19 @@ def from_torch(
     Raises:
       WeightsError: all missing, unexpected and misshapen tensors by name; nothing is written.
     """
-    if (mllm is None) == (lens is None):
-        raise WeightsError(["give either --mllm DIR together with --sam FILE, or --lens DIR"])
-    if mllm is not None and sam is None:
-        raise WeightsError(["--mllm needs --sam FILE: a new LENS has two parents"])
     if num_queries < 1:
         raise WeightsError([f"--num_queries: {num_queries} is not a positive number"])
-    directory = Path(mllm or lens)
-    config, parts, left_out = _assemble(
-        directory, None if sam is None else Path(sam), lens is not None, num_queries, seed
+    official = open_official(mllm, lens, sam, context, num_queries, seed)
+    plans = _plan(official.parts, parameter_shapes(LensConfig.from_dict(official.config)))
+    checkpoints.save_pretrained(
+        output,
+        _tensors(official.parts, plans, dtype),
+        official.config,
+        files_from=mllm or lens,
     )
-    plans = _plan(parts, parameter_shapes(LensConfig.from_dict(config)))
-    checkpoints.save_pretrained(output, _tensors(parts, plans, dtype), config, files_from=directory)
     entries = [entry for plan in plans for entry in plan.entries]
     unused = sum(entry.target.startswith(UNUSED) for entry in entries)
-    dropped = left_out + tuple(name for plan in plans for name in plan.junk)
+    dropped = official.left_out + tuple(name for plan in plans for name in plan.junk)
     return Conversion(len(entries) - unused, unused, dropped)
 
 
@@ -148,62 +163,84 @@ def load_lens_state(
     )
 
 
-def _assemble(
-    directory: Path, sam_path: Path | None, is_lens: bool, num_queries: int, seed: int
-) -> tuple[dict[str, Any], list[_Part], tuple[str, ...]]:
-    """lens_config.json, the sources with their tables, and the names left out on purpose."""
+def open_official(
+    mllm: Path | None,
+    lens: Path | None,
+    sam: Path | None,
+    context: Path | None = None,
+    num_queries: int = LensConfig.num_queries,
+    seed: int = 0,
+) -> Official:
+    """Official weights in any of the layouts that `from_torch` describes, nothing read yet.
+
+    Without a file for it, the context module's part comes from a draw of (num_queries, seed).
+
+    Raises:
+      WeightsError: arguments that do not go together, a file that cannot be read, another model.
+    """
+    if (mllm is None) == (lens is None):
+        raise WeightsError(["give either --mllm DIR together with --sam FILE, or --lens DIR"])
+    if mllm is not None and sam is None:
+        raise WeightsError(["--mllm needs --sam FILE: a new LENS has two parents"])
+    if context is not None and lens is not None:
+        raise WeightsError(["--context goes with --mllm: an official LENS has its own"])
+    directory = Path(mllm or lens)
     hf_config = read_json(directory / "config.json")
-    mllm = _shapes(directory / "config.json", lambda: QwenVLConfig.from_hf(hf_config))
+    shapes = shapes_from(directory / "config.json", lambda: QwenVLConfig.from_hf(hf_config))
     source = open_weights(directory).rename(qwen_vl.official_name)
-    if mllm.tie_word_embeddings:
+    left_out: tuple[str, ...] = ()
+    if shapes.tie_word_embeddings and "lm_head.weight" in source:
         source = qwen_vl.without_tied_head(source)
-    _check_kind(source, is_lens)
+        left_out = ("lm_head.weight",)
+    _check_kind(source, lens is not None)
 
     own_sam = source.select(lambda name: name.startswith("sam."))
-    if sam_path is not None:
-        sam_config, sam_part = _open_sam(sam_path)
+    source = source.select(lambda name: not name.startswith("sam."))
+    if sam is not None:
+        sam_config, sam_part = _open_sam(Path(sam))
+        left_out += tuple(own_sam)
     elif own_sam:
         sam_config = _sam_config(
             own_sam.rename(lambda name: name.removeprefix("sam.")), directory / "sam2_config.json"
         )
-        sam_part = _Part(own_sam, sam2.sam2_table(sam_config).with_prefix("sam."))
+        sam_part = Part(own_sam, sam2.sam2_table(sam_config).with_prefix("sam."))
     else:
         raise WeightsError([f"{directory}: holds no sam.*; name SAM 2's weights with --sam FILE"])
-    left_out = tuple(own_sam) if sam_path is not None else ()
-    source = source.select(lambda name: not name.startswith("sam."))
 
-    depth = LensConfig.connector_depth
-    if is_lens:
-        num_queries = _num_queries(source)
-        depth = len(
-            {m[1] for name in source if (m := re.match(r"connector\.blocks\.(\d+)\.", name))}
-        )
+    trained = source if lens is not None else None
+    saved = directory / checkpoints.CONFIG
+    if context is not None:
+        trained = open_weights(Path(context))
+        saved = Path(context).parent / checkpoints.CONFIG
     config = {
         "mllm": hf_config,
         "sam": sam_config.to_dict(),
-        "num_queries": num_queries,
-        "connector_depth": depth,
+        "num_queries": num_queries if trained is None else _num_queries(trained),
+        "connector_depth": LensConfig.connector_depth if trained is None else _depth(trained),
         "connector_heads": LensConfig.connector_heads,
         # Released LENS weights were trained on plain positions in every pass with queries.
-        "context_positions": "text" if is_lens else "mrope",
-        "coordinates": "qwen2vl" if mllm.vision.family == "qwen2_vl" else "qwen2p5vl",
+        "context_positions": "mrope" if trained is None else "text",
+        "coordinates": "qwen2vl" if shapes.vision.family == "qwen2_vl" else "qwen2p5vl",
         "prompts": {
             "system": prompts.SYSTEM,
             "question": prompts.QUESTION,
             "reasoning_question": prompts.REASONING_QUESTION,
         },
     }
-    context = lens_weights.context_table(depth)
-    mllm_table = qwen_vl.table(mllm)
-    if is_lens:
-        parts = [_Part(source, mllm_table + context)]
-    else:
-        shapes = parameter_shapes(LensConfig.from_dict(config))
-        parts = [
-            _Part(source, mllm_table),
-            _Part(lens_weights.fresh_context(context, shapes, seed), context),
-        ]
-    return config, [*parts, sam_part], left_out
+    if trained is not None and saved.exists():  # `to_torch` puts it beside what it writes
+        config = read_json(saved) | {key: config[key] for key in _FROM_TENSORS}
+    table = lens_weights.context_table(config["connector_depth"])
+    mllm_table = qwen_vl.table(shapes)
+    if lens is not None:
+        return Official(config, [Part(source, mllm_table + table), sam_part], left_out)
+    if trained is None:
+        expected = parameter_shapes(shapes_from(directory, lambda: LensConfig.from_dict(config)))
+        trained = lens_weights.fresh_context(table, expected, seed)
+    return Official(config, [Part(source, mllm_table), Part(trained, table), sam_part], left_out)
+
+
+# Keys of lens_config.json that the weights and their own configuration files decide.
+_FROM_TENSORS = ("mllm", "sam", "num_queries", "connector_depth")
 
 
 def _check_kind(source: Source, is_lens: bool) -> None:
@@ -227,7 +264,13 @@ def _num_queries(source: Source) -> int:
     return queries.shape[1]
 
 
-def _open_sam(path: Path) -> tuple[Sam2Config, _Part]:
+def _depth(source: Source) -> int:
+    """Blocks of the connector."""
+    block = re.compile(r"connector\.blocks\.(\d+)\.")
+    return len({match[1] for name in source if (match := block.match(name))})
+
+
+def _open_sam(path: Path) -> tuple[Sam2Config, Part]:
     """SAM 2's configuration, and its tensors under the names `sam.` + original."""
     source = open_weights(path)
     beside = (path if path.is_dir() else path.parent) / "sam2_config.json"
@@ -236,8 +279,8 @@ def _open_sam(path: Path) -> tuple[Sam2Config, _Part]:
     table = sam2.sam2_table(config)
     if is_hugging_face:
         source = _original_names(source, config, table)
-        table = replace(table, carried=sam2.HF_CARRIED, junk=sam2.HF_JUNK)
-    return config, _Part(source.rename(lambda name: f"sam.{name}"), table.with_prefix("sam."))
+        table = replace(table, junk=sam2.HF_JUNK)
+    return config, Part(source.rename(lambda name: f"sam.{name}"), table.with_prefix("sam."))
 
 
 def _original_trunk_name(name: str) -> str:
@@ -252,41 +295,56 @@ def _original_trunk_name(name: str) -> str:
 def _original_names(source: Source, config: Sam2Config, table: Table) -> Source:
     """Hugging Face's SAM 2 under the original names, rows of stacked tensors taken apart."""
     tensors = dict(source)
-    renamed = {}
-    for entry in table.entries:
-        name, row = sam2.hf_source(config, entry.source)
+    again = tensors.pop(sam2.HF_MATRIX_AGAIN, None)
+    if again is not None:
+        matrix = tensors.setdefault(sam2.HF_MATRIX, again)
+        if difference(matrix.load(), again.load()):
+            raise WeightsError(
+                [f"{source.where}: {sam2.HF_MATRIX_AGAIN} differs from {sam2.HF_MATRIX}"]
+            )
+    source, renamed = Source(tensors, source.where), {}
+    for original in [*(entry.source for entry in table.entries), *sam2.CARRIED_NAMES]:
+        name, row = sam2.hf_source(config, original)
         tensor = source.get(name)
         if tensor is None:
             continue
         tensors.pop(name, None)
         if row is not None:
             tensor = LazyTensor(
-                (1, *tensor.shape[1:]), lambda load=tensor.load, row=row: load()[row : row + 1]
+                (1, *tensor.shape[1:]),
+                tensor.dtype,
+                lambda load=tensor.load, row=row: load()[row : row + 1],
             )
-        renamed[entry.source] = tensor
+        renamed[original] = tensor
     return Source(tensors | renamed, source.where)
 
 
 def _sam_config(source: Source, file: Path) -> Sam2Config:
     if file.exists():
-        return _shapes(file, lambda: Sam2Config.from_dict(read_json(file), str(file)))
-    return _shapes(file.parent, lambda: Sam2Config.from_shapes(source.shapes, source.where))
+        return shapes_from(file, lambda: Sam2Config.from_dict(read_json(file), str(file)))
+    try:
+        return Sam2Config.from_shapes(source.shapes, source.where)
+    except ValueError as error:
+        # Hugging Face's own file says the rest of a model that nobody has published.
+        beside = file.parent / "config.json"
+        hf = read_json(beside) if beside.exists() else {}
+        if {"vision_config", "mask_decoder_config"} <= hf.keys():
+            return shapes_from(beside, lambda: sam2.config_from_hf(hf))
+        raise WeightsError([str(error)]) from None
 
 
-def _shapes(where: Path, read: Callable[[], T]) -> T:
+def shapes_from(where: Path, read: Callable[[], T]) -> T:
     """What `read` returns; its complaints as a WeightsError that names the file."""
     try:
         return read()
     except KeyError as error:
         raise WeightsError([f"{where}: the key {error} is missing"]) from None
     except (TypeError, ValueError) as error:
-        if isinstance(error, WeightsError):
-            raise
         message = str(error)
         raise WeightsError([message if str(where) in message else f"{where}: {message}"]) from None
 
 
-def _plan(parts: list[_Part], expected: Mapping[str, Shape]) -> list[Plan]:
+def _plan(parts: list[Part], expected: Mapping[str, Shape]) -> list[Plan]:
     plans, errors = [], []
     for part in parts:
         targets = {entry.target for entry in part.table.entries}
@@ -297,11 +355,19 @@ def _plan(parts: list[_Part], expected: Mapping[str, Shape]) -> list[Plan]:
             errors += error.errors
     if errors:
         raise WeightsError(errors)
+    for part, plan in zip(parts, plans, strict=True):
+        errors += [
+            f"{part.source.where}: tensor {entry.source} is of type {dtype}, which no weight is"
+            for entry in plan.entries
+            if not is_floating(dtype := part.source[entry.source].dtype)
+        ]
+    if errors:
+        raise WeightsError(errors)
     return plans
 
 
 def _tensors(
-    parts: list[_Part], plans: list[Plan], dtype: Dtype
+    parts: list[Part], plans: list[Plan], dtype: Dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """On-disk names with their tensors, each loaded only when it is asked for."""
     jobs: list[tuple[Source, Entry]] = [
@@ -310,10 +376,9 @@ def _tensors(
         for entry in plan.entries
     ]
     for source, entry in tqdm(jobs, desc="convert", unit="tensor", leave=False):
-        yield entry.target, _cast(entry.transform.forward(source[entry.source].load()), dtype)
-
-
-def _cast(x: np.ndarray, dtype: Dtype) -> np.ndarray:
-    if dtype == "keep" or not jax.dtypes.issubdtype(x.dtype, np.floating):
-        return x
-    return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32, copy=False)
+        tensor = source[entry.source].load()
+        if not is_finite(tensor):
+            raise WeightsError(
+                [f"{source.where}: tensor {entry.source} holds NaN or infinite values"]
+            )
+        yield entry.target, cast(entry.transform.forward(tensor), dtype)

@@ -59,7 +59,7 @@ def fresh_context(table: Table, expected: dict[str, Shape], seed: int) -> Source
             # Drawn in the layout it is stored in: the convolution alone is a gigabyte to transpose.
             return entry.transform.inverse(values)
 
-        return LazyTensor(entry.transform.source_shape(shape), draw)
+        return LazyTensor(entry.transform.source_shape(shape), np.dtype(np.float32), draw)
 
     return Source(
         {entry.source: tensor(entry, place) for place, entry in enumerate(table.entries)},

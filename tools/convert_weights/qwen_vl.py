@@ -1,13 +1,11 @@
 """The tensors of Qwen2-VL and Qwen2.5-VL: the vision tower and the language model."""
 
-import numpy as np
-
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from tools.convert_weights.reader import Source
 from tools.convert_weights.table import LINEAR, Entry, Table, WeightsError, flattened_conv
+from tools.convert_weights.values import difference
 
 PREFIXES = ("visual.", "model.", "lm_head.")
-_ROWS = 4096  # rows compared at a time: two untied-looking embeddings are never both in memory
 
 
 def table(config: QwenVLConfig) -> Table:
@@ -83,7 +81,7 @@ def without_tied_head(source: Source) -> Source:
     head, embedding = source.get("lm_head.weight"), source.get("model.embed_tokens.weight")
     if head is None or embedding is None:
         return source
-    if head.shape != embedding.shape or not _equal(head.load(), embedding.load()):
+    if difference(head.load(), embedding.load()):
         raise WeightsError(
             [
                 f"{source.where}: lm_head.weight differs from model.embed_tokens.weight, but "
@@ -91,8 +89,3 @@ def without_tied_head(source: Source) -> Source:
             ]
         )
     return source.select(lambda name: name != "lm_head.weight")
-
-
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    rows = range(0, len(a), _ROWS)
-    return all(np.array_equal(a[i : i + _ROWS], b[i : i + _ROWS]) for i in rows)

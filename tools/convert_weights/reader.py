@@ -17,7 +17,7 @@ import numpy as np
 
 from tools.convert_weights.table import Shape, WeightsError
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "BOOL": np.bool_,
     "U8": np.uint8,
     "I8": np.int8,
@@ -39,6 +39,7 @@ class LazyTensor:
     """A tensor on disk; `load` maps or reads it."""
 
     shape: Shape
+    dtype: np.dtype
     load: Callable[[], np.ndarray]
 
 
@@ -81,7 +82,8 @@ class Source(Mapping[str, LazyTensor]):
 
 def from_arrays(tensors: Mapping[str, np.ndarray], where: str = "memory") -> Source:
     """Arrays already in memory, as a source."""
-    return Source({n: LazyTensor(tuple(x.shape), lambda x=x: x) for n, x in tensors.items()}, where)
+    lazy = {n: LazyTensor(tuple(x.shape), x.dtype, lambda x=x: x) for n, x in tensors.items()}
+    return Source(lazy, where)
 
 
 def open_weights(path: Path) -> Source:
@@ -142,14 +144,22 @@ def _open_shards(index: Path) -> Source:
         raise WeightsError([f"{index}: has no weight_map"])
     errors, tensors = [], {}
     for file in dict.fromkeys(weight_map.values()):
-        if Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file:
             raise WeightsError([f"{index}: shard {file!r} is not a plain file name"])
+        if not (index.parent / file).exists():
+            errors.append(f"{index.parent / file}: no such file, though {index.name} names it")
+            continue
         shard = open_weights(index.parent / file)
         listed = {name for name, where in weight_map.items() if where == file}
         errors += [f"{shard.where}: missing tensor {n}" for n in sorted(listed - set(shard))]
-        errors += [
-            f"{shard.where}: tensor {n} is not in {index.name}" for n in sorted(set(shard) - listed)
-        ]
+        for name in sorted(set(shard) - listed):
+            if name in weight_map:
+                errors.append(
+                    f"{shard.where}: holds tensor {name}, which {index.name} places in "
+                    f"{weight_map[name]}"
+                )
+            else:
+                errors.append(f"{shard.where}: tensor {name} is not in {index.name}")
         tensors |= shard
     if errors:
         raise WeightsError(errors)
@@ -164,25 +174,41 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
         if not 8 < start <= size:
             raise WeightsError([f"{path}: not a safetensors file, or cut short"])
         try:
-            header = json.loads(file.read(start - 8))
-        except ValueError:
+            header = json.loads(file.read(start - 8), object_pairs_hook=list)
+            placed = [
+                (name, *_placed(dict(info))) for name, info in header if name != "__metadata__"
+            ]
+        except (ValueError, TypeError, KeyError):
             raise WeightsError([f"{path}: not a safetensors file: broken header"]) from None
-    header.pop("__metadata__", None)
+    needed = start + max((end for *_, end in placed), default=0)
+    if needed > size:
+        raise WeightsError(
+            [f"{path}: cut short: {size} bytes instead of {needed}; is the download complete?"]
+        )
     errors, tensors = [], {}
-    for name, info in header.items():
-        dtype, shape = info["dtype"], tuple(info["shape"])
-        begin, end = info["data_offsets"]
-        if dtype not in _SAFETENSORS_DTYPES:
+    for name, dtype, shape, begin, end in placed:
+        if name in tensors:
+            errors.append(f"{path}: tensor {name} is there twice")
+        if dtype not in SAFETENSORS_DTYPES:
             errors.append(f"{path}: tensor {name} has the unsupported type {dtype}")
             continue
-        kind = np.dtype(_SAFETENSORS_DTYPES[dtype])
-        if end - begin != math.prod(shape) * kind.itemsize or start + end > size:
-            errors.append(f"{path}: tensor {name} is cut short; is the download complete?")
+        kind = np.dtype(SAFETENSORS_DTYPES[dtype])
+        if begin < 0 or end - begin != math.prod(shape) * kind.itemsize:
+            errors.append(
+                f"{path}: tensor {name} has {end - begin} bytes, {dtype} {list(shape)} needs "
+                f"{math.prod(shape) * kind.itemsize}"
+            )
             continue
-        tensors[name] = LazyTensor(shape, _mapped(path, kind, start + begin, shape))
+        tensors[name] = LazyTensor(shape, kind, _mapped(path, kind, start + begin, shape))
     if errors:
         raise WeightsError(errors)
     return tensors
+
+
+def _placed(info: dict[str, Any]) -> tuple[str, Shape, int, int]:
+    """Type, shape, first byte and end of a tensor, from its entry in a safetensors header."""
+    begin, end = info["data_offsets"]
+    return str(info["dtype"]), tuple(int(n) for n in info["shape"]), int(begin), int(end)
 
 
 def _mapped(path: Path, dtype: np.dtype, offset: int, shape: Shape) -> Callable[[], np.ndarray]:
@@ -229,4 +255,14 @@ def _read_torch(path: Path) -> dict[str, LazyTensor]:
             return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return x.numpy()
 
-    return {name: LazyTensor(tuple(x.shape), lambda x=x: load(x)) for name, x in state.items()}
+    def dtype(name: str, x: torch.Tensor) -> np.dtype:
+        kind = str(x.dtype).removeprefix("torch.")
+        try:
+            return np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+        except TypeError:
+            raise WeightsError([f"{path}: tensor {name} has the unsupported type {kind}"]) from None
+
+    return {
+        name: LazyTensor(tuple(x.shape), dtype(name, x), lambda x=x: load(x))
+        for name, x in state.items()
+    }

@@ -22,14 +22,17 @@ from tools.convert_weights.table import (
 )
 
 # Regular tensors of the original model that a single picture never needs.
-CARRIED = (
-    r"mask_downsample\.(weight|bias)",
-    r"no_mem_pos_enc",
-    r"no_obj_ptr",
-    r"no_obj_embed_spatial",
-    r"obj_ptr_proj\..+",
-    r"obj_ptr_tpos_proj\..+",
+CARRIED_NAMES = (
+    "mask_downsample.weight",
+    "mask_downsample.bias",
+    "no_mem_pos_enc",
+    "no_obj_ptr",
+    "no_obj_embed_spatial",
+    *(f"obj_ptr_proj.layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")),
+    "obj_ptr_tpos_proj.weight",
+    "obj_ptr_tpos_proj.bias",
 )
+CARRIED = tuple(map(re.escape, CARRIED_NAMES))
 # The memory of video, which LENS takes out of the model but not out of its checkpoints.
 JUNK = (r"memory_attention\..+", r"memory_encoder\..+", r"maskmem_tpos_enc")
 
@@ -162,24 +165,23 @@ _HF_FRAGMENTS = (
     (".norm_final_attn.", ".layer_norm_final_attn."),
     (".norm", ".layer_norm"),
     ("no_mem_embed", "no_memory_embedding"),
+    ("no_mem_pos_enc", "no_memory_positional_encoding"),
+    ("no_obj_ptr", "no_object_pointer"),
+    ("no_obj_embed_spatial", "occlusion_spatial_embedding_parameter"),
+    ("obj_ptr_proj.", "object_pointer_proj."),
+    ("obj_ptr_tpos_proj.", "temporal_positional_encoding_projection_layer."),
 )
-# Tensors of Hugging Face's file that the image model does not use or that repeat another one.
-HF_CARRIED = (
-    r"shared_image_embedding\.positional_embedding",
-    r"mask_downsample\..+",
-    r"no_memory_positional_encoding",
-    r"no_object_pointer",
-    r"occlusion_spatial_embedding_parameter",
-    r"object_pointer_proj\..+",
-    r"temporal_positional_encoding_projection_layer\..+",
-)
+# Hugging Face keeps the random matrix of positions twice, under these names.
+HF_MATRIX = "prompt_encoder.shared_embedding.positional_embedding"
+HF_MATRIX_AGAIN = "shared_image_embedding.positional_embedding"
 HF_JUNK = (r"memory_.+",)
 
 
 def hf_source(config: Sam2Config, source: str) -> tuple[str, int | None]:
-    """Where Hugging Face's Sam2Model keeps an original tensor: its name, and its row if stacked.
+    """Where Hugging Face's SAM 2 keeps an original tensor: its name, and its row if stacked.
 
-    The four point embeddings are rows of one tensor there; everything else is only renamed.
+    Carried tensors are those of Sam2VideoModel, which Sam2Model passes over. The four point
+    embeddings are rows of one tensor there; everything else is only renamed.
     """
     points = "sam_prompt_encoder.point_embeddings."
     if source.startswith(points):
@@ -187,7 +189,7 @@ def hf_source(config: Sam2Config, source: str) -> tuple[str, int | None]:
     name = source
     for original, renamed in _HF_FRAGMENTS:
         name = name.replace(original, renamed)
-    mlp = re.fullmatch(r"(.+\.mlp|.+_head|.+_mlps\.\d+)\.layers\.(\d+)\.(\w+)", name)
+    mlp = re.fullmatch(r"(.+\.mlp|.+_head|.+_mlps\.\d+|\w+_proj)\.layers\.(\d+)\.(\w+)", name)
     if mlp is None:
         return name, None
     # The first and the last layer have names of their own there, those between are `layers`.
@@ -200,6 +202,92 @@ def hf_source(config: Sam2Config, source: str) -> tuple[str, int | None]:
     if index == depth - 1:
         return f"{head}.proj_out.{rest}", None
     return f"{head}.layers.{index - 1}.{rest}", None
+
+
+def hf_config(config: Sam2Config) -> dict[str, Any]:
+    """config.json of Hugging Face's Sam2Model."""
+    stages = len(config.stages)
+    return {
+        "architectures": ["Sam2Model"],
+        "model_type": "sam2",
+        "vision_config": {
+            "model_type": "sam2_vision_model",
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model",
+                "hidden_size": config.embed_dim,
+                "num_attention_heads": config.num_heads,
+                "image_size": [config.image_size] * 2,
+                "window_positional_embedding_background_size": list(
+                    config.window_pos_embed_bkg_spatial_size
+                ),
+                "num_query_pool_stages": stages - 1,
+                "blocks_per_stage": list(config.stages),
+                "embed_dim_per_stage": list(config.stage_dims),
+                "num_attention_heads_per_stage": [config.num_heads * 2**i for i in range(stages)],
+                "window_size_per_stage": list(config.window_spec),
+                "global_attention_blocks": list(config.global_att_blocks),
+            },
+            "backbone_channel_list": list(config.stage_dims[::-1]),
+            "backbone_feature_sizes": config.to_dict()["feature_sizes"],
+            "fpn_hidden_size": config.d_model,
+            "fpn_top_down_levels": list(config.fpn_top_down_levels),
+            "num_feature_levels": stages - config.scalp,
+        },
+        "prompt_encoder_config": {
+            "hidden_size": config.d_model,
+            "image_size": config.image_size,
+            "patch_size": 16,
+        },
+        "mask_decoder_config": {
+            "hidden_size": config.d_model,
+            "mlp_dim": config.decoder_mlp_dim,
+            "num_hidden_layers": config.decoder_depth,
+            "num_attention_heads": config.decoder_heads,
+            "attention_downsample_rate": config.attention_downsample_rate,
+            "num_multimask_outputs": config.num_multimask_outputs,
+            "iou_head_depth": config.iou_head_depth,
+            "iou_head_hidden_dim": config.iou_head_hidden_dim,
+            "dynamic_multimask_via_stability": True,
+            "dynamic_multimask_stability_delta": config.stability_delta,
+            "dynamic_multimask_stability_thresh": config.stability_thresh,
+        },
+    }
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> Sam2Config:
+    """The inverse of `hf_config`. Keys that a file leaves out have Hugging Face's default.
+
+    Raises:
+      KeyError: a section is missing.
+      ValueError: the shapes contradict each other.
+    """
+    vision, decoder = hf["vision_config"], hf["mask_decoder_config"]
+    trunk = vision["backbone_config"]
+    side = trunk.get("image_size", 1024)
+    blocks = tuple(trunk.get("blocks_per_stage", (1, 2, 7, 2)))
+    return Sam2Config(
+        image_size=side if isinstance(side, int) else side[0],
+        embed_dim=trunk.get("hidden_size", 96),
+        num_heads=trunk.get("num_attention_heads", 1),
+        stages=blocks,
+        global_att_blocks=tuple(trunk.get("global_attention_blocks", (5, 7, 9))),
+        window_pos_embed_bkg_spatial_size=tuple(
+            trunk.get("window_positional_embedding_background_size", (7, 7))
+        ),
+        window_spec=tuple(trunk.get("window_size_per_stage", (8, 4, 14, 7))),
+        d_model=vision.get("fpn_hidden_size", 256),
+        fpn_top_down_levels=tuple(vision.get("fpn_top_down_levels", (2, 3))),
+        scalp=len(blocks) - vision.get("num_feature_levels", 3),
+        decoder_depth=decoder.get("num_hidden_layers", 2),
+        decoder_heads=decoder.get("num_attention_heads", 8),
+        decoder_mlp_dim=decoder.get("mlp_dim", 2048),
+        attention_downsample_rate=decoder.get("attention_downsample_rate", 2),
+        num_multimask_outputs=decoder.get("num_multimask_outputs", 3),
+        iou_head_depth=decoder.get("iou_head_depth", 3),
+        iou_head_hidden_dim=decoder.get("iou_head_hidden_dim", 256),
+        stability_delta=decoder.get("dynamic_multimask_stability_delta", 0.05),
+        stability_thresh=decoder.get("dynamic_multimask_stability_thresh", 0.98),
+    )
 
 
 def params_from_tensors(

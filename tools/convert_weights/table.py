@@ -11,16 +11,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lens_jax.cli import UsageError
+
 Shape = tuple[int, ...]
 UNUSED = "unused/"
 
 
-class WeightsError(ValueError):
+class WeightsError(UsageError):
     """Everything that is wrong with a set of tensors, one line each."""
 
     def __init__(self, errors: Iterable[str]):
-        self.errors = list(errors)
-        super().__init__("\n".join(self.errors))
+        self._errors = list(errors)
+        super().__init__("\n".join(self._errors))
+
+    @property
+    def errors(self) -> list[str]:
+        return self._errors
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""config.json of exported models, from what lens_config.json keeps of the one they came with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+# Official LENS (SAMR1Config) keeps these beside Qwen's own keys.
+_LENS_KEYS = ("num_of_query", "if_use_qwen_connector", "if_include_sam")
+# Its class is that of Qwen2-VL, whose vision defaults are saved along.
+_LENS_VISION_DEFAULTS = {"embed_dim": 1280, "in_channels": 3, "mlp_ratio": 4}
+
+_QWEN_ARCHITECTURE = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+}
+_LENS_ARCHITECTURE = {
+    "qwen2_vl": "SAMR1ForConditionalGeneration",
+    "qwen2_5_vl": "SAMR1ForConditionalGeneration_qwen2p5",
+}
+
+
+def lens_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """The official LENS config.json: flat, as transformers 4.51 reads it.
+
+    Args:
+      config: lens_config.json.
+      dtype: of the exported language model.
+    """
+    hf = dict(config["mllm"])
+    text = dict(hf.pop("text_config", None) or {})
+    for key in ("model_type", "tie_word_embeddings"):  # the outer ones decide
+        text.pop(key, None)
+    hf = {**hf, **text}
+    if rope := hf.pop("rope_parameters", None):  # transformers 5 keeps theta and sections together
+        hf["rope_theta"] = rope["rope_theta"]
+        kind = rope.get("rope_type", "default")
+        sections = {"mrope_section": rope["mrope_section"], "rope_type": kind, "type": kind}
+        hf["rope_scaling"] = sections
+    family = _family(hf)
+    vision = dict(hf["vision_config"])
+    if family == "qwen2_5_vl":
+        vision = _LENS_VISION_DEFAULTS | vision
+    vision["model_type"] = "qwen2_vl"
+    return _with_dtype(hf, dtype) | {
+        "architectures": [_LENS_ARCHITECTURE[family]],
+        "model_type": "qwen2_vl",
+        "vision_config": vision,
+        "num_of_query": config["num_queries"],
+        "if_use_qwen_connector": True,
+        "if_include_sam": hf.get("if_include_sam", False),
+    }
+
+
+def mllm_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """The config.json of the plain Qwen-VL inside; arguments as for `lens_config`."""
+    hf = {key: value for key, value in config["mllm"].items() if key not in _LENS_KEYS}
+    family = _family(hf)
+    vision = dict(hf["vision_config"])
+    if family == "qwen2_5_vl" and hf.get("model_type") != family:
+        # The class that saved an official LENS wrote the other family's defaults, too.
+        for key in _LENS_VISION_DEFAULTS.keys() - {"in_channels"}:
+            vision.pop(key, None)
+    if vision.get("model_type") == "qwen2_vl":
+        vision["model_type"] = family
+    return _with_dtype(hf, dtype) | {
+        "architectures": [_QWEN_ARCHITECTURE[family]],
+        "model_type": family,
+        "vision_config": vision,
+    }
+
+
+def _family(hf: Mapping[str, Any]) -> str:
+    return "qwen2_5_vl" if "fullatt_block_indexes" in hf["vision_config"] else "qwen2_vl"
+
+
+def _with_dtype(hf: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """transformers 5 loads a model in the type that its config.json names: the true one."""
+    key = "dtype" if "dtype" in hf else "torch_dtype"
+    return {**hf, key: dtype.name}
