@@ -3,6 +3,7 @@
 import functools
 import math
 
+import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
@@ -55,9 +56,13 @@ def resize(
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), method))
 
 
-def sam_pixels(image: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "A A 3"]:
+def sam_pixels(
+    image: UInt8[np.ndarray, "H W 3"], side: int, antialias: bool = True
+) -> UInt8[np.ndarray, "A A 3"]:
     """SAM's input: the whole picture on a square, aspect not kept, bilinear."""
-    return resize(image, (side, side), Image.Resampling.BILINEAR)
+    if antialias:
+        return resize(image, (side, side), Image.Resampling.BILINEAR)
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
 
 
 @functools.lru_cache(64)

@@ -142,8 +142,15 @@ class Processor:
         expression: str,
         *,
         reasoning: bool = False,
+        longest_side: int | None = None,
+        antialias: bool = True,
     ) -> Prompt:
         """Prepares one picture with one expression.
+
+        Args:
+            reasoning: ask for a line of thought before the answer.
+            longest_side: resize the language model's picture to this longest side first.
+            antialias: of SAM's picture.
 
         Raises:
             ValueError: the picture is more than 200 times as long as wide.
@@ -151,8 +158,11 @@ class Processor:
         if isinstance(image, Image.Image):
             image = np.asarray(image.convert("RGB"))
         image_size = (image.shape[0], image.shape[1])
-        size = images.smart_resize(*image_size, self.min_pixels, self.max_pixels)
-        patches, grid = images.patchify(images.resize(image, size), self.mean, self.std)
+        picture = image
+        if longest_side is not None:
+            picture = images.resize(image, images.longest_side(*image_size, longest_side))
+        size = images.smart_resize(*picture.shape[:2], self.min_pixels, self.max_pixels)
+        patches, grid = images.patchify(images.resize(picture, size), self.mean, self.std)
         source, patch_positions, slots = images.window_layout(grid, self.window_units)
         arranged, patch_mask = images.arrange_windows(patches, source)
         units = (grid[0] // 2, grid[1] // 2)
@@ -168,14 +178,20 @@ class Processor:
             image_index=image_index,
             positions=positions,
             next_position=next_position,
-            sam_pixels=images.sam_pixels(image, self.sam_size),
+            sam_pixels=images.sam_pixels(image, self.sam_size, antialias),
             image_size=image_size,
             coordinate_scale=prompts.coordinate_scale(size, self.coordinates),
         )
 
     def example(self, sample: Sample, expression: str, *, reasoning: bool = False) -> Example:
         """Prepares a sample with one of its expressions."""
-        prompt = self.prompt(sample.image, expression, reasoning=reasoning)
+        prompt = self.prompt(
+            sample.image,
+            expression,
+            reasoning=reasoning,
+            longest_side=sample.longest_side,
+            antialias=sample.antialias,
+        )
         box = (0, 0, 0, 0)
         if sample.box is not None:
             box = prompts.box_to_text(sample.box, prompt.image_size, prompt.coordinate_scale)

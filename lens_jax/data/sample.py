@@ -16,7 +16,11 @@ class SampleError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """`box` is xyxy in pixels of `image`, None where the data set has none."""
+    """`box` is xyxy in pixels of `image`, None where the data set has none.
+
+    The last two say how a data set's pictures are prepared: the language model's is first resized
+    to a `longest_side` (None: it is not), and SAM's is resized with or without `antialias`.
+    """
 
     image: UInt8[np.ndarray, "H W 3"]
     expressions: tuple[str, ...]
@@ -25,6 +29,8 @@ class Sample:
     ref_id: int
     image_id: int
     image_path: str
+    longest_side: int | None = None
+    antialias: bool = True
 
 
 class Source(Protocol):

@@ -3,8 +3,40 @@
 import bisect
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 from lens_jax.data.sample import Sample, Source
+from lens_jax.data.sources.grounding_suite import GroundingSuite
+from lens_jax.data.sources.reason_seg import ReasonSeg
+from lens_jax.data.sources.refcoco import RefCoco
+
+Dataset = Literal["refcoco", "refcoco+", "refcocog", "reason_seg", "grounding_suite"]
+
+
+def open_source(
+    dataset: Dataset,
+    split: str,
+    data_dir: str | Path,
+    *,
+    evaluation: bool = False,
+    official_masks: bool = False,
+) -> Source:
+    """A split of a data set by its name.
+
+    Args:
+        split: any for grounding_suite, which is one file.
+        evaluation: ask as the official evaluation does, where that differs from training.
+        official_masks: see `RefCoco`; the other data sets have no such masks.
+
+    Raises:
+        FileNotFoundError, ValueError: a file or the split is not there, or cannot be read.
+    """
+    if dataset == "reason_seg":
+        return ReasonSeg(data_dir, split, evaluation=evaluation)
+    if dataset == "grounding_suite":
+        return GroundingSuite(data_dir, evaluation=evaluation)
+    return RefCoco(data_dir, dataset, split, official_masks=official_masks)
 
 
 class Joined:
