@@ -31,12 +31,13 @@ COLUMNS = {
 
 def evaluate(
     checkpoint: Path,
-    dataset: Literal["refcoco", "refcoco+", "refcocog"],
+    dataset: Literal["refcoco", "refcoco+", "refcocog", "reason_seg", "grounding_suite"],
     split: str,
     data_dir: Path,
     reasoning: bool = False,
     batch_size: PositiveInt = 16,
     limit: PositiveInt | None = None,
+    max_length: PositiveInt = 768,
     official_masks: bool = False,
     output: Path | None = None,
     rows: Path | None = None,
@@ -46,11 +47,14 @@ def evaluate(
     Args:
         checkpoint: A pretrained checkpoint, such as runs/tiny/final.
         dataset: The data set.
-        split: train, val, testA, testB; test for refcocog.
-        data_dir: The folder that holds refer_seg/.
+        split: train, val, testA, testB; test for refcocog and reason_seg. grounding_suite is one
+            file, whatever the name.
+        data_dir: The folder that holds refer_seg/, reason_seg/ReasonSeg/, or
+            GroundingSuite-Eval.jsonl and coco/unlabeled2017/.
         reasoning: Ask for a line of thought before the answer.
         batch_size: Expressions decoded together.
         limit: Score only so many expressions, the first ones.
+        max_length: Tokens of prompt and completion together at most.
         official_masks: Count pixels that several polygons of one object cover as background.
         output: Write the scores as JSON.
         rows: Write one JSON object for each expression.
@@ -63,11 +67,13 @@ def evaluate(
 
     from lens_jax import checkpoints, evaluation, inference
     from lens_jax.data.pipeline import Evaluation
-    from lens_jax.data.sources.refcoco import RefCoco
+    from lens_jax.data.sources import open_source
 
     checkpoints.read_config(checkpoint)
     try:
-        source = RefCoco(data_dir, dataset, split, official_masks=official_masks)
+        source = open_source(
+            dataset, split, data_dir, evaluation=True, official_masks=official_masks
+        )
     except ValueError as error:
         raise cli.UsageError(str(error)) from error
     for file in filter(None, (output, rows)):
@@ -81,6 +87,7 @@ def evaluate(
         # Masks are compared at original size, and of the truth only the box goes with the batch.
         buckets=dataclasses.replace(inference.BUCKETS, answer_tokens=range(64, 8192, 64)),
         limit=limit,
+        max_length=max_length,
         reasoning=reasoning,
     )
     progress = partial(tqdm, desc=f"{dataset} {split}", unit="batch", dynamic_ncols=True)

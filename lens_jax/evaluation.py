@@ -51,7 +51,7 @@ def evaluate(
     format_name = "think_format" if data.reasoning else "grounding_format"
     rows = []
     for item in progress(data):
-        responses = lens.respond(item.batch.prompts, item.batch.sample_id)
+        responses = lens.respond(item.batch.prompts, item.batch.sample_id, limit=item.limit)
         for i, asked in zip(np.flatnonzero(item.valid), item.rows, strict=True):
             truth = asked.sample.mask
             mask = upsample_logits(responses.mask_logits[i], truth.shape) > 0

@@ -92,7 +92,7 @@ class Responses:
 
 @partial(jax.jit, static_argnames=("definition", "generation", "sampling"))
 def _write(
-    state, prompts: Prompts, sample_id, key, *, definition, generation: Generation, sampling
+    state, prompts: Prompts, sample_id, key, limit, *, definition, generation: Generation, sampling
 ) -> tuple[Rollout, Array]:
     model = nnx.merge(definition, state)
     embedded = model.embed(prompts)
@@ -106,6 +106,7 @@ def _write(
         max_new_tokens=generation.max_new_tokens,
         end_tokens=generation.end_tokens,
         sampling=sampling,
+        limit=limit,
     )
     return written, embedded
 
@@ -217,17 +218,23 @@ class Lens:
         *,
         seed: int = 0,
         sampling: Sampling | None = None,
+        limit: Int[np.ndarray, "B"] | None = None,
     ) -> Responses:
-        """Completes a prepared batch and draws the masks; greedy by default."""
+        """Completes a prepared batch and draws the masks; greedy by default.
+
+        `limit` holds how many tokens each completion may have, if that is less than the
+        checkpoint's max_new_tokens.
+        """
         if sampling is None:
             penalty = self.generation.repetition_penalty
             sampling = dataclasses.replace(GREEDY, repetition_penalty=penalty)
-        prompts, sample_id = self._place((prompts, sample_id))
+        prompts, sample_id, limit = self._place((prompts, sample_id, limit))
         written, embedded = _write(
             self.state,
             prompts,
             sample_id,
             jax.random.key(seed),
+            limit,
             definition=self.definition,
             generation=self.generation,
             sampling=sampling,

@@ -445,10 +445,14 @@ class EvaluationRow:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationBatch:
-    """A batch of which the rows with `valid` count; `rows` are those, in order."""
+    """A batch of which the rows with `valid` count; `rows` are those, in order.
+
+    `limit` holds how many tokens each completion may have, None for no such limit.
+    """
 
     batch: Batch
     valid: Bool[np.ndarray, "B"]
+    limit: Int[np.ndarray, "B"] | None
     rows: tuple[EvaluationRow, ...]
 
 
@@ -458,6 +462,9 @@ class Evaluation:
     `len` is the number of batches, the same for every process; `num_expressions` counts over all
     of them. The last batch is filled up with copies of the last expression, which are not valid.
     A sample that cannot be read is an error: scores over a part of the data are no scores.
+
+    `max_length` limits prompt and completion together, as the official evaluation does: there all
+    sentences of a sample are one batch, so the longest of their prompts counts for each of them.
     """
 
     def __init__(
@@ -468,6 +475,7 @@ class Evaluation:
         *,
         buckets: Buckets,
         limit: int | None = None,
+        max_length: int | None = None,
         reasoning: bool = False,
         process_index: int = 0,
         process_count: int = 1,
@@ -476,7 +484,7 @@ class Evaluation:
     ):
         self.source, self.processor = source, processor
         self.buckets = buckets.largest() if process_count > 1 else buckets
-        self.reasoning = reasoning
+        self.max_length, self.reasoning = max_length, reasoning
         items = [(i, j) for i, n in enumerate(source.num_expressions) for j in range(n)]
         self._items = items[:limit]
         if not self._items:
@@ -501,7 +509,7 @@ class Evaluation:
         numbers = [self._rows.number(first + row) for row in range(self._rows.local_size)]
         valid = np.array([number < len(self._items) for number in numbers])
         samples: dict[int, Sample] = {}
-        rows, examples = [], []
+        rows, examples, limits = [], [], []
         for number in numbers:
             item, sentence = self._items[min(number, len(self._items) - 1)]
             if item not in samples:
@@ -509,7 +517,19 @@ class Evaluation:
             sample, expression = samples[item], samples[item].expressions[sentence]
             example = self.processor.example(sample, expression, reasoning=self.reasoning)
             examples.append(example)
+            limits.append(self._limit(sample, example.prompt))
             if number < len(self._items):
                 scale = example.prompt.coordinate_scale
                 rows.append(EvaluationRow(number, expression, sample, scale))
-        return EvaluationBatch(stack(examples, numbers, self.buckets), valid, tuple(rows))
+        limit = None if self.max_length is None else np.array(limits, np.int32)
+        return EvaluationBatch(stack(examples, numbers, self.buckets), valid, limit, tuple(rows))
+
+    def _limit(self, sample: Sample, prompt: Prompt) -> int | None:
+        if self.max_length is None:
+            return None
+        image_tokens = int(np.sum(prompt.image_index >= 0))
+        prompts = (
+            self.processor.encoder.prompt(expression, image_tokens, self.reasoning)[0]
+            for expression in sample.expressions
+        )
+        return max(1, self.max_length - max(map(len, prompts)))

@@ -40,8 +40,11 @@ def rollout(
     max_new_tokens: int,
     end_tokens: tuple[int, ...],
     sampling: Sampling,
+    limit: Int[Array, "B"] | None = None,
 ) -> Rollout:
     """Draws `num_completions` (G) completions of at most `max_new_tokens` (T) tokens a prompt.
+
+    `limit` cuts each prompt's completions short of that.
 
     `embedded` is what `model.embed` made of the prompts. Positions are Qwen's multimodal ones.
     Keys fold in sample, completion and token, so that a completion does not depend on what else is
@@ -58,6 +61,9 @@ def rollout(
     penalty = sampling.repetition_penalty
     rows = jnp.arange(b)[:, None, None], jnp.arange(num_completions)[None, :, None]
 
+    def finished(index, out):
+        return out.ended if limit is None else out.ended | (index >= limit[:, None])
+
     def step(state):
         index, hidden, cache, out, seen = state
         z = all_logits(hidden, language.head)
@@ -66,11 +72,12 @@ def rollout(
         log_prob = jnp.take_along_axis(nn.log_softmax(z), token[..., None], axis=-1)[..., 0]
         if penalty != 1.0:
             seen = seen.at[(*rows, token[..., None])].set(True)
+        over = finished(index, out)
         out = Rollout(
-            tokens=out.tokens.at[:, :, index].set(jnp.where(out.ended, ends[0], token)),
-            lengths=out.lengths + ~out.ended,
-            log_probs=out.log_probs.at[:, :, index].set(jnp.where(out.ended, 0.0, log_prob)),
-            ended=out.ended | jnp.isin(token, ends),
+            tokens=out.tokens.at[:, :, index].set(jnp.where(over, ends[0], token)),
+            lengths=out.lengths + ~over,
+            log_probs=out.log_probs.at[:, :, index].set(jnp.where(over, 0.0, log_prob)),
+            ended=out.ended | (jnp.isin(token, ends) & ~over),
         )
         embedded = language.embed_tokens(token)
         position = prompts.next_position + index
@@ -79,7 +86,7 @@ def rollout(
 
     def unfinished(state):
         index, _, _, out, _ = state
-        return (index < max_new_tokens) & ~jnp.all(out.ended)
+        return (index < max_new_tokens) & ~jnp.all(finished(index, out))
 
     seen = None
     if penalty != 1.0:

@@ -1,5 +1,6 @@
 """Batches: their order, their shapes, and what happens to samples that cannot be read."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -183,6 +184,40 @@ def test_evaluation_sees_every_expression_once(processor, tokenizer):
                 seen += rows
         assert seen == expected
     assert Evaluation(source, processor, 4, buckets=BUCKETS, limit=7).num_expressions == 7
+
+
+def test_evaluation_limits_prompt_and_completion_together(processor):
+    """All sentences of a sample have the room that the longest of their prompts leaves."""
+    texts = {0: ("it", "the very one that is meant"), 1: ("a", "b"), 2: ("c" * 9, "d", "e e e")}
+
+    class Worded(Numbered):
+        def __getitem__(self, index):
+            return dataclasses.replace(super().__getitem__(index), expressions=texts[index])
+
+    source = Worded(3)
+    source.num_expressions = [len(texts[i]) for i in range(3)]
+    (batch,) = Evaluation(source, processor, 7, buckets=BUCKETS, max_length=50)
+    lengths = batch.batch.prompts.length
+    longest = [max(lengths[:2])] * 2 + [max(lengths[2:4])] * 2 + [max(lengths[4:])] * 3
+    assert len(set(longest)) == 3
+    np.testing.assert_array_equal(batch.limit, 50 - np.array(longest))
+    (batch,) = Evaluation(source, processor, 7, buckets=BUCKETS, max_length=1)
+    assert batch.limit.tolist() == [1] * 7
+    (batch,) = Evaluation(source, processor, 7, buckets=BUCKETS)
+    assert batch.limit is None
+
+
+def test_pictures_are_prepared_as_their_data_set_says(processor):
+    """ReasonSeg: a longest side first; SAM's picture by single pixels, not by areas."""
+    image = np.zeros((112, 224, 3), np.uint8)
+    image[:, ::8] = 255
+    plain = Sample(image, ("it",), image[..., 0] > 0, None, 0, 0, "")
+    other = dataclasses.replace(plain, longest_side=112, antialias=False)
+    a, b = (processor.example(sample, "it").prompt for sample in (plain, other))
+    assert a.coordinate_scale == (112, 224) and b.coordinate_scale == (56, 112)
+    assert a.image_size == b.image_size == (112, 224)
+    assert a.sam_pixels.shape == b.sam_pixels.shape
+    assert a.sam_pixels.max() < 128 < b.sam_pixels.max()
 
 
 def test_evaluation_does_not_pass_over_bad_samples(processor):

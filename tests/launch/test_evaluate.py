@@ -59,7 +59,11 @@ def test_mistakes_are_one_line(refused, asked, tmp_path, data_dir):
     val = ("--split", "val")
     assert "refs(unc).p is missing" in says(*val, "--data_dir", tmp_path)
     assert "refs(umd).p is missing" in says(*val, "--dataset", "refcocog")
-    assert "one of refcoco, refcoco+, refcocog, got coco" in says(*val, "--dataset", "coco")
+    names = "one of refcoco, refcoco+, refcocog, reason_seg, grounding_suite, got coco"
+    assert names in says(*val, "--dataset", "coco")
+    assert "reason_seg/ReasonSeg is missing" in says(*val, "--dataset", "reason_seg")
+    assert "GroundingSuite-Eval.jsonl is missing" in says(*val, "--dataset", "grounding_suite")
+    assert "--max_length: expected a whole number of at least 1" in says(*val, "--max_length", 0)
     assert "--batch_size: expected a whole number of at least 1" in says(*val, "--batch_size", 0)
     assert "--limit: expected a whole number of at least 1" in says(*val, "--limit", "many")
     assert "no checkpoint there" in says(*val, "--checkpoint", tmp_path / "nowhere")

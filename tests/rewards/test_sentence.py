@@ -1,24 +1,29 @@
 """Text rewards agree with Python's `re` on the decoded text, however tokens cut it."""
 
 import itertools
+import json
 
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from lens_jax.rewards import text_rewards
-from lens_jax.rewards.automaton import byte_alphabet, token_strings
-from tests.rewards.texts import FORMATS, PIECES, Writer, check, decode
+from lens_jax.rewards.automaton import token_strings
+from tests.data.conftest import TINY
+from tests.rewards.conftest import GOLDEN
+from tests.rewards.texts import (
+    FORMATS,
+    PIECES,
+    Writer,
+    byte_level_tokenizer,
+    check,
+    decode,
+    large_vocabulary,
+)
 
-SPECIAL = [
-    *("<|endoftext|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
-    *("<|box_start|>", "<|box_end|>"),
-]
 # Tokens that hold much of a pattern, several of them, or halves of characters.
 LONG_TOKENS = [
     *("[1,2,3,4]", "),(", "], [", "1,2", ",-3.5", "(12,", "00", "0.0", "]foo[", "x(1,2),(3,4)y"),
@@ -42,18 +47,22 @@ def byte_strings(tokenizer) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def long_tokenizer():
-    chars = {ord(byte): char for char, byte in byte_alphabet().items()}
-    tokens = [bytes([b]) for b in range(256)]
-    tokens += [*(token.encode() for token in LONG_TOKENS), *LONG_BYTES]
-    spelled = dict.fromkeys("".join(chars[b] for b in token) for token in tokens)
-    backend = Tokenizer(BPE({token: i for i, token in enumerate(spelled)}, []))
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+    return byte_level_tokenizer([*(token.encode() for token in LONG_TOKENS), *LONG_BYTES])
 
 
-def test_token_bytes_are_what_the_tokenizer_decodes(tokenizer, long_tokenizer):
-    for tok in (tokenizer, long_tokenizer):
+@pytest.fixture(scope="module")
+def large_tokenizer():
+    """As many tokens as Qwen's."""
+    return byte_level_tokenizer(large_vocabulary(150_000))
+
+
+@pytest.fixture(scope="module")
+def large_score(large_tokenizer):
+    return jax.jit(text_rewards(large_tokenizer))
+
+
+def test_token_bytes_are_what_the_tokenizer_decodes(tokenizer, long_tokenizer, large_tokenizer):
+    for tok in (tokenizer, long_tokenizer, large_tokenizer):
         rng = np.random.default_rng(0)
         strings = byte_strings(tok)
         assert len(strings) == len(tok)
@@ -74,6 +83,51 @@ def test_random_texts_in_long_tokens(long_tokenizer):
     out = jax.jit(text_rewards(long_tokenizer))(tokens, lengths)
     counts = check(long_tokenizer, jax.device_get(out), tokens, lengths)
     assert min(counts.values()) > 100, counts
+
+
+def test_random_texts_in_a_large_vocabulary(large_tokenizer, large_score):
+    assert len(large_tokenizer) > 150_000
+    strings = byte_strings(large_tokenizer)
+    tokens, lengths = Writer(large_tokenizer, strings, seed=2).rows(5000, 160)
+    out = jax.device_get(large_score(tokens, lengths))
+    counts = check(large_tokenizer, out, tokens, lengths)
+    assert min(counts.values()) > 200, counts
+
+
+def test_tables_of_a_large_vocabulary_are_small(large_score, large_tokenizer):
+    """What the device holds: a column for each kind of token, not for each token."""
+    tokens, lengths = np.zeros((2, 160), np.int32), np.zeros(2, np.int32)
+    program = large_score.trace(tokens, lengths).jaxpr
+    sizes = [np.asarray(constant).nbytes for constant in program.consts]
+    assert 4 * len(large_tokenizer) < sum(sizes) < 16e6, sizes
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("which", ["golden", "tiny", "large"])
+def test_200_000_random_texts(which, tokenizer, large_tokenizer):
+    """The proof: run it with `pytest -m nightly`."""
+    tok = {"golden": tokenizer, "large": large_tokenizer}.get(which)
+    tok = tok or AutoTokenizer.from_pretrained(TINY)
+    score, strings = jax.jit(text_rewards(tok)), byte_strings(tok)
+    total = dict.fromkeys((*FORMATS, "box"), 0)
+    for seed in range(40):
+        tokens, lengths = Writer(tok, strings, seed=1000 + seed).rows(5000, 160)
+        counts = check(tok, jax.device_get(score(tokens, lengths)), tokens, lengths)
+        total = {name: total[name] + count for name, count in counts.items()}
+    assert min(total.values()) > 8000, total
+
+
+def test_golden_completions_in_a_large_vocabulary(large_tokenizer, large_score):
+    """All of golden's texts, in random tokens of many bytes, several times."""
+    writer = Writer(large_tokenizer, byte_strings(large_tokenizer), seed=4)
+    lines = (GOLDEN / "rewards.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["completion"] for line in lines]
+    rows = [writer.tokens(text.encode()) for _ in range(3) for text in texts]
+    lengths = np.array([*map(len, rows)], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    check(large_tokenizer, jax.device_get(large_score(tokens, lengths)), tokens, lengths)
 
 
 def rows_of(tokenizer, texts: list[str | list[int]]) -> tuple[np.ndarray, np.ndarray]:

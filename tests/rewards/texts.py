@@ -5,6 +5,11 @@ import random
 import re
 
 import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from lens_jax.rewards.automaton import byte_alphabet
 
 NUMBER = r"(-?\d+(?:\.\d+)?)"
 PAIR = rf"{NUMBER},\s*{NUMBER}"
@@ -25,6 +30,10 @@ PIECES = [
     *("<|endoftext|>", "<|endof", "text|>", "<|", "<", "|>"),
     *("[", "]", "(", ")", ",", ", ", "-", ".", "7", "12", "٣", "５", "𝟘", "中", "é", "a red cup"),
 ]
+SPECIAL = [
+    *("<|endoftext|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>"),
+]
 TEMPLATES = [
     "<think>{text}</think>{gap}<answer>{box}</answer>{text}",
     "<|object_ref_start|>{text}<|object_ref_end|><|box_start|>{box}<|box_end|><|im_end|>",
@@ -32,6 +41,54 @@ TEMPLATES = [
     "<|object_ref_start|>{text}<|object_ref_end|><|box_start|>{box}<|box_end|><|im_end|>{text}",
     "{text}{box}{text}{box}",
 ]
+
+
+def byte_level_tokenizer(tokens: list[bytes]) -> PreTrainedTokenizerFast:
+    """Every single byte, then these tokens, then the special ones; it decodes, no more."""
+    chars = {ord(byte): char for char, byte in byte_alphabet().items()}
+    tokens = [*(bytes([b]) for b in range(256)), *tokens]
+    spelled = dict.fromkeys("".join(chars[b] for b in token) for token in tokens)
+    backend = Tokenizer(BPE({token: i for i, token in enumerate(spelled)}, []))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def large_vocabulary(size: int, seed: int = 0) -> list[bytes]:
+    """What a vocabulary of a large model is like: words, runs of spaces, code, characters of many
+    scripts whole and cut, several characters of the patterns in one token."""
+    rng = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    syllables = [a + b for a in letters for b in "aeiou"] + [*letters, "th", "st", "ing", "ed"]
+    scripts = [range(0xC0, 0x250), range(0x400, 0x500), range(0x600, 0x6FF), range(0x900, 0xDFF)]
+    scripts += [range(0x3000, 0x3100), range(0x4E00, 0x9FA5), range(0xAC00, 0xD7A3)]
+    scripts += [range(0xFF00, 0xFFEF), range(0x1D7CE, 0x1D800), range(0x1F300, 0x1F650)]
+    signs = "()[]{}<>|,.-:;=_/\"'!? \n\t0123456789"
+    parts = [piece[i:j] for piece in PIECES for i in range(len(piece)) for j in range(i + 1, 15)]
+
+    def word() -> str:
+        text = "".join(rng.choices(syllables, k=rng.randint(1, 4)))
+        return rng.choice(["", " "]) + rng.choice([text, text.capitalize(), text.upper()])
+
+    def foreign() -> str:
+        script = rng.choice(scripts)
+        return "".join(chr(rng.choice(script)) for _ in range(rng.choice([1, 1, 2, 3])))
+
+    makers = [word] * 6 + [
+        foreign,
+        lambda: "".join(rng.choices(signs, k=rng.randint(1, 5))),
+        lambda: rng.choice([" ", "\n", "\t", "\u3000"]) * rng.randint(1, 40),
+        lambda: "".join(rng.choices(parts, k=rng.choice([1, 1, 2, 3]))),
+        lambda: str(rng.randrange(10**4)) + rng.choice(["", ",", "),(", "]", ".5"]),
+    ]
+    tokens: dict[bytes, None] = {}
+    while len(tokens) < size:
+        token = rng.choice(makers)().encode()
+        if rng.random() < 0.05:  # byte pairs cut characters, too
+            token = token[rng.choice([0, 1]) : len(token) - rng.choice([0, 1, 2])]
+        if len(token) > 1:
+            tokens[token] = None
+    return [*tokens]
 
 
 def expected(text: str) -> dict:
@@ -88,7 +145,9 @@ class Writer:
         for i, token in enumerate(token_bytes):
             if token:
                 self.ids.setdefault(token, []).append(i)
-        self.longest = max(map(len, self.ids))
+        self.sizes: dict[int, set[int]] = {}  # first byte -> lengths of the tokens
+        for token in self.ids:
+            self.sizes.setdefault(token[0], set()).add(len(token))
 
     def rows(self, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """int32 tokens [count, length] and lengths [count]; what is past a length is random too."""
@@ -126,8 +185,8 @@ class Writer:
         row = []
         whole = self.random.random() < 0.5  # long tokens, special ones among them, where there are
         while code:
-            lengths = [n for n in range(1, self.longest + 1) if code[:n] in self.ids]
-            n = lengths[-1] if whole else self.random.choice(lengths)
+            lengths = [n for n in self.sizes[code[0]] if code[:n] in self.ids]
+            n = max(lengths) if whole else self.random.choice(lengths)
             row.append(self.random.choice(self.ids[code[:n]]))
             code = code[n:]
         return row

@@ -32,7 +32,7 @@ def policy():
     return split_policy(micro.model(seed=2))
 
 
-def draw(policy, rows, ids, *, sampling, group=2, ends=ENDS, key=0, **padding):
+def draw(policy, rows, ids, *, sampling, group=2, ends=ENDS, key=0, limit=None, **padding):
     definition, params, rest = policy
     prompts = micro.collate(micro.CONFIG, rows, **padding)
 
@@ -49,6 +49,7 @@ def draw(policy, rows, ids, *, sampling, group=2, ends=ENDS, key=0, **padding):
             max_new_tokens=T,
             end_tokens=ends,
             sampling=sampling,
+            limit=limit,
         )
 
     return jax.device_get(run(params, prompts, ids, jax.random.key(key)))
@@ -175,6 +176,18 @@ def test_another_key_or_sample_draws_other_completions(policy, drawn):
 
 
 @pytest.mark.parametrize("ends", [ENDS, tuple(range(67))])
+def test_a_limit_cuts_each_prompts_completions(policy, drawn):
+    limit = np.array([2, 1, T + 3])
+    cut = draw(policy, ROWS, IDS, sampling=RANDOM, limit=limit)
+    lengths = np.minimum(drawn.lengths, limit[:, None])
+    assert (lengths < drawn.lengths).any()
+    np.testing.assert_array_equal(cut.lengths, lengths)
+    np.testing.assert_array_equal(cut.ended, drawn.ended & (drawn.lengths <= limit[:, None]))
+    kept = np.arange(T) < lengths[..., None]
+    np.testing.assert_array_equal(cut.tokens, np.where(kept, drawn.tokens, ENDS[0]))
+    np.testing.assert_array_equal(cut.log_probs, np.where(kept, drawn.log_probs, 0.0))
+
+
 def test_the_loop_stops_when_all_have_ended(policy, monkeypatch, ends):
     steps = []
     decode = LanguageModel.decode

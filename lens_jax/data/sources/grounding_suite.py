@@ -1,7 +1,7 @@
 """GroundingSuite-Eval: one object a line, with a box and a run-length encoded mask.
 
-    DATA_DIR/GroundingSuite-Eval.jsonl    {"image_path", "caption", "box", "segmentation", ...}
-    DATA_DIR/coco/unlabeled2017/<image_path>
+DATA_DIR/GroundingSuite-Eval.jsonl    {"image_path", "caption", "box", "segmentation", ...}
+DATA_DIR/coco/unlabeled2017/<image_path>
 """
 
 import json
@@ -57,7 +57,7 @@ class GroundingSuite:
         try:
             mask = summed_mask(row["segmentation"], *image.shape[:2]) > 0
         except (ValueError, TypeError, KeyError, IndexError, SystemError) as error:
-            raise SampleError(f"{path}: line {index + 1} has a broken mask ({error})") from error
+            raise SampleError(f"{path}: object {index + 1} has a broken mask ({error})") from error
         return Sample(
             image=image,
             expressions=(question(row["caption"], self.evaluation),),
