@@ -175,7 +175,6 @@ def test_another_key_or_sample_draws_other_completions(policy, drawn):
         assert (other.tokens != drawn.tokens).any(-1).mean() > 0.5
 
 
-@pytest.mark.parametrize("ends", [ENDS, tuple(range(67))])
 def test_a_limit_cuts_each_prompts_completions(policy, drawn):
     limit = np.array([2, 1, T + 3])
     cut = draw(policy, ROWS, IDS, sampling=RANDOM, limit=limit)
@@ -188,6 +187,7 @@ def test_a_limit_cuts_each_prompts_completions(policy, drawn):
     np.testing.assert_array_equal(cut.log_probs, np.where(kept, drawn.log_probs, 0.0))
 
 
+@pytest.mark.parametrize("ends", [ENDS, tuple(range(67))])
 def test_the_loop_stops_when_all_have_ended(policy, monkeypatch, ends):
     steps = []
     decode = LanguageModel.decode
