@@ -196,11 +196,11 @@ def test_evaluation_limits_prompt_and_completion_together(processor):
 
     source = Worded(3)
     source.num_expressions = [len(texts[i]) for i in range(3)]
-    (batch,) = Evaluation(source, processor, 7, buckets=BUCKETS, max_length=50)
+    (batch,) = Evaluation(source, processor, 7, buckets=BUCKETS, max_length=60)
     lengths = batch.batch.prompts.length
     longest = [max(lengths[:2])] * 2 + [max(lengths[2:4])] * 2 + [max(lengths[4:])] * 3
     assert len(set(longest)) == 3
-    np.testing.assert_array_equal(batch.limit, 50 - np.array(longest))
+    np.testing.assert_array_equal(batch.limit, 60 - np.array(longest))
     (batch,) = Evaluation(source, processor, 7, buckets=BUCKETS, max_length=1)
     assert batch.limit.tolist() == [1] * 7
     (batch,) = Evaluation(source, processor, 7, buckets=BUCKETS)
