@@ -1,4 +1,4 @@
-"""Official PyTorch weights to checkpoints of ours: `python -m tools.convert_weights --help`."""
+"""Official PyTorch weights to checkpoints of ours, and back: `-m tools.convert_weights --help`."""
 
 from tools.convert_weights.convert import (
     Conversion,
@@ -7,7 +7,9 @@ from tools.convert_weights.convert import (
     load_lens_state,
     parameter_shapes,
 )
+from tools.convert_weights.export import to_torch
 from tools.convert_weights.table import WeightsError
+from tools.convert_weights.verify import verify
 
 __all__ = [
     "Conversion",
@@ -16,4 +18,6 @@ __all__ = [
     "lens_table",
     "load_lens_state",
     "parameter_shapes",
+    "to_torch",
+    "verify",
 ]

@@ -70,9 +70,13 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 2 means that something is wrong, printed, and nothing was written."""
-    return cli.run_one_of(
-        COMMANDS, argv, prog="python -m tools.convert_weights", description=DESCRIPTION
-    )
+    try:
+        return cli.run_one_of(
+            COMMANDS, argv, prog="python -m tools.convert_weights", description=DESCRIPTION
+        )
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
