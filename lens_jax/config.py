@@ -42,7 +42,7 @@ class ModelConfig:
     mllm: str | None = None
     """Hugging Face directory of Qwen2(.5)-VL, converted first when there is no checkpoint."""
     sam: str | None = None
-    """A SAM 2 file or directory, converted together with mllm."""
+    """A SAM 2 or SAM 1 file or directory, converted together with mllm."""
     num_queries: PositiveInt = 64
     """Context queries of the fresh context module when mllm and sam are converted."""
     context_positions: Literal["mrope", "text"] | None = None

@@ -14,7 +14,7 @@ from lens_jax.data.prompts import rope_positions
 from lens_jax.models.inputs import Prompts, Targets
 from lens_jax.models.lens import LensConfig, LensModel, abstract
 from lens_jax.models.qwen_vl.config import QwenVLConfig, VisionConfig
-from lens_jax.models.sam.config import Sam2Config
+from lens_jax.models.sam.config import Sam2Config, SamConfig
 
 CONFIG = LensConfig(
     mllm=QwenVLConfig(
@@ -75,6 +75,26 @@ QWEN2_VL = dataclasses.replace(
             out_hidden_size=32,
             full_attention_blocks=(0, 1),
         ),
+    ),
+)
+
+# The same with SAM 1, whose windows reach beyond the map.
+WITH_SAM1 = dataclasses.replace(
+    CONFIG,
+    sam=SamConfig(
+        image_size=64,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        global_attn_indexes=(1,),
+        window_size=3,
+        mlp_dim=24,
+        d_model=16,
+        decoder_depth=1,
+        decoder_heads=2,
+        decoder_mlp_dim=24,
+        iou_head_depth=2,
+        iou_head_hidden_dim=16,
     ),
 )
 

@@ -41,7 +41,8 @@ from tqdm import tqdm
 from lens_jax.data.sources import shapes
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.mask_decoder import SamMasks
-from lens_jax.models.sam.sam2 import Sam2, SamFeatures
+from lens_jax.models.sam.sam2 import Sam2
+from lens_jax.models.sam.segmenter import SamFeatures
 from tools.convert_weights.sam2 import tensors_from_params
 
 CONFIG = Sam2Config(

@@ -19,8 +19,11 @@ from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.qwen_vl.head import token_log_probs
 from lens_jax.models.qwen_vl.language import LanguageModel
 from lens_jax.models.qwen_vl.vision import VisionTower
-from lens_jax.models.sam.config import Sam2Config
-from lens_jax.models.sam.sam2 import Sam2, SamFeatures, SamMasks
+from lens_jax.models.sam.config import Sam2Config, SamConfig, sam_config
+from lens_jax.models.sam.mask_decoder import SamMasks
+from lens_jax.models.sam.sam import Sam
+from lens_jax.models.sam.sam2 import Sam2
+from lens_jax.models.sam.segmenter import SamFeatures
 
 POSITION_SCHEMES = ("mrope", "text")
 
@@ -35,7 +38,7 @@ class LensConfig:
     """
 
     mllm: QwenVLConfig
-    sam: Sam2Config
+    sam: SamConfig | Sam2Config
     num_queries: int = 64
     connector_depth: int = 4
     connector_heads: int = 16
@@ -54,7 +57,7 @@ class LensConfig:
         fields = {f.name for f in dataclasses.fields(cls)} - {"mllm", "sam"}
         return cls(
             mllm=QwenVLConfig.from_hf(config["mllm"]),
-            sam=Sam2Config.from_dict(config["sam"]),
+            sam=sam_config(config["sam"]),
             **{k: v for k, v in config.items() if k in fields},
         )
 
@@ -87,7 +90,8 @@ class LensModel(nnx.Module):
             rngs=rngs,
             dtype=dtype,
         )
-        self.sam = Sam2(config.sam, rngs=rngs, dtype=dtype)
+        segmenter = Sam if isinstance(config.sam, SamConfig) else Sam2
+        self.sam = segmenter(config.sam, rngs=rngs, dtype=dtype)
 
     def embed(self, prompts: Prompts) -> Float[Array, "B P D"]:
         """Token embeddings, image tokens replaced by the vision tower's output."""

@@ -15,11 +15,24 @@ from lens_jax.models.sam.config import PRESETS, Sam2Config
 from lens_jax.models.sam.hiera import bicubic_matrix
 from lens_jax.models.sam.mask_decoder import stability_score
 from lens_jax.models.sam.sam2 import Sam2
+from tests.models import segmenters
+from tests.models.segmenters import (
+    KINDS,
+    B,
+    G,
+    close,
+    hf_inputs,
+    hf_pixels,
+    our_prompts,
+    perturb,
+    same_gradients,
+    to_numpy,
+)
 from tools.convert_weights.sam2 import (
     HF_MATRIX_AGAIN,
     hf_source,
     params_from_tensors,
-    sam2_table,
+    table,
     tensors_from_params,
 )
 
@@ -38,7 +51,16 @@ BASE = Sam2Config(
 )
 # Windows of stages 3 and 4 do not divide their maps: padding, also under pooling.
 PADDED = dataclasses.replace(BASE, window_spec=(8, 4, 6, 3), global_att_blocks=(2,))
-B, G = 2, 3
+
+
+@pytest.fixture(scope="module")
+def images():
+    return segmenters.images()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return segmenters.prompts()
 
 
 def hf_model(config: Sam2Config, seed: int = 0) -> transformers.Sam2Model:
@@ -79,10 +101,8 @@ def hf_model(config: Sam2Config, seed: int = 0) -> transformers.Sam2Model:
             ),
         )
     )
-    with torch.no_grad():  # nothing stays at its trivial initial value
-        for parameter in model.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
-            parameter.add_(torch.randn_like(parameter) * scale)
+    perturb(model)
+    with torch.no_grad():
         model.shared_image_embedding.positional_embedding.copy_(
             model.prompt_encoder.shared_embedding.positional_embedding
         )
@@ -92,7 +112,7 @@ def hf_model(config: Sam2Config, seed: int = 0) -> transformers.Sam2Model:
 def original_names(config: Sam2Config, tensors: dict) -> dict[str, np.ndarray]:
     """Hugging Face's tensors under the original names; every one of them must have a place."""
     result, used = {}, set()
-    for entry in sam2_table(config).entries:
+    for entry in table(config).entries:
         name, row = hf_source(config, entry.source)
         used.add(name)
         result[entry.source] = tensors[name] if row is None else tensors[name][row : row + 1]
@@ -123,43 +143,10 @@ def random_model(config: Sam2Config, seed: int = 0, dtype=jnp.float32) -> Sam2:
     return model
 
 
-def to_numpy(state: dict) -> dict[str, np.ndarray]:
-    return {name: x.detach().numpy() for name, x in state.items()}
-
-
 @pytest.fixture(scope="module", params=[BASE, PADDED], ids=["exact", "padded"])
 def pair(request):
     theirs = hf_model(request.param)
     return theirs, ours(request.param, original_names(request.param, to_numpy(theirs.state_dict())))
-
-
-@pytest.fixture(scope="module")
-def images():
-    return np.random.default_rng(0).standard_normal((B, 128, 128, 3)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    """A point set, boxes, and a mask for each picture, in pixels of the model's picture."""
-    rng = np.random.default_rng(1)
-    corner = rng.uniform(0, 60, (B, G, 2))
-    return {
-        "points": rng.uniform(0, 127, (B, G, 2, 2)).astype(np.float32),
-        "labels": np.array([[[1, 0], [1, 1], [0, -1]]] * B, np.int32),
-        "boxes": np.concatenate([corner, corner + rng.uniform(5, 60, (B, G, 2))], -1).astype("f4"),
-        "masks": rng.standard_normal((B, 1, 32, 32)).astype(np.float32),
-    }
-
-
-def close(ours, theirs, tolerance=2e-5):
-    """Equal up to `tolerance` of the largest value."""
-    ours, theirs = np.asarray(ours), theirs.detach().numpy()
-    assert ours.shape == theirs.shape
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
-
-
-def hf_pixels(images):
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
 def test_trunk_and_features(pair, images):
@@ -173,35 +160,6 @@ def test_trunk_and_features(pair, images):
     result = nnx.jit(lambda m, x: m.encode(x))(model, images)
     for x, expected in zip((*result.high_res, result.image_embed), features, strict=True):
         close(x, expected.permute(0, 2, 3, 1))
-
-
-def hf_inputs(prompts, kind):
-    points = {
-        "input_points": torch.from_numpy(prompts["points"]),
-        "input_labels": torch.from_numpy(prompts["labels"]),
-    }
-    boxes = {"input_boxes": torch.from_numpy(prompts["boxes"])}
-    masks = {"input_masks": torch.from_numpy(prompts["masks"])}
-    return {
-        "points": points,
-        "boxes": boxes,
-        "points_boxes": points | boxes,
-        "points_mask": points | masks,
-    }[kind]
-
-
-def our_prompts(model, prompts, kind):
-    encoder = model.sam_prompt_encoder
-    # Boxes are given as SAM 2's predictor gives them: as two labelled points and one that is none.
-    corners = prompts["boxes"].reshape(B, G, 2, 2)
-    boxes = encoder.embed_points(corners, jnp.broadcast_to(jnp.array([2, 3]), (B, G, 2)))
-    points = encoder.embed_points(prompts["points"], prompts["labels"], pad="boxes" not in kind)
-    sparse = {"boxes": boxes, "points_boxes": jnp.concatenate([points, boxes], axis=2)}
-    dense = encoder.embed_masks(prompts["masks"]) if "mask" in kind else None
-    return sparse.get(kind, points), dense
-
-
-KINDS = ["points", "boxes", "points_boxes", "points_mask"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,12 +222,7 @@ def test_gradients(pair, images, prompts, kind):
         return nnx.grad(loss)(model)
 
     result = tensors_from_params(model.config, nnx.to_pure_dict(gradients(model, images)))
-    assert result.keys() == expected.keys()
-    total = np.sqrt(sum(np.sum(x**2) for x in expected.values()))
-    assert total > 0
-    for name, want in expected.items():
-        scale = max(np.abs(want).max(), 1e-4 * total)
-        np.testing.assert_allclose(result[name], want, rtol=0, atol=1e-3 * scale, err_msg=name)
+    same_gradients(result, expected)
 
 
 def test_embed_boxes_are_two_labelled_points():
@@ -364,7 +317,7 @@ def test_published_sizes(name, published):
                 tuple(int(p) if p.isdecimal() else p for p in entry.target.split("/")[1:])
             ].shape
         )
-        for entry in sam2_table(PRESETS[name]).entries
+        for entry in table(PRESETS[name]).entries
     }
     assert len(shapes) == len(parameters)
     assert Sam2Config.from_shapes(shapes) == PRESETS[name]

@@ -20,7 +20,6 @@ from lens_jax.models.sam.config import PRESETS, Sam2Config
 from tests.golden import weights as golden
 from tools.convert_weights import (
     WeightsError,
-    convert,
     from_torch,
     lens_table,
     load_lens_state,
@@ -560,7 +559,7 @@ def test_weights_of_the_other_family_are_refused(tmp_path, files, capsys):
 def test_sam_under_hugging_faces_names(files, tmp_path, official):
     config = Sam2Config.from_dict(json.loads((files / "sam/sam2_config.json").read_text()))
     tensors, rows = {}, {}
-    for entry in sam2.sam2_table(config).entries:
+    for entry in sam2.table(config).entries:
         name, row = sam2.hf_source(config, entry.source)
         x = official[f"sam.{entry.source}"]
         if row is None:
@@ -577,7 +576,7 @@ def test_sam_under_hugging_faces_names(files, tmp_path, official):
     conversion = from_torch(tmp_path / "out", lens=files / "lens", sam=directory)
     assert "sam.memory_encoder.projection.bias" in conversion.dropped
     back = official_from(read(tmp_path / "out"), lens_config(tmp_path / "out"))
-    used = {e.source for e in sam2.sam2_table(config).with_prefix("sam.").entries}
+    used = {e.source for e in sam2.table(config).with_prefix("sam.").entries}
     assert_equal(
         {n: x for n, x in back.items() if n in used},
         {n: x for n, x in official.items() if n in used},
@@ -587,7 +586,7 @@ def test_sam_under_hugging_faces_names(files, tmp_path, official):
 def test_published_sam_is_told_by_its_shapes():
     with torch.device("meta"):
         theirs = transformers.Sam2Model(transformers.Sam2Config()).state_dict()
-    shapes = {convert._original_trunk_name(n): tuple(x.shape) for n, x in theirs.items()}
+    shapes = {sam2.original_encoder_name(n): tuple(x.shape) for n, x in theirs.items()}
     assert Sam2Config.from_shapes(shapes) == PRESETS["tiny"]
 
 

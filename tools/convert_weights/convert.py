@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import jax
@@ -16,9 +17,9 @@ from lens_jax import checkpoints
 from lens_jax.data import prompts
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import QwenVLConfig
-from lens_jax.models.sam.config import Sam2Config
+from lens_jax.models.sam.config import Sam2Config, SamConfig
 from tools.convert_weights import lens as lens_weights
-from tools.convert_weights import qwen_vl, sam2
+from tools.convert_weights import qwen_vl, sam1, sam2
 from tools.convert_weights.reader import LazyTensor, Source, from_arrays, open_weights, read_json
 from tools.convert_weights.table import (
     UNUSED,
@@ -92,8 +93,9 @@ def from_torch(
       output: the directory to write; it must not hold anything yet.
       mllm: Hugging Face directory of Qwen2-VL or Qwen2.5-VL; the context module is drawn fresh.
       lens: official LENS directory, sharded or not.
-      sam: SAM 2 weights (.pt, .pth, .safetensors, or a directory with one). Shapes come from
-        sam2_config.json beside it, otherwise the published model is recognised.
+      sam: SAM 2 or SAM 1 weights (.pt, .pth, .safetensors, or a directory with one), under their
+        original names or Hugging Face's. Shapes come from sam2_config.json or sam_config.json
+        beside it, otherwise the published model is recognised.
       context: with mllm, the context module under its official names instead of a fresh one.
       dtype: how floating-point tensors are stored; keep changes no bit.
       num_queries: context queries of a fresh context module.
@@ -123,8 +125,13 @@ def lens_table(config: LensConfig) -> Table:
     return (
         qwen_vl.table(config.mllm)
         + lens_weights.context_table(config.connector_depth)
-        + sam2.sam2_table(config.sam).with_prefix("sam.")
+        + sam_family(config.sam).table(config.sam).with_prefix("sam.")
     )
+
+
+def sam_family(config: SamConfig | Sam2Config) -> ModuleType:
+    """The module with the names of this SAM."""
+    return sam1 if isinstance(config, SamConfig) else sam2
 
 
 @functools.cache
@@ -200,12 +207,10 @@ def open_official(
         sam_config, sam_part = _open_sam(Path(sam))
         left_out += tuple(own_sam)
     elif own_sam:
-        sam_config = _sam_config(
-            own_sam.rename(lambda name: name.removeprefix("sam.")), directory / "sam2_config.json"
-        )
-        sam_part = Part(own_sam, sam2.sam2_table(sam_config).with_prefix("sam."))
+        sam_config = _sam_config(own_sam.rename(lambda name: name.removeprefix("sam.")), directory)
+        sam_part = Part(own_sam, sam_family(sam_config).table(sam_config).with_prefix("sam."))
     else:
-        raise WeightsError([f"{directory}: holds no sam.*; name SAM 2's weights with --sam FILE"])
+        raise WeightsError([f"{directory}: holds no sam.*; name SAM's weights with --sam FILE"])
 
     trained = source if lens is not None else None
     saved = directory / checkpoints.CONFIG
@@ -270,41 +275,33 @@ def _depth(source: Source) -> int:
     return len({match[1] for name in source if (match := block.match(name))})
 
 
-def _open_sam(path: Path) -> tuple[Sam2Config, Part]:
-    """SAM 2's configuration, and its tensors under the names `sam.` + original."""
+def _open_sam(path: Path) -> tuple[SamConfig | Sam2Config, Part]:
+    """SAM's configuration, and its tensors under the names `sam.` + original."""
     source = open_weights(path)
-    beside = (path if path.is_dir() else path.parent) / "sam2_config.json"
     is_hugging_face = any(name.startswith("vision_encoder.") for name in source)
-    config = _sam_config(source.rename(_original_trunk_name), beside)
-    table = sam2.sam2_table(config)
+    config = _sam_config(source, path if path.is_dir() else path.parent)
+    family = sam_family(config)
+    table = family.table(config)
     if is_hugging_face:
         source = _original_names(source, config, table)
-        table = replace(table, junk=sam2.HF_JUNK)
+        table = replace(table, junk=family.HF_JUNK)
     return config, Part(source.rename(lambda name: f"sam.{name}"), table.with_prefix("sam."))
 
 
-def _original_trunk_name(name: str) -> str:
-    """A name of Hugging Face's Hiera trunk as the original; what tells its size needs no more."""
-    prefix = "vision_encoder.backbone."
-    if not name.startswith(prefix):
-        return name
-    rest = name.removeprefix(prefix).replace("embed.projection.", "embed.proj.")
-    return "image_encoder.trunk." + rest.replace(".layer_norm", ".norm")
-
-
-def _original_names(source: Source, config: Sam2Config, table: Table) -> Source:
-    """Hugging Face's SAM 2 under the original names, rows of stacked tensors taken apart."""
+def _original_names(source: Source, config: SamConfig | Sam2Config, table: Table) -> Source:
+    """Hugging Face's SAM under the original names, rows of stacked tensors taken apart."""
+    family = sam_family(config)
     tensors = dict(source)
-    again = tensors.pop(sam2.HF_MATRIX_AGAIN, None)
+    again = tensors.pop(family.HF_MATRIX_AGAIN, None)
     if again is not None:
-        matrix = tensors.setdefault(sam2.HF_MATRIX, again)
+        matrix = tensors.setdefault(family.HF_MATRIX, again)
         if difference(matrix.load(), again.load()):
             raise WeightsError(
-                [f"{source.where}: {sam2.HF_MATRIX_AGAIN} differs from {sam2.HF_MATRIX}"]
+                [f"{source.where}: {family.HF_MATRIX_AGAIN} differs from {family.HF_MATRIX}"]
             )
     source, renamed = Source(tensors, source.where), {}
-    for original in [*(entry.source for entry in table.entries), *sam2.CARRIED_NAMES]:
-        name, row = sam2.hf_source(config, original)
+    for original in [*(entry.source for entry in table.entries), *family.CARRIED_NAMES]:
+        name, row = family.hf_source(config, original)
         tensor = source.get(name)
         if tensor is None:
             continue
@@ -319,17 +316,21 @@ def _original_names(source: Source, config: Sam2Config, table: Table) -> Source:
     return Source(tensors | renamed, source.where)
 
 
-def _sam_config(source: Source, file: Path) -> Sam2Config:
+def _sam_config(source: Source, directory: Path) -> SamConfig | Sam2Config:
+    """By the file beside the weights, or by their shapes; original or Hugging Face's names."""
+    is_sam1 = any(re.match(sam1.OWN_NAMES, name) for name in source)
+    kind, family = (SamConfig, sam1) if is_sam1 else (Sam2Config, sam2)
+    file = directory / family.CONFIG_FILE
     if file.exists():
-        return shapes_from(file, lambda: Sam2Config.from_dict(read_json(file), str(file)))
+        return shapes_from(file, lambda: kind.from_dict(read_json(file), str(file)))
     try:
-        return Sam2Config.from_shapes(source.shapes, source.where)
+        return kind.from_shapes(source.rename(family.original_encoder_name).shapes, source.where)
     except ValueError as error:
         # Hugging Face's own file says the rest of a model that nobody has published.
-        beside = file.parent / "config.json"
+        beside = directory / "config.json"
         hf = read_json(beside) if beside.exists() else {}
         if {"vision_config", "mask_decoder_config"} <= hf.keys():
-            return shapes_from(beside, lambda: sam2.config_from_hf(hf))
+            return shapes_from(beside, lambda: family.config_from_hf(hf))
         raise WeightsError([str(error)]) from None
 
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from lens_jax import checkpoints
 from lens_jax.models.lens import LensConfig
-from tools.convert_weights import configs, qwen_vl, sam2
+from tools.convert_weights import configs, qwen_vl
 from tools.convert_weights import lens as lens_weights
-from tools.convert_weights.convert import lens_table, parameter_shapes, shapes_from
+from tools.convert_weights.convert import lens_table, parameter_shapes, sam_family, shapes_from
 from tools.convert_weights.table import UNUSED, Entry, WeightsError, carried_entry
 from tools.convert_weights.values import is_finite
 from tools.convert_weights.writer import Spec, write_model, write_safetensors
@@ -61,8 +61,9 @@ def to_torch(
     tokenizer and processor. hf: OUTPUT/mllm and OUTPUT/sam, which transformers loads with
     from_pretrained, and OUTPUT/context.safetensors, the context module under its official names.
 
-    No bit changes, whatever the types are. SAM's shapes are written as sam2_config.json too, and
-    lens_config.json goes along, so that from_torch finds positions and prompts again.
+    No bit changes, whatever the types are. SAM's shapes are written as sam2_config.json (SAM 1:
+    sam_config.json) too, and lens_config.json goes along, so that from_torch finds positions and
+    prompts again.
 
     Args:
       checkpoint: a pretrained checkpoint, such as runs/tiny/final.
@@ -126,7 +127,7 @@ def carried_entries(stored: Stored) -> list[Entry]:
 def _lens_folders(config: Mapping[str, Any], model: LensConfig, stored: Stored) -> list[_Folder]:
     entries = [*lens_table(model).entries, *carried_entries(stored)]
     json_files = {
-        "sam2_config.json": config["sam"],
+        sam_family(model.sam).CONFIG_FILE: config["sam"],
         checkpoints.CONFIG: config,
         # Last: without it, nobody takes the directory for a model.
         "config.json": configs.lens_config(config, _dtype(stored)),
@@ -137,7 +138,8 @@ def _lens_folders(config: Mapping[str, Any], model: LensConfig, stored: Stored) 
 def _hf_folders(config: Mapping[str, Any], model: LensConfig, stored: Stored) -> list[_Folder]:
     context = lens_weights.context_table(model.connector_depth).entries
     mllm_json = {"config.json": configs.mllm_config(config, _dtype(stored))}
-    sam_json = {"sam2_config.json": config["sam"], "config.json": sam2.hf_config(model.sam)}
+    family = sam_family(model.sam)
+    sam_json = {family.CONFIG_FILE: config["sam"], "config.json": family.hf_config(model.sam)}
     prefix = UNUSED + "sam/"
     carried = [
         Entry(entry.source.removeprefix("sam."), entry.target)
@@ -145,13 +147,13 @@ def _hf_folders(config: Mapping[str, Any], model: LensConfig, stored: Stored) ->
         if entry.target.startswith(prefix)
     ]
     rows: dict[str, dict[int, Entry]] = {}
-    for entry in (*sam2.sam2_table(model.sam).entries, *carried):
-        name, row = sam2.hf_source(model.sam, entry.source)
+    for entry in (*family.table(model.sam).entries, *carried):
+        name, row = family.hf_source(model.sam, entry.source)
         rows.setdefault(name, {})[row or 0] = entry
     sam = []
     for name, parts in rows.items():
         entries = tuple(parts[row] for row in sorted(parts))
-        names = (name, sam2.HF_MATRIX_AGAIN) if name == sam2.HF_MATRIX else (name,)
+        names = (name, family.HF_MATRIX_AGAIN) if name == family.HF_MATRIX else (name,)
         sam += [_tensor(name, entries, stored) for name in names]
     mllm = _renamed(qwen_vl.table(model.mllm).entries, stored)
     return [

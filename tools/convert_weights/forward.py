@@ -22,9 +22,10 @@ from lens_jax.data.prompts import rope_positions
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, LensModel, abstract
 from lens_jax.models.qwen_vl.head import logits
-from lens_jax.models.sam.sam2 import PIXEL_MEAN, PIXEL_STD
-from tools.convert_weights import configs, qwen_vl, sam2
-from tools.convert_weights.convert import Official
+from lens_jax.models.sam.config import SamConfig
+from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
+from tools.convert_weights import configs, qwen_vl
+from tools.convert_weights.convert import Official, sam_family
 from tools.convert_weights.reader import LazyTensor
 from tools.convert_weights.table import WeightsError
 
@@ -240,20 +241,25 @@ def _run_sam(config: LensConfig, tensors: Mapping[str, LazyTensor], pixels, toke
     import torch
     import transformers
 
-    hf = sam2.hf_config(config.sam)
+    family = sam_family(config.sam)
     rows: dict[str, dict[int, LazyTensor]] = {}
-    for entry in sam2.sam2_table(config.sam).entries:
-        name, row = sam2.hf_source(config.sam, entry.source)
+    for entry in family.table(config.sam).entries:
+        name, row = family.hf_source(config.sam, entry.source)
         rows.setdefault(name, {})[row or 0] = tensors[f"sam.{entry.source}"]
     state = {
         name: torch.cat([_torch(parts[row]) for row in sorted(parts)])
         for name, parts in rows.items()
     }
-    state[sam2.HF_MATRIX_AGAIN] = state[sam2.HF_MATRIX]
-    model = _load(transformers.Sam2Model, hf, state)
-    *fine, coarse = model.get_image_embeddings(pixels)
+    state[family.HF_MATRIX_AGAIN] = state[family.HF_MATRIX]
+    if isinstance(config.sam, SamConfig):
+        model = _load(transformers.SamModel, family.hf_config(config.sam), state)
+        coarse, more = model.get_image_embeddings(pixels), {}
+    else:
+        model = _load(transformers.Sam2Model, family.hf_config(config.sam), state)
+        *fine, coarse = model.get_image_embeddings(pixels)
+        more = {"high_resolution_features": fine}
     no_mask = model.prompt_encoder.no_mask_embed.weight[..., None, None]
-    # The decoder gives its first mask or the others: the first one in training mode alone.
+    # The decoder gives its first mask or the others; SAM 2's the first in training mode alone.
     masks = [
         model.mask_decoder.train(not multimask)(
             image_embeddings=coarse,
@@ -261,7 +267,7 @@ def _run_sam(config: LensConfig, tensors: Mapping[str, LazyTensor], pixels, toke
             sparse_prompt_embeddings=token[None, None, None],
             dense_prompt_embeddings=no_mask.expand_as(coarse),
             multimask_output=multimask,
-            high_resolution_features=fine,
+            **more,
         )[0][0, 0]
         for multimask in (False, True)
     ]

@@ -5,20 +5,26 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lens_jax.models.sam.config import Sam2Config
+from tools.convert_weights.sam_parts import (
+    mask_decoder,
+    mlp,
+    norm,
+    path,
+    prompt_encoder,
+    with_bias,
+)
 from tools.convert_weights.table import (
     CHANNELS_LAST,
     CONV2D,
-    CONV_TRANSPOSE2D,
-    IDENTITY,
-    LINEAR,
     SQUEEZE,
     Entry,
     Table,
     chain,
     flattened_conv,
+    params_from,
+    tensors_from,
 )
 
 # Regular tensors of the original model that a single picture never needs.
@@ -33,109 +39,38 @@ CARRIED_NAMES = (
     "obj_ptr_tpos_proj.bias",
 )
 CARRIED = tuple(map(re.escape, CARRIED_NAMES))
+CONFIG_FILE = "sam2_config.json"  # our own, beside the weights
 # The memory of video, which LENS takes out of the model but not out of its checkpoints.
 JUNK = (r"memory_attention\..+", r"memory_encoder\..+", r"maskmem_tpos_enc")
 
 _MAP = chain(CHANNELS_LAST, SQUEEZE)  # (1, C, h, w) -> (h, w, C)
 
 
-def _with_bias(source: str, target: str, transform=LINEAR) -> Iterator[Entry]:
-    yield Entry(f"{source}.weight", f"{target}/kernel", transform)
-    yield Entry(f"{source}.bias", f"{target}/bias")
-
-
-def _norm(source: str, target: str) -> Iterator[Entry]:
-    yield Entry(f"{source}.weight", f"{target}/scale")
-    yield Entry(f"{source}.bias", f"{target}/bias")
-
-
-def _embed(source: str) -> Entry:
-    return Entry(f"{source}.weight", f"{_path(source)}/embedding")
-
-
-def _path(source: str) -> str:
-    return source.replace(".", "/")
-
-
-def _mlp(source: str, layers: int) -> Iterator[Entry]:
-    for i in range(layers):
-        name = f"{source}.layers.{i}"
-        yield from _with_bias(name, _path(name))
-
-
 def _image_encoder(config: Sam2Config) -> Iterator[Entry]:
     trunk = "image_encoder.trunk"
-    yield from _with_bias(f"{trunk}.patch_embed.proj", _path(f"{trunk}.patch_embed.proj"), CONV2D)
-    yield Entry(f"{trunk}.pos_embed", _path(f"{trunk}.pos_embed"), _MAP)
-    yield Entry(f"{trunk}.pos_embed_window", _path(f"{trunk}.pos_embed_window"), _MAP)
+    yield from with_bias(f"{trunk}.patch_embed.proj", path(f"{trunk}.patch_embed.proj"), CONV2D)
+    yield Entry(f"{trunk}.pos_embed", path(f"{trunk}.pos_embed"), _MAP)
+    yield Entry(f"{trunk}.pos_embed_window", path(f"{trunk}.pos_embed_window"), _MAP)
     first_blocks = [sum(config.stages[:stage]) for stage in range(1, len(config.stages))]
     for i in range(sum(config.stages)):
         block = f"{trunk}.blocks.{i}"
-        for norm in ("norm1", "norm2"):
-            yield from _norm(f"{block}.{norm}", _path(f"{block}.{norm}"))
+        for kind in ("norm1", "norm2"):
+            yield from norm(f"{block}.{kind}", path(f"{block}.{kind}"))
         linears = ["attn.qkv", "attn.proj"] + (["proj"] if i in first_blocks else [])
         for linear in linears:
-            yield from _with_bias(f"{block}.{linear}", _path(f"{block}.{linear}"))
-        yield from _mlp(f"{block}.mlp", 2)
+            yield from with_bias(f"{block}.{linear}", path(f"{block}.{linear}"))
+        yield from mlp(f"{block}.mlp", 2)
     for i, dim in enumerate(config.stage_dims[::-1]):
         name = f"image_encoder.neck.convs.{i}"
-        yield from _with_bias(f"{name}.conv", _path(name), flattened_conv(dim, 1, 1))
+        yield from with_bias(f"{name}.conv", path(name), flattened_conv(dim, 1, 1))
 
 
-def _prompt_encoder() -> Iterator[Entry]:
-    name = "sam_prompt_encoder"
-    matrix = f"{name}.pe_layer.positional_encoding_gaussian_matrix"
-    yield Entry(matrix, _path(matrix), IDENTITY)
-    for i in range(4):
-        yield _embed(f"{name}.point_embeddings.{i}")
-    yield _embed(f"{name}.not_a_point_embed")
-    yield _embed(f"{name}.no_mask_embed")
-    source, target = f"{name}.mask_downscaling", f"{name}/mask_downscaling"
-    yield from _with_bias(f"{source}.0", f"{target}/conv1", CONV2D)
-    yield from _norm(f"{source}.1", f"{target}/norm1")
-    yield from _with_bias(f"{source}.3", f"{target}/conv2", CONV2D)
-    yield from _norm(f"{source}.4", f"{target}/norm2")
-    yield from _with_bias(f"{source}.6", f"{target}/conv3", flattened_conv(16, 1, 1))
-
-
-def _attention(source: str) -> Iterator[Entry]:
-    for linear in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        yield from _with_bias(f"{source}.{linear}", _path(f"{source}.{linear}"))
-
-
-def _mask_decoder(config: Sam2Config) -> Iterator[Entry]:
-    name = "sam_mask_decoder"
-    for token in ("obj_score_token", "iou_token", "mask_tokens"):
-        yield _embed(f"{name}.{token}")
-    transformer = f"{name}.transformer"
-    for i in range(config.decoder_depth):
-        layer = f"{transformer}.layers.{i}"
-        for attention in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
-            yield from _attention(f"{layer}.{attention}")
-        for norm in ("norm1", "norm2", "norm3", "norm4"):
-            yield from _norm(f"{layer}.{norm}", _path(f"{layer}.{norm}"))
-        yield from _mlp(f"{layer}.mlp", 2)
-    yield from _attention(f"{transformer}.final_attn_token_to_image")
-    yield from _norm(f"{transformer}.norm_final_attn", f"{_path(transformer)}/norm_final_attn")
-    source, target = f"{name}.output_upscaling", f"{name}/output_upscaling"
-    yield from _with_bias(f"{source}.0", f"{target}/conv1", CONV_TRANSPOSE2D)
-    yield from _norm(f"{source}.1", f"{target}/norm")
-    yield from _with_bias(f"{source}.3", f"{target}/conv2", CONV_TRANSPOSE2D)
-    for conv in ("conv_s0", "conv_s1"):
-        transform = flattened_conv(config.d_model, 1, 1)
-        yield from _with_bias(f"{name}.{conv}", f"{name}/{conv}", transform)
-    for i in range(1 + config.num_multimask_outputs):
-        yield from _mlp(f"{name}.output_hypernetworks_mlps.{i}", 3)
-    yield from _mlp(f"{name}.iou_prediction_head", config.iou_head_depth)
-    yield from _mlp(f"{name}.pred_obj_score_head", 3)
-
-
-def sam2_table(config: Sam2Config) -> Table:
+def table(config: Sam2Config) -> Table:
     """Original name -> `sam/...` on our disk, for every parameter of `Sam2(config)`."""
     entries = (
         *_image_encoder(config),
-        *_prompt_encoder(),
-        *_mask_decoder(config),
+        *prompt_encoder(),
+        *mask_decoder(config),
         Entry("no_mem_embed", "no_mem_embed", chain(SQUEEZE, SQUEEZE)),
     )
     return Table(
@@ -202,6 +137,15 @@ def hf_source(config: Sam2Config, source: str) -> tuple[str, int | None]:
     if index == depth - 1:
         return f"{head}.proj_out.{rest}", None
     return f"{head}.layers.{index - 1}.{rest}", None
+
+
+def original_encoder_name(name: str) -> str:
+    """A name of Hugging Face's trunk as the original, as far as it tells the size."""
+    prefix = "vision_encoder.backbone."
+    if not name.startswith(prefix):
+        return name
+    rest = name.removeprefix(prefix).replace("embed.projection.", "embed.proj.")
+    return "image_encoder.trunk." + rest.replace(".layer_norm", ".norm")
 
 
 def hf_config(config: Sam2Config) -> dict[str, Any]:
@@ -294,25 +238,9 @@ def params_from_tensors(
     config: Sam2Config, tensors: Mapping[str, np.ndarray], prefix: str = ""
 ) -> dict[str, Any]:
     """Original tensors in memory as the nested parameters of `Sam2(config)`."""
-    flat = {
-        tuple(_key(part) for part in entry.target.split("/")[1:]): entry.transform.forward(
-            tensors[prefix + entry.source]
-        )
-        for entry in sam2_table(config).entries
-    }
-    return unflatten_dict(flat)
+    return params_from(table(config), tensors, prefix)
 
 
 def tensors_from_params(config: Sam2Config, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The inverse of `params_from_tensors`."""
-    flat = {"/".join(map(str, key)): np.asarray(x) for key, x in flatten_dict(params).items()}
-    return {
-        entry.source: np.ascontiguousarray(
-            entry.transform.inverse(flat[entry.target.removeprefix("sam/")])
-        )
-        for entry in sam2_table(config).entries
-    }
-
-
-def _key(part: str) -> str | int:
-    return int(part) if part.isdecimal() else part
+    return tensors_from(table(config), params)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lens_jax.cli import UsageError
 
@@ -191,3 +192,25 @@ def make_plan(
     if errors:
         raise WeightsError(errors)
     return Plan(tuple(entries), tuple(junk))
+
+
+def params_from(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "") -> dict:
+    """Official tensors in memory as nested parameters, without the table's first folder."""
+    flat = {
+        tuple(
+            int(part) if part.isdecimal() else part for part in entry.target.split("/")[1:]
+        ): entry.transform.forward(tensors[prefix + entry.source])
+        for entry in table.entries
+    }
+    return unflatten_dict(flat)
+
+
+def tensors_from(table: Table, params: Mapping) -> dict[str, np.ndarray]:
+    """The inverse of `params_from`."""
+    flat = {"/".join(map(str, key)): np.asarray(x) for key, x in flatten_dict(params).items()}
+    return {
+        entry.source: np.ascontiguousarray(
+            entry.transform.inverse(flat[entry.target.partition("/")[2]])
+        )
+        for entry in table.entries
+    }

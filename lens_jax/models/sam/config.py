@@ -1,4 +1,4 @@
-"""Shapes of a SAM 2 image model, and the published ones."""
+"""Shapes of SAM 1 and of SAM 2's image model, and the published ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 Shape = tuple[int, ...]
+
+PATCH = 16  # pixels a side of a cell of the image embedding
 
 # What every published SAM 2 does and this port takes for granted.
 FIXED = {
@@ -20,26 +22,15 @@ FIXED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Sam2Config:
-    """Hyper-parameters of the image model; names follow the original configuration files.
+class DecoderConfig:
+    """What prompt encoder and mask decoder need: the same in SAM 1 and SAM 2.
 
-    A stage of the trunk halves the resolution and doubles width and heads. `window_spec` is the
-    attention window of each stage in tokens; the blocks in `global_att_blocks` see everything. The
-    neck projects each stage to `d_model`; the decoder works at that width. Without the `scalp`
-    coarsest levels, three remain: the image embedding (stride 16) and two of higher resolution.
+    A picture is a square of `image_size` pixels; its image embedding has a cell for every patch of
+    16 x 16 pixels and the width `d_model`.
     """
 
     image_size: int = 1024
-    embed_dim: int = 144
-    num_heads: int = 2
-    stages: Shape = (2, 6, 36, 4)
-    global_att_blocks: Shape = (23, 33, 43)
-    window_pos_embed_bkg_spatial_size: Shape = (7, 7)
-    window_spec: Shape = (8, 4, 16, 8)
     d_model: int = 256
-    fpn_top_down_levels: Shape = (2, 3)
-    scalp: int = 1
-    directly_add_no_mem_embed: bool = True
     decoder_depth: int = 2
     decoder_heads: int = 8
     decoder_mlp_dim: int = 2048
@@ -47,10 +38,207 @@ class Sam2Config:
     num_multimask_outputs: int = 3
     iou_head_depth: int = 3
     iou_head_hidden_dim: int = 256
+
+    def __post_init__(self):
+        if self.d_model % 8 or self.d_model // self.attention_downsample_rate % self.decoder_heads:
+            raise ValueError(
+                f"d_model {self.d_model} must be a multiple of 8 and, divided by "
+                f"attention_downsample_rate {self.attention_downsample_rate}, of the "
+                f"{self.decoder_heads} decoder heads"
+            )
+
+    @property
+    def embedding_size(self) -> int:
+        """Side of the image embedding in cells; masks have four times this side."""
+        return self.image_size // PATCH
+
+    @property
+    def mask_size(self) -> int:
+        """Side of the low-resolution mask logits in pixels."""
+        return 4 * self.embedding_size
+
+
+# Sections and keys of Hugging Face's SamConfig -> our fields, and what this port takes for granted.
+_HF_FIELDS = {
+    "vision_config": {
+        "image_size": "image_size",
+        "hidden_size": "embed_dim",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "num_heads",
+        "global_attn_indexes": "global_attn_indexes",
+        "window_size": "window_size",
+        "mlp_dim": "mlp_dim",
+        "output_channels": "d_model",
+    },
+    "prompt_encoder_config": {"image_size": "image_size", "hidden_size": "d_model"},
+    "mask_decoder_config": {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "decoder_depth",
+        "num_attention_heads": "decoder_heads",
+        "mlp_dim": "decoder_mlp_dim",
+        "attention_downsample_rate": "attention_downsample_rate",
+        "num_multimask_outputs": "num_multimask_outputs",
+        "iou_head_depth": "iou_head_depth",
+        "iou_head_hidden_dim": "iou_head_hidden_dim",
+    },
+}
+_HF_FIXED = {
+    "vision_config": {
+        "patch_size": PATCH,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "use_abs_pos": True,
+        "use_rel_pos": True,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+    },
+    "prompt_encoder_config": {
+        "patch_size": PATCH,
+        "mask_input_channels": 16,
+        "num_point_embeddings": 4,
+        "hidden_act": "gelu",
+    },
+    "mask_decoder_config": {"hidden_act": "relu"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamConfig(DecoderConfig):
+    """Hyper-parameters of SAM 1; names follow the original code, defaults are those of ViT-B.
+
+    The blocks in `global_attn_indexes` see the whole picture, the others windows of `window_size`
+    cells a side.
+    """
+
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    global_attn_indexes: Shape = (2, 5, 8, 11)
+    window_size: int = 14
+    mlp_dim: int = 3072
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_size % PATCH:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of {PATCH}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} must be a multiple of the {self.num_heads} heads"
+            )
+        if outside := [i for i in self.global_attn_indexes if not 0 <= i < self.depth]:
+            raise ValueError(f"global_attn_indexes: {outside} are none of {self.depth} blocks")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], where: str = "sam_config.json") -> SamConfig:
+        """Reads the form of Hugging Face's SamConfig, where what is not said is as in ViT-B.
+
+        `layer_norm_eps` of mask_decoder_config is passed over: Hugging Face's published files say
+        1e-6, where Meta's code, and ours, have 1e-5.
+
+        Raises:
+          ValueError: on a switch that this port does not have, or contradicting shapes.
+          KeyError: without a vision_config.
+        """
+        if config.get("model_type", "sam") != "sam":
+            raise ValueError(f"{where}: model_type {config['model_type']!r} is not that of SAM 1")
+        vision = config["vision_config"]
+        if vision.get("mlp_dim") is None:
+            width = vision.get("hidden_size", cls.embed_dim)
+            vision = {**vision, "mlp_dim": int(width * vision.get("mlp_ratio", 4))}
+        fields: dict[str, Any] = {}
+        for section, keys in _HF_FIELDS.items():
+            values = {**config, "vision_config": vision}.get(section) or {}
+            for key, expected in _HF_FIXED[section].items():
+                if values.get(key, expected) != expected:
+                    raise ValueError(
+                        f"{where}: {section}.{key} = {values[key]} is not supported, only "
+                        f"{expected}"
+                    )
+            for key, field in keys.items():
+                value = values.get(key, fields.get(field, getattr(cls, field)))
+                value = tuple(value) if isinstance(value, list) else value
+                if fields.setdefault(field, value) != value:
+                    raise ValueError(
+                        f"{where}: {section}.{key} = {value} contradicts {fields[field]} of "
+                        "another section"
+                    )
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that `from_dict` and transformers read, with `image_size` in front."""
+        sections: dict[str, Any] = {}
+        for section, keys in _HF_FIELDS.items():
+            values = {key: getattr(self, field) for key, field in keys.items()}
+            sections[section] = _HF_FIXED[section] | {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in values.items()
+            }
+        sections["vision_config"]["num_pos_feats"] = self.d_model // 2
+        sections["mask_decoder_config"]["layer_norm_eps"] = 1e-5
+        return {"model_type": "sam", "image_size": self.image_size, **sections}
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Shape], where: str = "the checkpoint") -> SamConfig:
+        """Recognises a published model by the shapes of its tensors, original names, no prefix.
+
+        Raises:
+          ValueError: when no published model has these shapes.
+        """
+        try:
+            _, cells, _, embed_dim = shapes["image_encoder.pos_embed"]
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"{where} holds no SAM 1: image_encoder.pos_embed [1, h, w, C] is missing"
+            ) from None
+        block = re.compile(r"image_encoder\.blocks\.\d+\.norm1\.weight")
+        depth = sum(block.fullmatch(name) is not None for name in shapes)
+        for preset in SAM_PRESETS.values():
+            if (preset.embedding_size, preset.embed_dim, preset.depth) == (cells, embed_dim, depth):
+                return preset
+        raise ValueError(
+            f"{where} has an image encoder of {depth} blocks of width {embed_dim} on {cells} x "
+            f"{cells} cells, which is no published SAM 1; put its sam_config.json beside it"
+        )
+
+
+def sam_config(config: Mapping[str, Any], where: str = "sam") -> SamConfig | Sam2Config:
+    """Reads either family by its `model_type`; without one it is SAM 2.
+
+    Raises:
+      ValueError: another family, a switch that this port does not have, contradicting shapes.
+      KeyError: on a missing key.
+    """
+    families = {"sam": SamConfig, "sam2": Sam2Config}
+    family = config.get("model_type", "sam2")
+    if family not in families:
+        raise ValueError(f"{where}: model_type {family!r} is none of {', '.join(families)}")
+    return families[family].from_dict(config, where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sam2Config(DecoderConfig):
+    """Hyper-parameters of SAM 2; names follow the original configuration files.
+
+    A stage of the trunk halves the resolution and doubles width and heads. `window_spec` is the
+    attention window of each stage in tokens; the blocks in `global_att_blocks` see everything. The
+    neck projects each stage to `d_model`; the decoder works at that width. Without the `scalp`
+    coarsest levels, three remain: the image embedding (stride 16) and two of higher resolution.
+    """
+
+    embed_dim: int = 144
+    num_heads: int = 2
+    stages: Shape = (2, 6, 36, 4)
+    global_att_blocks: Shape = (23, 33, 43)
+    window_pos_embed_bkg_spatial_size: Shape = (7, 7)
+    window_spec: Shape = (8, 4, 16, 8)
+    fpn_top_down_levels: Shape = (2, 3)
+    scalp: int = 1
+    directly_add_no_mem_embed: bool = True
     stability_delta: float = 0.05
     stability_thresh: float = 0.98
 
     def __post_init__(self):
+        super().__post_init__()
         stride = 4 * 2 ** (len(self.stages) - 1)
         if len(self.window_spec) != len(self.stages):
             raise ValueError(
@@ -67,27 +255,11 @@ class Sam2Config:
                 f"image_size {self.image_size} must be a multiple of {stride} and of "
                 f"{4 * self.window_spec[0]} (a window of {self.window_spec[0]} tokens)"
             )
-        if self.d_model % 8 or self.d_model // self.attention_downsample_rate % self.decoder_heads:
-            raise ValueError(
-                f"d_model {self.d_model} must be a multiple of 8 and, divided by "
-                f"attention_downsample_rate {self.attention_downsample_rate}, of the "
-                f"{self.decoder_heads} decoder heads"
-            )
 
     @property
     def stage_dims(self) -> Shape:
         """Width of each trunk stage, finest first."""
         return tuple(self.embed_dim * 2**stage for stage in range(len(self.stages)))
-
-    @property
-    def embedding_size(self) -> int:
-        """Side of the image embedding in cells; masks have four times this side."""
-        return self.image_size // (4 * 2 ** (len(self.stages) - 1 - self.scalp))
-
-    @property
-    def mask_size(self) -> int:
-        """Side of the low-resolution mask logits in pixels."""
-        return 4 * self.embedding_size
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str = "sam2_config.json") -> Sam2Config:
@@ -225,4 +397,22 @@ PRESETS = {
         window_pos_embed_bkg_spatial_size=(14, 14),
     ),
     "large": Sam2Config(),
+}
+
+SAM_PRESETS = {
+    "vit_b": SamConfig(),
+    "vit_l": SamConfig(
+        embed_dim=1024,
+        depth=24,
+        num_heads=16,
+        global_attn_indexes=(5, 11, 17, 23),
+        mlp_dim=4096,
+    ),
+    "vit_h": SamConfig(
+        embed_dim=1280,
+        depth=32,
+        num_heads=16,
+        global_attn_indexes=(7, 15, 23, 31),
+        mlp_dim=5120,
+    ),
 }

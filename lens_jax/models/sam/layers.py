@@ -1,4 +1,4 @@
-"""Layers that several parts of SAM 2 share."""
+"""Layers that several parts of SAM 1 and SAM 2 share."""
 
 import itertools
 from collections.abc import Callable

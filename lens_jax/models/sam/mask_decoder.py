@@ -1,4 +1,4 @@
-"""SAM 2's mask decoder: a two-way transformer between prompt tokens and the image.
+"""The mask decoder of SAM 1 and SAM 2: a two-way transformer between prompt tokens and the image.
 
 Everything before the first image-to-token attention is the same for all prompts of a picture, so
 image arrays enter with a prompt axis of length 1 and get their own values only there.
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
-from lens_jax.models.sam.config import Sam2Config
+from lens_jax.models.sam.config import DecoderConfig, Sam2Config
 from lens_jax.models.sam.layers import Mlp, Upscale2x, gelu, layer_norm
 
 TRANSFORMER_EPSILON = 1e-5  # PyTorch's default; the upscaling path has 1e-6
+
+HighRes = tuple[Float[Array, "B 4*h 4*w C//8"], Float[Array, "B 2*h 2*w C//4"]]
 
 
 @struct.dataclass
@@ -21,15 +23,16 @@ class SamMasks:
 
     `logits` (float32, a quarter of the picture's side) is the mask of `selected_token`; `iou` the
     predicted quality of every token's mask, `object_score` the logit that there is an object at
-    all, `stability` the share of token 0's mask that survives a small shift of the threshold.
+    all, `stability` the share of token 0's mask that survives a small shift of the threshold. SAM 1
+    has neither of the last two.
     """
 
     logits: Float[Array, "B G h w"]
     selected_token: Int[Array, "B G"]
     all_logits: Float[Array, "B G K h w"]
     iou: Float[Array, "B G K"]
-    object_score: Float[Array, "B G"]
-    stability: Float[Array, "B G"]
+    object_score: Float[Array, "B G"] | None = None
+    stability: Float[Array, "B G"] | None = None
 
 
 class Attention(nnx.Module):
@@ -64,7 +67,7 @@ class Attention(nnx.Module):
 class TwoWayAttentionBlock(nnx.Module):
     """Tokens attend to themselves and to the image, then the image attends to the tokens."""
 
-    def __init__(self, config: Sam2Config, is_first: bool, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, is_first: bool, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.is_first = is_first
         dim, heads, rate = config.d_model, config.decoder_heads, config.attention_downsample_rate
         self.self_attn = Attention(dim, heads, rngs=rngs, dtype=dtype)
@@ -100,7 +103,7 @@ class TwoWayAttentionBlock(nnx.Module):
 class TwoWayTransformer(nnx.Module):
     """Blocks of two-way attention and a last look of the tokens at the image."""
 
-    def __init__(self, config: Sam2Config, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.layers = nnx.List(
             TwoWayAttentionBlock(config, is_first=i == 0, rngs=rngs, dtype=dtype)
             for i in range(config.decoder_depth)
@@ -130,7 +133,7 @@ class TwoWayTransformer(nnx.Module):
 
 
 class OutputUpscaling(nnx.Module):
-    """Image features to four times their side, with the trunk's finer features added on the way."""
+    """Image features to four times their side; SAM 2 adds the trunk's finer ones on the way."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.conv1 = Upscale2x(dim, dim // 4, rngs=rngs, dtype=dtype)
@@ -140,34 +143,42 @@ class OutputUpscaling(nnx.Module):
     def __call__(
         self,
         image: Float[Array, "B G h w C"],
-        high_res: tuple[Float[Array, "B 4*h 4*w C//8"], Float[Array, "B 2*h 2*w C//4"]],
+        high_res: HighRes | None,
     ) -> Float[Array, "B G 4*h 4*w C//8"]:
-        fine, medium = high_res
-        x = gelu(self.norm(self.conv1(image) + medium[:, None]))
-        return gelu(self.conv2(x) + fine[:, None])
+        fine, medium = (0, 0) if high_res is None else (x[:, None] for x in high_res)
+        x = gelu(self.norm(self.conv1(image) + medium))
+        return gelu(self.conv2(x) + fine)
 
 
 class MaskDecoder(nnx.Module):
-    """Masks, their predicted quality and an object score for each prompt."""
+    """Masks and their predicted quality for each prompt.
 
-    def __init__(self, config: Sam2Config, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    SAM 2 adds to SAM 1 an object score, finer image features, a sigmoid on the predicted quality,
+    and the rule that replaces an unstable mask.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.dtype = dtype
-        self.delta, self.thresh = config.stability_delta, config.stability_thresh
+        self.is_sam2 = isinstance(config, Sam2Config)
         dim, masks = config.d_model, 1 + config.num_multimask_outputs
         init = nnx.initializers.normal(1.0)
         self.transformer = TwoWayTransformer(config, rngs=rngs, dtype=dtype)
-        self.obj_score_token = nnx.Embed(1, dim, embedding_init=init, rngs=rngs)
+        if self.is_sam2:
+            self.delta, self.thresh = config.stability_delta, config.stability_thresh
+            self.obj_score_token = nnx.Embed(1, dim, embedding_init=init, rngs=rngs)
         self.iou_token = nnx.Embed(1, dim, embedding_init=init, rngs=rngs)
         self.mask_tokens = nnx.Embed(masks, dim, embedding_init=init, rngs=rngs)
         self.output_upscaling = OutputUpscaling(dim, rngs=rngs, dtype=dtype)
-        self.conv_s0 = nnx.Linear(dim, dim // 8, dtype=dtype, rngs=rngs)
-        self.conv_s1 = nnx.Linear(dim, dim // 4, dtype=dtype, rngs=rngs)
+        if self.is_sam2:
+            self.conv_s0 = nnx.Linear(dim, dim // 8, dtype=dtype, rngs=rngs)
+            self.conv_s1 = nnx.Linear(dim, dim // 4, dtype=dtype, rngs=rngs)
         self.output_hypernetworks_mlps = nnx.List(
             Mlp((dim, dim, dim, dim // 8), rngs=rngs, dtype=dtype) for _ in range(masks)
         )
         hidden = (config.iou_head_hidden_dim,) * (config.iou_head_depth - 1)
         self.iou_prediction_head = Mlp((dim, *hidden, masks), rngs=rngs, dtype=dtype)
-        self.pred_obj_score_head = Mlp((dim, dim, dim, 1), rngs=rngs, dtype=dtype)
+        if self.is_sam2:
+            self.pred_obj_score_head = Mlp((dim, dim, dim, 1), rngs=rngs, dtype=dtype)
 
     def attend(
         self,
@@ -176,14 +187,11 @@ class MaskDecoder(nnx.Module):
         sparse: Float[Array, "B G N C"],
         dense: Float[Array, "B #G #h #w C"],
     ) -> tuple[Float[Array, "B G L C"], Float[Array, "B G h w C"]]:
-        """Output tokens (object score, IoU, masks, then the prompt's) and image features."""
+        """Output tokens (SAM 2's object score, IoU, masks, the prompt's) and image features."""
         batch, height, width, channels = image_embed.shape
-        outputs = jnp.concatenate(
-            [
-                embed.embedding[...]
-                for embed in (self.obj_score_token, self.iou_token, self.mask_tokens)
-            ]
-        ).astype(self.dtype)
+        embeds = (self.obj_score_token,) if self.is_sam2 else ()
+        embeds += (self.iou_token, self.mask_tokens)
+        outputs = jnp.concatenate([embed.embedding[...] for embed in embeds]).astype(self.dtype)
         outputs = jnp.broadcast_to(outputs, (*sparse.shape[:2], *outputs.shape))
         tokens = jnp.concatenate([outputs, sparse.astype(self.dtype)], axis=2)
         image = (image_embed[:, None] + dense).astype(self.dtype)
@@ -195,7 +203,7 @@ class MaskDecoder(nnx.Module):
         self,
         image_embed: Float[Array, "B h w C"],
         image_pe: Float[Array, "h w C"],
-        high_res: tuple[Float[Array, "B 4*h 4*w C//8"], Float[Array, "B 2*h 2*w C//4"]],
+        high_res: HighRes | None,
         sparse: Float[Array, "B G N C"],
         dense: Float[Array, "B #G #h #w C"],
         *,
@@ -206,22 +214,30 @@ class MaskDecoder(nnx.Module):
         Args:
           image_embed: the coarse features, shared by a picture's prompts.
           image_pe: the position encoding of their cells.
-          high_res: the finer features, finest first, after `conv_s0` and `conv_s1`.
+          high_res: SAM 2's finer features, finest first, after `conv_s0` and `conv_s1`.
           sparse: prompt tokens.
           dense: is added to the features.
           stability: whether an unstable mask of token 0 gives way to the best of the others, as
-            SAM 2 does whenever it is not training.
+            SAM 2 does whenever it is not training. SAM 1 never does.
         """
         tokens, image = self.attend(image_embed, image_pe, sparse, dense)
+        first = int(self.is_sam2)  # behind the object score's token: IoU, then the masks
         upscaled = self.output_upscaling(image, high_res)
         hyper = jnp.stack(
-            [mlp(tokens[:, :, 2 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)],
+            [
+                mlp(tokens[:, :, first + 1 + i])
+                for i, mlp in enumerate(self.output_hypernetworks_mlps)
+            ],
             axis=2,
         )
         all_logits = jnp.einsum(
             "bgkc,bghwc->bgkhw", hyper, upscaled, preferred_element_type=jnp.float32
         )
-        iou = jax.nn.sigmoid(self.iou_prediction_head(tokens[:, :, 1]).astype(jnp.float32))
+        iou = self.iou_prediction_head(tokens[:, :, first]).astype(jnp.float32)
+        if not self.is_sam2:
+            selected = jnp.zeros(iou.shape[:2], jnp.int32)
+            return SamMasks(all_logits[:, :, 0], selected, all_logits, iou)
+        iou = jax.nn.sigmoid(iou)
         score = stability_score(all_logits[:, :, 0], self.delta)
         if stability:
             best = 1 + jnp.argmax(iou[..., 1:], axis=-1)

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lens_jax.models.sam.config import Sam2Config
+from lens_jax.models.sam.config import DecoderConfig
 from lens_jax.models.sam.layers import gelu, layer_norm
 
 MASK_CHANNELS = 16
@@ -55,7 +55,7 @@ class PromptEncoder(nnx.Module):
     `no_mask` for the missing mask.
     """
 
-    def __init__(self, config: Sam2Config, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.image_size, self.embedding_size = config.image_size, config.embedding_size
         self.dtype = dtype
         dim, init = config.d_model, nnx.initializers.normal(1.0)
