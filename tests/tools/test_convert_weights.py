@@ -682,7 +682,7 @@ def test_a_checkpoint_without_sam_asks_for_it(tmp_path, official, capsys):
     tensors = {n: x for n, x in official.items() if not n.startswith("sam.")}
     golden.write_lens(GOLDEN, tmp_path / "lens", tensors)
     [error] = fails(capsys, tmp_path / "out", "--lens", tmp_path / "lens")
-    assert "name SAM 2's weights with --sam FILE" in error
+    assert "name SAM's weights with --sam FILE" in error
 
 
 def test_another_model_is_refused(files, tmp_path, capsys):
