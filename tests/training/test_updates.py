@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from transformers import AutoTokenizer
 
 from lens_jax import sharding
@@ -61,12 +62,11 @@ def completions(tokenizer, boxes) -> Rollout:
     return Rollout(*grouped)
 
 
-@pytest.fixture(scope="module")
-def stages():
+def make_stages(config) -> dict[str, Stage]:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     size = len(tokenizer) + 9
-    mllm = dataclasses.replace(micro.CONFIG.mllm, vocab_size=size, image_token_id=size - 1)
-    config = dataclasses.replace(micro.CONFIG, mllm=mllm)
+    mllm = dataclasses.replace(config.mllm, vocab_size=size, image_token_id=size - 1)
+    config = dataclasses.replace(config, mllm=mllm)
     model = micro.model(config)
     shapes = [((4, 4), (3, 4)), ((6, 4), (1, 2))]
     rows = [micro.row(config, *shapes[i % 2], seed=i) for i in range(B)]
@@ -95,6 +95,11 @@ def stages():
         (batch, completions(tokenizer, targets.box)),
     )
     return {"alignment": align, "grpo": reinforce}
+
+
+@pytest.fixture(scope="module")
+def stages():
+    return make_stages(micro.CONFIG)
 
 
 class Program:
@@ -141,6 +146,30 @@ def test_the_batch_gives_something_to_learn(expected):
     for metrics, _ in expected.values():
         assert np.isfinite(list(metrics.values())).all()
         assert metrics["grad_norm"] > 1e-3 and metrics["skipped_updates"] == 0
+
+
+def test_sam1_trains_as_sam2_does():
+    """A step of each stage; in stage 2 what prompts and decodes learns along."""
+    learns = {
+        "alignment": {"context/queries"},
+        "grpo": {
+            "context/queries",
+            "sam/sam_prompt_encoder/no_mask_embed/embedding",
+            "sam/sam_mask_decoder/mask_tokens/embedding",
+            "sam/sam_mask_decoder/output_upscaling/conv1/kernel",
+        },
+    }
+    for name, stage in make_stages(micro.WITH_SAM1).items():
+        program = Program(stage, mesh_of(1, data=1), 1)
+        metrics = program.step()
+        assert np.isfinite(list(metrics.values())).all()
+        assert metrics["grad_norm"] > 1e-3 and metrics["mask_iou"] > 0
+        gradients = {
+            "/".join(map(str, path)): np.asarray(x[...])
+            for path, x in nnx.to_flat_state(program.state.moments)
+        }
+        assert all(gradients[path].any() for path in learns[name])
+        assert not any(path.startswith("sam/image_encoder") for path in gradients)
 
 
 CASES = {  # stage, mesh, options of the table
