@@ -57,7 +57,7 @@ def evaluate(
         max_length: Tokens of prompt and completion together at most.
         official_masks: Count pixels that several polygons of one object cover as background.
         output: Write the scores as JSON.
-        rows: Write one JSON object for each expression.
+        rows: Write one JSON object for each expression; data.curriculum of a run can read it.
     """
     import dataclasses
     import json
@@ -95,7 +95,12 @@ def evaluate(
         lens, data, dataset=dataset, split=split, progress=progress
     )
     if rows is not None:
-        lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in outcomes]
+        lines = [
+            json.dumps(
+                dataclasses.asdict(row) | {"total_reward": row.total_reward}, ensure_ascii=False
+            )
+            for row in outcomes
+        ]
         rows.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if output is not None:
         output.write_text(json.dumps(scores, indent=2) + "\n")

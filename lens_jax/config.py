@@ -27,6 +27,7 @@ from jsonargparse.typing import (
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 
 Schedule = Literal["constant", "linear", "cosine"]
+Dataset = Literal["refcoco", "refcoco+", "refcocog", "reason_seg", "grounding_suite"]
 
 
 class ConfigError(Exception):
@@ -65,12 +66,24 @@ class ShapesConfig:
 class DataConfig:
     """What a run trains and evaluates on, and the static shapes its batches are padded to."""
 
-    dataset: Literal["refcoco", "refcoco+", "refcocog"] = "refcoco"
-    """Data set, in its original layout."""
+    dataset: Dataset = "refcoco"
+    """Data set, in its original layout; refcoco, refcoco+, refcocog, reason_seg or
+    grounding_suite."""
     data_dir: str | None = None
-    """The folder that holds refer_seg/; null: the generated set's place inside the run."""
+    """The folder that holds refer_seg/, reason_seg/ReasonSeg/ or GroundingSuite-Eval.jsonl; null:
+    the generated set's place inside the run."""
     split: str = "train"
     """The split trained on."""
+    mixture: tuple[Dataset, ...] = ()
+    """Data sets to train on together, instead of `dataset` alone."""
+    mixture_weights: tuple[PositiveFloat, ...] = ()
+    """How often each data set of `mixture` is drawn from, up to a factor; empty: by its size."""
+    curriculum: str | None = None
+    """File in each trained data set's folder (refer_seg/refcoco/) with ref_id and total_reward of
+    its refs, such as the rows of launch/evaluate.py: trains on refs between 0.2 and 1.8 alone, the
+    easy ones first."""
+    reasoning: bool = False
+    """Ask for a line of thought before the answer, in training and evaluation."""
     eval_split: str = "val"
     """The held-out split of evaluation.json."""
     eval_limit: PositiveInt | None = None
@@ -332,6 +345,7 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             "no start weights: give model.checkpoint, or model.mllm and model.sam to convert"
         )
+    _validate_data(config.data)
     if config.data.data_dir is None and config.data.shapes.train_scenes == 0:
         raise ConfigError("no data: give data.data_dir, or data.shapes.train_scenes to generate it")
     if config.grpo.steps and config.grpo.num_generations < 2:
@@ -348,6 +362,19 @@ def validate(config: RunConfig) -> None:
     for key in ("windows", "prompt_tokens", "answer_tokens", "canvas"):
         if not getattr(config.data, key):
             raise ConfigError(f"data.{key} is empty: give at least one bucket")
+
+
+def _validate_data(data: DataConfig) -> None:
+    if data.mixture_weights and len(data.mixture_weights) != len(data.mixture):
+        raise ConfigError(
+            f"data.mixture_weights names {len(data.mixture_weights)} weights for "
+            f"{len(data.mixture)} data sets of data.mixture: give one for each"
+        )
+    if len(set(data.mixture)) != len(data.mixture):
+        raise ConfigError("data.mixture names a data set twice: raise its weight instead")
+    for dataset in data.mixture or (data.dataset,):
+        if data.curriculum and not dataset.startswith("refcoco"):
+            raise ConfigError(f"data.curriculum: {dataset} has no refs, only RefCOCO's sets do")
 
 
 def check_batches(config: RunConfig, data: int, fsdp: int) -> None:

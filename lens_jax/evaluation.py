@@ -33,6 +33,11 @@ class Row:
     well_formed: bool
     ended: bool
 
+    @property
+    def total_reward(self) -> float:
+        """What training on RefCOCO rewards: the squared IoUs of box and mask."""
+        return (self.box_iou or 0.0) ** 2 + self.iou**2
+
 
 def evaluate(
     lens: Lens,

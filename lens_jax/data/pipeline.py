@@ -6,8 +6,11 @@ on (seed, i) alone. The position of a run in its data is therefore one integer.
 """
 
 import dataclasses
+import fractions
+import itertools
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -312,6 +315,37 @@ def stack(rows: Sequence[Example], sample_ids: Sequence[int], buckets: Buckets) 
     )
 
 
+class Order:
+    """Which sample comes when: an endless sequence, and a pure function of the seed.
+
+    Args:
+        sizes: samples of each part; a part's indices go on where the last one's end.
+        weights: the share of each part, up to a factor.
+        shuffle: every epoch of a part in an order of its own, else in the part's.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], seed: int, *, weights: Sequence[float], shuffle: bool = True
+    ):
+        if not all(sizes):
+            raise ValueError("a part of the training data is empty")
+        starts = np.cumsum([0, *sizes]).tolist()
+        parts = [grain.MapDataset.range(a, b) for a, b in itertools.pairwise(starts)]
+        self._parts = [(p.shuffle(seed=seed) if shuffle else p).repeat() for p in parts]
+        exact = [fractions.Fraction(weight) for weight in weights]
+        rest = list(itertools.accumulate(reversed(exact)))[::-1]
+        self._shares = [weight / total for weight, total in zip(exact, rest, strict=True)]
+
+    def __getitem__(self, number: int) -> int:
+        # Of n samples a part with share s takes floor(n s), the parts after it what is left.
+        for part, share in zip(self._parts, self._shares, strict=True):
+            taken = math.floor(number * share)
+            if math.floor((number + 1) * share) > taken:
+                return part[taken]
+            number -= taken
+        raise AssertionError("the last share is 1")
+
+
 class _Rows:
     """Which global sample numbers a process holds: of every batch, its contiguous share."""
 
@@ -336,12 +370,17 @@ class Pipeline:
     handed out since `start`, the samples of this process that were replaced because they could not
     be read or did not fit the largest bucket, and the masks made smaller to fit the canvas.
 
+    A `Joined` source with `weights` is drawn from in their proportion, exactly and evenly, each
+    part by its own permutations; otherwise every sample comes once before any comes again.
+
     With more than one process every batch takes the largest buckets, because a process does not
     see the sizes of the others' rows.
 
     Args:
         batch_size: rows of the global batch.
         seed: of the order and of the sentences, in 0..2**32 - 1.
+        weights: how often each part of the source is drawn from, up to a factor.
+        shuffle: False keeps the source's order, as a curriculum asks for.
         start: number of the first sample.
         num_threads: batches prepared at the same time.
         prefetch: batches kept ready.
@@ -355,6 +394,7 @@ class Pipeline:
         seed: int,
         *,
         buckets: Buckets,
+        weights: Sequence[float] | None = None,
         shuffle: bool = True,
         reasoning: bool = False,
         start: int = 0,
@@ -372,8 +412,8 @@ class Pipeline:
         self.position = start
         self.bad_samples = 0
         self.shrunken_masks = 0
-        order = grain.MapDataset.range(len(source))
-        self._order = (order.shuffle(seed=seed) if shuffle else order).repeat()
+        sizes = [len(source)] if weights is None else [len(part) for part in source.sources]
+        self._order = Order(sizes, seed, weights=weights or (1.0,), shuffle=shuffle)
         self._reported: set[int] = set()
         rows = _Rows(batch_size, process_index, process_count)
         batches = (

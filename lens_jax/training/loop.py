@@ -21,10 +21,19 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from lens_jax import checkpoints, sharding
-from lens_jax.config import ConfigError, RunConfig, check_batches, differences, dump_yaml, read_yaml
+from lens_jax.config import (
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    check_batches,
+    differences,
+    dump_yaml,
+    read_yaml,
+)
+from lens_jax.data import curriculum
 from lens_jax.data.pipeline import Buckets, Evaluation, EvaluationRow, Pipeline, Processor
-from lens_jax.data.sources import shapes
-from lens_jax.data.sources.refcoco import RefCoco
+from lens_jax.data.sample import Source
+from lens_jax.data.sources import Joined, open_source, shapes
 from lens_jax.evaluation import Row, evaluate
 from lens_jax.inference import Generation, Lens
 from lens_jax.models.inputs import Batch
@@ -66,7 +75,7 @@ class Run:
     params: nnx.State
     processor: Processor
     buckets: Buckets
-    train_source: RefCoco
+    train_source: Source
     held_out: Evaluation
     lens: Lens
     stopping: bool = False
@@ -234,6 +243,9 @@ def _train(
         settings.batch_size,
         config.seed,
         buckets=job.buckets,
+        weights=config.data.mixture_weights or None,
+        shuffle=config.data.curriculum is None,
+        reasoning=config.data.reasoning,
         start=position,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -320,6 +332,11 @@ def _prepare(config: RunConfig, directory: Path, start: Path) -> Run:
         scenes = {"train": data.shapes.train_scenes, data.eval_split: data.shapes.eval_scenes}
         shapes.write_refcoco(data_dir, scenes, data.shapes.seed)
     buckets = Buckets(data.prompt_tokens, data.windows, data.canvas, data.answer_tokens)
+    try:
+        train_source = _train_source(data, data_dir)
+        held_out = open_source(data.dataset, data.eval_split, data_dir, evaluation=True)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
     start_config, params = checkpoints.load_pretrained(start, dtype=jnp.float32)
     params.pop("unused", None)
@@ -346,16 +363,32 @@ def _prepare(config: RunConfig, directory: Path, start: Path) -> Run:
         params=state,
         processor=processor,
         buckets=buckets,
-        train_source=RefCoco(data_dir, data.dataset, data.split),
+        train_source=train_source,
         held_out=Evaluation(
-            RefCoco(data_dir, data.dataset, data.eval_split),
+            held_out,
             processor,
             data.eval_batch_size,
             buckets=buckets,
             limit=data.eval_limit,
+            reasoning=data.reasoning,
         ),
         lens=Lens(definition, state, processor, generation, mesh),
     )
+
+
+def _train_source(data: DataConfig, data_dir: Path) -> Source:
+    """What a run trains on: its data sets joined, by the curriculum if there is one."""
+    names = data.mixture or (data.dataset,)
+    sources = [open_source(name, data.split, data_dir) for name in names]
+    if data.curriculum is None:
+        return Joined(sources)
+    rewards = [
+        curriculum.read_rewards(data_dir / "refer_seg" / name / data.curriculum) for name in names
+    ]
+    if not data.mixture_weights:
+        return curriculum.easy_first(sources, rewards)
+    ordered = zip(sources, rewards, strict=True)
+    return Joined([curriculum.easy_first([source], [reward]) for source, reward in ordered])
 
 
 def score(job: Run, point: str) -> None:
@@ -398,9 +431,11 @@ def score(job: Run, point: str) -> None:
     lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows]
     (folder / f"{point}.jsonl").write_text("".join(lines))
     file.write_text(json.dumps(scores, indent=2) + "\n")
+    boxes = scores[point]["box_iou"]
     print(
-        f"{POINTS[point]}: box IoU {scores[point]['box_iou']:.3f}, gIoU {scores[point]['giou']:.3f}"
-        f", cIoU {scores[point]['ciou']:.3f} on {len(rows)} held-out expressions"
+        f"{POINTS[point]}: {'' if boxes is None else f'box IoU {boxes:.3f}, '}"
+        f"gIoU {scores[point]['giou']:.3f}, cIoU {scores[point]['ciou']:.3f} "
+        f"on {len(rows)} held-out expressions"
     )
 
 

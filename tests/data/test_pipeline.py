@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from lens_jax.data import images
-from lens_jax.data.pipeline import Buckets, Evaluation, Pipeline, Processor
+from lens_jax.data.pipeline import Buckets, Evaluation, Order, Pipeline, Processor
 from lens_jax.data.sample import Sample, SampleError
+from lens_jax.data.sources import Joined
 from lens_jax.data.sources.refcoco import RefCoco
 from tests.data.conftest import TINY
 
@@ -70,6 +71,43 @@ def test_each_epoch_is_another_permutation(processor, tokenizer):
         rows[k : k + 5] for k in range(0, 30, 5)
     ]
     assert take(make(processor, batch_size=5, seed=1), 2, tokenizer) != [rows[:5], rows[5:10]]
+
+
+@pytest.mark.parametrize(("weights", "sizes"), [((2, 1), (5, 3)), ((0.37, 1, 0.2), (4, 30, 7))])
+def test_parts_are_drawn_from_in_proportion(weights, sizes):
+    """At any point, evenly; of a part every sample once before any comes again."""
+    order = Order(sizes, 3, weights=weights)
+    drawn = [order[number] for number in range(400)]
+    ends = np.cumsum(sizes)
+    parts = np.searchsorted(ends, drawn, side="right")
+    counts = np.cumsum(parts[:, None] == np.arange(len(sizes)), axis=0)
+    share = np.array(weights) / sum(weights)
+    assert np.abs(counts - np.arange(1, 401)[:, None] * share).max() < len(sizes)
+    for part, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        own = [i for i, p in zip(drawn, parts, strict=True) if p == part]
+        epochs = [own[k : k + size] for k in range(0, len(own) - size + 1, size)]
+        assert len(epochs) > 5
+        assert all(sorted(epoch) == list(range(end - size, end)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert [order[number] for number in range(399, -1, -1)] == drawn[::-1]
+    assert [Order(sizes, 4, weights=weights)[number] for number in range(400)] != drawn
+    fixed = Order(sizes, 3, weights=weights, shuffle=False)
+    first = [i for i in map(fixed.__getitem__, range(400)) if i < sizes[0]]
+    assert first[: 2 * sizes[0]] == [*range(sizes[0])] * 2
+
+
+def test_a_mixture_of_sources(processor, tokenizer):
+    """Batches from two sources, resumed in the middle."""
+    mixed = Joined([Numbered(6), Numbered(40)])
+    rows = rows_of(make(processor, mixed, weights=(3, 1)), 8, tokenizer)
+    order = Order((6, 40), 0, weights=(3, 1))
+    indices = [order[number] for number in range(32)]
+    assert [int(row.split()[0]) for row in rows] == [i if i < 6 else i - 6 for i in indices]
+    assert sum(i < 6 for i in indices) == 24
+    rest = rows_of(make(processor, mixed, weights=(3, 1), start=12), 5, tokenizer)
+    assert rest == rows[12:]
+    with pytest.raises(ValueError, match="a part of the training data is empty"):
+        make(processor, Joined([Numbered(6), Numbered(0)]), weights=(1, 1))
 
 
 def test_unshuffled_is_in_order(processor, tokenizer):

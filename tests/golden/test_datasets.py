@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lens_jax.data import images, prompts
+from lens_jax.data import curriculum, images, prompts
 from lens_jax.data.sources import Joined
 from lens_jax.data.sources.grounding_suite import GroundingSuite
 from lens_jax.data.sources.reason_seg import ReasonSeg, label_map
@@ -71,6 +71,23 @@ def test_training_items(golden, train, coordinates):
         box = prompts.box_to_text(sample.box, sample.image.shape[:2], scale)
         assert list(box) == json.loads(item["solution"])
         assert prompts.Templates().messages(item["problem"]) == item["prompt"]
+
+
+def test_curriculum(golden, golden_dir):
+    """Which objects the official curriculum takes, in which order."""
+    items, _ = golden
+    (items,) = (value for key, value in items.items() if key.startswith("ReferSegCLDataset["))
+    names = ("refcoco", "refcoco+", "refcocog")
+    folder = golden_dir / "datasets"
+    chosen = curriculum.easy_first(
+        [RefCoco(folder, name, "train") for name in names],
+        [curriculum.read_rewards(folder / "refer_seg" / n / "curriculum.json") for n in names],
+    )
+    assert len(chosen) == len(items) > 0
+    for sample, item in zip(chosen, items, strict=True):
+        assert item["problem"] in sample.expressions
+        assert sample.image_path.endswith(item["image_path"].lstrip("./"))
+        assert sample.mask.sum() == item["mask"]["sum"]
 
 
 def evaluation_sets(items):

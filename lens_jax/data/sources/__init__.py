@@ -4,18 +4,15 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from lens_jax.data.sample import Sample, Source
 from lens_jax.data.sources.grounding_suite import GroundingSuite
 from lens_jax.data.sources.reason_seg import ReasonSeg
 from lens_jax.data.sources.refcoco import RefCoco
 
-Dataset = Literal["refcoco", "refcoco+", "refcocog", "reason_seg", "grounding_suite"]
-
 
 def open_source(
-    dataset: Dataset,
+    dataset: str,
     split: str,
     data_dir: str | Path,
     *,
@@ -25,6 +22,7 @@ def open_source(
     """A split of a data set by its name.
 
     Args:
+        dataset: refcoco, refcoco+, refcocog, reason_seg or grounding_suite.
         split: any for grounding_suite, which is one file.
         evaluation: ask as the official evaluation does, where that differs from training.
         official_masks: see `RefCoco`; the other data sets have no such masks.
@@ -58,3 +56,21 @@ class Joined:
             raise IndexError(index)
         part = bisect.bisect_right(self._ends, index)
         return self.sources[part][index - (self._ends[part - 1] if part else 0)]
+
+
+class Selected:
+    """Some samples of a source, in the order of `indices`."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices = source, tuple(indices)
+
+    @property
+    def num_expressions(self) -> list[int]:
+        counts = self.source.num_expressions
+        return [counts[i] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[self.indices[index]]
