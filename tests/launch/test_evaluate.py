@@ -35,6 +35,9 @@ def test_scores_rows_and_table(asked, tmp_path, capsys, flags):
     assert (scores["dataset"], scores["split"], scores["samples"]) == ("refcoco", "val", 5)
     assert [row["number"] for row in rows] == [0, 1, 2, 3, 4]
     assert all(row["union"] > 0 and row["expression"] and row["image"] for row in rows)
+    assert all(
+        row["total_reward"] == pytest.approx(row["box_iou"] ** 2 + row["iou"] ** 2) for row in rows
+    )
     inner, union = (sum(row[key] for row in rows) for key in ("intersection", "union"))
     assert scores["ciou"] == pytest.approx(inner / union)
     assert scores["giou"] == pytest.approx(sum(row["iou"] for row in rows) / 5, abs=1e-5)
