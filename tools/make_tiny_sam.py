@@ -3,15 +3,14 @@
     python -m tools.make_tiny_sam --output checkpoints/tiny/sam2
 
 It is to LENS what sam2_hiera_large is to the real one: a model that segments from points and boxes,
-here in generated pictures of shapes. Training has two parts. First the image encoder learns to say
+here in generated pictures of shapes. Training has three parts. First the image encoder learns to say
 what covers each spot of the picture. Then, like SAM, the whole model learns masks with a pixel and
 a dice loss on the single mask and on the others, and its own estimate of the IoU; heads that are
 thrown away ask every mask token for box and kind of its object. Without those two helps a prompt
 does not find its object in the time at hand: the masks are those of all objects at once.
 
-The defaults stop early, at masks of IoU 0.8 from boxes: LENS trains the mask decoder on in stage 2,
-and a run of minutes should show it. (An earlier form of this script, with other random numbers,
-reached 0.95 from boxes and 0.9 from single points after 1,500 steps.)
+At last the mask decoder alone learns masks with a margin, as a fine-tuned SAM might have learned
+from careless labels: LENS trains the decoder on in stage 2, and a run of minutes should show it.
 
 Prompts are points (one to three), boxes (tight or loose) and both, as SAM 2 feeds them, and single
 points or boxes without the token that ends a list: LENS prompts SAM with one token alone.
@@ -26,6 +25,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ import jsonargparse
 import numpy as np
 import optax
 from flax import nnx, struct
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 from safetensors.numpy import save_file
@@ -87,6 +88,8 @@ class Settings:
       output: directory to write.
       dense_steps: steps of the first part, on twice as many pictures.
       steps: steps of the second part.
+      loose_steps: steps of the third part.
+      margin: pixels around the object in the masks of the third part.
       images: pictures a step; every picture gets each kind of prompt twice.
       learning_rate: its peak; warm-up, then constant, in the second half linear decay.
       evaluation_scenes: held-out pictures, one object each.
@@ -95,7 +98,9 @@ class Settings:
 
     output: Path = Path("checkpoints/tiny/sam2")
     dense_steps: int = 300
-    steps: int = 350
+    steps: int = 1000
+    loose_steps: int = 150
+    margin: int = 2
     images: int = 8
     learning_rate: float = 2e-3
     evaluation_scenes: int = 256
@@ -231,6 +236,13 @@ def upsample(logits: Float[Array, "*batch h w"]) -> Float[Array, "*batch S S"]:
     return jax.image.resize(logits, (*logits.shape[:-2], shapes.SIDE, shapes.SIDE), "linear")
 
 
+def dilate(masks: Bool[Array, "*batch S S"], margin: int) -> Bool[Array, "*batch S S"]:
+    """The masks and every pixel at most `margin` rows and columns away."""
+    flat = masks.reshape(-1, *masks.shape[-2:]).astype(jnp.float32)
+    window = (1, 2 * margin + 1, 2 * margin + 1)
+    return lax.reduce_window(flat, 0.0, lax.max, window, (1, 1, 1), "SAME").reshape(masks.shape) > 0
+
+
 def iou(predicted: Bool[Array, "*batch S S"], true: Bool[Array, "*batch S S"]) -> Array:
     union = (predicted | true).sum((-2, -1))
     return (predicted & true).sum((-2, -1)) / jnp.maximum(union, 1)
@@ -303,12 +315,15 @@ def dense_objective(model: Pretraining, batch: Batch) -> tuple[Array, dict[str, 
     return cover_loss(model, features, batch.cover), {}
 
 
-def mask_objective(model: Pretraining, batch: Batch) -> tuple[Array, dict[str, Array]]:
-    """The second part: masks from prompts."""
+def mask_objective(
+    model: Pretraining, batch: Batch, margin: int = 0
+) -> tuple[Array, dict[str, Array]]:
+    """The second part: masks from prompts; with a margin of some pixels, the third."""
     features = model.sam.encode(model.sam.normalize(batch.pixels))
     losses, ious = [], []
     for length, points, targets in zip(LENGTHS, batch.points, batch.targets, strict=True):
         sparse = sparse_tokens(model.sam, length, points)
+        targets = targets.replace(masks=dilate(targets.masks, margin))
         loss, single = prompt_loss(model, features, sparse, targets)
         losses.append(loss)
         ious.append(single)
@@ -324,16 +339,17 @@ def optimize(
     steps: int,
     draw: Callable[[], Batch],
     name: str,
+    trained: Callable[[tuple, Any], bool] = lambda path, _: True,
 ) -> tuple[Pretraining, list[float]]:
-    """Adam on new batches; the model and the loss of every step."""
-    graph, params = nnx.split(model)
+    """Adam on new batches, for the parameters that are `trained`; the model and every loss."""
+    graph, params, frozen = nnx.split(model, trained, ...)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
     state = optimizer.init(params)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, batch):
+    def step(params, state, frozen, batch):
         def loss(params):
-            return objective(nnx.merge(graph, params), batch)
+            return objective(nnx.merge(graph, params, frozen), batch)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params)
@@ -341,10 +357,28 @@ def optimize(
 
     losses = []
     for _ in (progress := tqdm(range(steps), desc=name, mininterval=2.0)):
-        params, state, metrics = step(params, state, draw())
+        params, state, metrics = step(params, state, frozen, draw())
         losses.append(float(metrics["loss"]))
         progress.set_postfix({key: f"{float(value):.3f}" for key, value in metrics.items()})
-    return nnx.merge(graph, params), losses
+    return nnx.merge(graph, params, frozen), losses
+
+
+def in_mask_decoder(path: tuple, _: Any) -> bool:
+    return path[:2] == ("sam", "sam_mask_decoder")
+
+
+def loosen(model: Pretraining, settings: Settings, rng: np.random.Generator) -> Pretraining:
+    """The third part: the mask decoder alone learns masks with a margin."""
+    peak, steps = settings.learning_rate / 4, settings.loose_steps
+    return optimize(
+        model,
+        partial(mask_objective, margin=settings.margin),
+        optax.linear_schedule(peak, 0.05 * peak, steps),
+        steps,
+        lambda: draw_batch(rng, settings.images, 2),
+        "loose masks",
+        trained=in_mask_decoder,
+    )[0]
 
 
 def train(settings: Settings) -> tuple[Sam2, list[float]]:
@@ -377,7 +411,7 @@ def train(settings: Settings) -> tuple[Sam2, list[float]]:
         lambda: draw_batch(rng, settings.images, 2),
         "masks from prompts",
     )
-    return model.sam, losses
+    return loosen(model, settings, rng).sam, losses
 
 
 def evaluate(sam: Sam2, settings: Settings) -> dict[str, float]:
