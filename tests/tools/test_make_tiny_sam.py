@@ -30,7 +30,7 @@ def test_a_few_steps(tmp_path, monkeypatch):
     prompts = {"points+": (1, 1, -1), "box+": (2, 3, -1)}
     monkeypatch.setattr(make_tiny_sam, "PROMPTS", prompts)
     monkeypatch.setattr(make_tiny_sam, "LENGTHS", [3])
-    counts = {"dense_steps": 3, "steps": 12, "images": 2, "evaluation_scenes": 4}
+    counts = {"dense_steps": 3, "steps": 12, "loose_steps": 2, "images": 2, "evaluation_scenes": 4}
     arguments = [text for name, n in counts.items() for text in (f"--{name}", str(n))]
     make_tiny_sam.main([*arguments, "--learning_rate", "0.005", "--output", str(tmp_path)])
     record = json.loads((tmp_path / "training.json").read_text())
@@ -39,6 +39,16 @@ def test_a_few_steps(tmp_path, monkeypatch):
     scores = make_tiny_sam.evaluate(load(tmp_path), make_tiny_sam.Settings(evaluation_scenes=4))
     assert set(scores) == set(prompts) | {f"{prompt}, stability rule" for prompt in prompts}
     assert scores == pytest.approx(record["held_out_mean_iou"], abs=1e-3)
+
+
+def test_loose_masks_have_a_margin():
+    mask = np.zeros((1, 9, 9), bool)
+    mask[0, 3, 4] = mask[0, 0, 0] = True
+    wider = np.asarray(make_tiny_sam.dilate(mask, 2))
+    expected = np.zeros((1, 9, 9), bool)
+    expected[0, 1:6, 2:7] = expected[0, :3, :3] = True
+    np.testing.assert_array_equal(wider, expected)
+    np.testing.assert_array_equal(make_tiny_sam.dilate(mask, 0), mask)
 
 
 def test_batches_are_prompts_of_their_objects():
@@ -71,6 +81,7 @@ def test_shipped_weights_segment_held_out_pictures():
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 3.5 * 2**20
     settings = make_tiny_sam.Settings(evaluation_scenes=64, seed=1234)
     scores = make_tiny_sam.evaluate(load(SHIPPED), settings)
-    assert scores["box"] > 0.7 and scores["box+"] > 0.7
-    assert scores["point"] > 0.6 and scores["point+"] > 0.6
+    # They find the object and draw it with a margin.
+    assert 0.6 < scores["box"] < 0.8 and 0.6 < scores["box+"] < 0.8
+    assert 0.55 < scores["point"] < 0.8 and 0.55 < scores["point+"] < 0.8
     assert np.isfinite(list(scores.values())).all()
