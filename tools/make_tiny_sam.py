@@ -3,11 +3,11 @@
     python -m tools.make_tiny_sam --output checkpoints/tiny/sam2
 
 It is to LENS what sam2_hiera_large is to the real one: a model that segments from points and boxes,
-here in generated pictures of shapes. Training has three parts. First the image encoder learns to say
-what covers each spot of the picture. Then, like SAM, the whole model learns masks with a pixel and
-a dice loss on the single mask and on the others, and its own estimate of the IoU; heads that are
-thrown away ask every mask token for box and kind of its object. Without those two helps a prompt
-does not find its object in the time at hand: the masks are those of all objects at once.
+here in generated pictures of shapes. Training has three parts. First the image encoder learns to
+say what covers each spot of the picture. Then, like SAM, the whole model learns masks with a pixel
+and a dice loss on the single mask and on the others, and its own estimate of the IoU; heads that
+are thrown away ask every mask token for box and kind of its object. Without those two helps a
+prompt does not find its object in the time at hand: the masks are those of all objects at once.
 
 At last the mask decoder alone learns masks with a margin, as a fine-tuned SAM might have learned
 from careless labels: LENS trains the decoder on in stage 2, and a run of minutes should show it.
