@@ -107,7 +107,8 @@ def from_torch(
     if num_queries < 1:
         raise WeightsError([f"--num_queries: {num_queries} is not a positive number"])
     official = open_official(mllm, lens, sam, context, num_queries, seed)
-    plans = _plan(official.parts, parameter_shapes(LensConfig.from_dict(official.config)))
+    model = shapes_from(Path(mllm or lens), lambda: LensConfig.from_dict(official.config))
+    plans = _plan(official.parts, parameter_shapes(model))
     checkpoints.save_pretrained(
         output,
         _tensors(official.parts, plans, dtype),

@@ -204,7 +204,7 @@ def _notes(model: LensConfig, layout: Layout) -> tuple[str, ...]:
     notes = []
     if layout == "lens" and model.context_positions == "mrope":
         notes.append(
-            "trained with context_positions mrope: the official code gives passes with queries "
+            "context_positions is mrope here; the official code gives passes with queries "
             "plain positions, so that its masks will differ"
         )
     if layout == "lens" and (model.connector_depth, model.connector_heads) != (4, 16):
