@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from lens_jax import checkpoints
-from lens_jax.models.sam.config import Sam2Config
+from lens_jax.models.sam.config import PRESETS, Sam2Config
 from tests import micro
 from tests.golden import weights as golden
 from tests.tools.test_convert_weights import (
@@ -115,6 +115,11 @@ def test_safetensors_reads_what_was_written(tmp_path):
             assert str(theirs.dtype) == f"torch.{x.dtype}"
 
 
+def golden_sam() -> Sam2Config:
+    config = json.loads((GOLDEN / "lens_tiny" / "sam2_config.json").read_text())
+    return Sam2Config.from_dict(config)
+
+
 def test_settings_come_back(checkpoint, tmp_path, capsys):
     """What no official file says travels in lens_config.json."""
     ours = tmp_path / "ours"
@@ -123,7 +128,9 @@ def test_settings_come_back(checkpoint, tmp_path, capsys):
     (ours / checkpoints.CONFIG).write_text(json.dumps(config))
     checkpoints.write_manifest(ours)
     assert run("to_torch", checkpoint=ours, layout="lens", output=tmp_path / "lens") == 0
-    assert "plain positions" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "plain positions" in printed
+    assert ("SAM 2 large" in printed) == (golden_sam() != PRESETS["large"])
     from_torch(tmp_path / "again", lens=tmp_path / "lens")
     assert checkpoints.read_config(tmp_path / "again") == config
 
@@ -224,6 +231,19 @@ def test_positions_of_sam_that_contradict_are_refused(tmp_path, capsys):
     mllm = golden.write_mllm(GOLDEN, tmp_path / "mllm")
     assert run("from_torch", mllm=mllm, sam=tmp_path / "sam", output=tmp_path / "out") == 2
     assert "differs from prompt_encoder.shared_embedding" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_stacked_embeddings_have_as_many_rows_as_there_are_labels(tmp_path, capsys, rows):
+    tensors = hugging_face_sam(tmp_path / "sam", torch.float32)
+    name = "prompt_encoder.point_embed.weight"
+    tensors[name] = np.resize(tensors[name], (rows, SAM.d_model))
+    golden.write_safetensors(tmp_path / "sam", tensors)
+    mllm = golden.write_mllm(GOLDEN, tmp_path / "mllm")
+    assert run("from_torch", mllm=mllm, sam=tmp_path / "sam", output=tmp_path / "out") == 2
+    printed = capsys.readouterr().err
+    assert f"unexpected tensor sam.{name} with shape [{rows}, {SAM.d_model}]" in printed
+    assert "missing tensor sam.sam_prompt_encoder.point_embeddings.2.weight" in printed
 
 
 # --- verify ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -301,10 +302,13 @@ def _original_names(source: Source, config: SamConfig | Sam2Config, table: Table
                 [f"{source.where}: {family.HF_MATRIX_AGAIN} differs from {family.HF_MATRIX}"]
             )
     source, renamed = Source(tensors, source.where), {}
-    for original in [*(entry.source for entry in table.entries), *family.CARRIED_NAMES]:
-        name, row = family.hf_source(config, original)
+    originals = [*(entry.source for entry in table.entries), *family.CARRIED_NAMES]
+    places = {original: family.hf_source(config, original) for original in originals}
+    stacked = Counter(name for name, row in places.values() if row is not None)
+    for original, (name, row) in places.items():
         tensor = source.get(name)
-        if tensor is None:
+        # With too many rows or too few it stays as it is: unexpected, and the originals missing.
+        if tensor is None or (row is not None and tensor.shape[:1] != (stacked[name],)):
             continue
         tensors.pop(name, None)
         if row is not None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lens_jax import checkpoints
 from lens_jax.models.lens import LensConfig
+from lens_jax.models.sam.config import PRESETS
 from tools.convert_weights import configs, qwen_vl
 from tools.convert_weights import lens as lens_weights
 from tools.convert_weights.convert import lens_table, parameter_shapes, sam_family, shapes_from
@@ -212,4 +213,6 @@ def _notes(model: LensConfig, layout: Layout) -> tuple[str, ...]:
             f"the connector has {model.connector_depth} blocks of {model.connector_heads} heads, "
             "the official code builds 4 of 16"
         )
+    if layout == "lens" and model.sam != PRESETS["large"]:
+        notes.append("this SAM is not the one that the official code builds, SAM 2 large")
     return tuple(notes)
