@@ -203,6 +203,24 @@ def test_a_batch_holds_what_the_processor_made(processor, tokenizer, shapes_dir)
         )
 
 
+def test_answer_and_truth_share_their_coordinates(tokenizer):
+    """A picture of 180 x 90 is resized to 168 x 84; its sides are 1000 in the other scheme."""
+    mask = np.zeros((90, 180), bool)
+    image = np.zeros((90, 180, 3), np.uint8)
+    sample = Sample(image, ("it",), mask, np.float32([18, 45, 90, 90]), 0, 0, "")
+    expected = {"qwen2vl": (100, 500, 500, 1000), "qwen2p5vl": (17, 42, 84, 84)}
+    for coordinates, box in expected.items():
+        processor = Processor(tokenizer, sam_size=64, coordinates=coordinates)
+        example = processor.example(sample, "it")
+        assert example.box.tolist() == list(box)
+        text = tokenizer.decode(example.answer)
+        assert "<|box_start|>({},{}),({},{})<|box_end|>".format(*box) in text
+        back = processor.box_to_pixels(box, (90, 180))
+        np.testing.assert_allclose(back, sample.box, atol=0.6)
+    with pytest.raises(ValueError, match="coordinates: 'pixels' is none of qwen2p5vl, qwen2vl"):
+        Processor(tokenizer, sam_size=64, coordinates="pixels")
+
+
 def test_evaluation_sees_every_expression_once(processor, tokenizer):
     source = Numbered(5)
     expected = [f"{i} {letter}" for i in range(5) for letter in "abc"]

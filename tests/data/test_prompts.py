@@ -80,6 +80,14 @@ def test_boxes_there_and_back():
         prompts.coordinate_scale(resized, "qwen3")
 
 
+def test_thousandths_are_rounded_half_to_even():
+    """1 / 400 of a side is 2.5 thousandths, 3 / 400 are 7.5."""
+    scale = prompts.coordinate_scale((280, 504), "qwen2vl")
+    assert scale == (1000, 1000)
+    assert prompts.box_to_text((1, 3, 400, 200), (200, 400), scale) == (2, 15, 1000, 1000)
+    assert prompts.box_to_text((3, 1, 5, 199), (200, 400), scale) == (8, 5, 12, 995)
+
+
 def test_template_without_a_question_is_refused():
     with pytest.raises(ValueError, match="reasoning_question"):
         prompts.Templates(reasoning_question="Where is it?")

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from lens_jax import checkpoints
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.sam.config import PRESETS, Sam2Config
+from tests import qwen2_vl
 from tests.golden import weights as golden
 from tools.convert_weights import (
     WeightsError,
@@ -494,62 +495,21 @@ def test_hugging_face_directories(files, tmp_path, family, tied, shards, with_he
     assert checkpoints.read_config(tmp_path / "out")["coordinates"] == scheme
 
 
-def qwen2_lens(directory: Path, tied: bool, shards: int) -> dict[str, np.ndarray]:
-    """An official LENS-2B directory with golden's SAM; its tensors."""
-    mllm = dict(
-        architectures=["SAMR1ForConditionalGeneration_qwen2"],
-        model_type="qwen2_vl",
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        rope_theta=1e6,
-        rope_scaling={"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2]},
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=tied,
-        image_token_id=90,
-        num_of_query=3,
-        vision_config=dict(
-            depth=2,
-            embed_dim=16,
-            mlp_ratio=4,
-            num_heads=2,
-            hidden_size=32,
-            hidden_act="quick_gelu",
-            in_channels=3,
-            model_type="qwen2_vl",
-        ),
-    )
-    sam = json.loads((GOLDEN / "lens_tiny/sam2_config.json").read_text())
-    config = LensConfig.from_dict({"mllm": mllm, "sam": sam, "num_queries": 3})
-    shapes, rng = parameter_shapes(config), np.random.default_rng(4)
-    tensors = {
-        e.source: rng.standard_normal(e.transform.source_shape(shapes[e.target]), np.float32)
-        for e in lens_table(config).entries
-    }
-    golden.write_lens(GOLDEN, directory, tensors, shards)
-    (directory / "config.json").write_text(json.dumps(mllm))
-    return tensors
-
-
 @pytest.mark.parametrize(("tied", "shards"), [(True, 2), (False, 1)])
 def test_a_lens_on_qwen2_vl(tmp_path, tied, shards):
-    tensors = qwen2_lens(tmp_path / "lens", tied, shards)
-    assert {"visual.merger.ln_q.bias", "visual.blocks.1.mlp.fc2.weight"} <= tensors.keys()
-    assert ("lm_head.weight" in tensors) == (not tied)
-    from_torch(tmp_path / "out", lens=tmp_path / "lens")
+    tensors = qwen2_vl.write_lens(GOLDEN, tmp_path / "lens", tied=tied, shards=shards)
+    conversion = from_torch(tmp_path / "out", lens=tmp_path / "lens")
     config = checkpoints.read_config(tmp_path / "out")
     assert (config["coordinates"], config["context_positions"]) == ("qwen2vl", "text")
     assert_equal(official_from(read(tmp_path / "out"), lens_config(tmp_path / "out")), tensors)
+    assert conversion.dropped == ()
 
 
 def test_weights_of_the_other_family_are_refused(tmp_path, files, capsys):
-    """A config of Qwen2.5-VL, a file of Qwen2-VL: every stranger by name, and what is missing."""
-    qwen2_lens(tmp_path / "lens", True, 1)
+    """A config of Qwen2-VL, weights of Qwen2.5-VL: every stranger by name, and what is missing."""
+    qwen2 = qwen2_vl.write_mllm(GOLDEN, tmp_path / "qwen2")
     mllm = golden.write_mllm(GOLDEN, tmp_path / "mllm")
-    shutil.copy(tmp_path / "lens/config.json", mllm / "config.json")
+    shutil.copy(qwen2 / "config.json", mllm / "config.json")
     errors = fails(capsys, tmp_path / "out", "--mllm", mllm, "--sam", files / "sam")
     assert any("unexpected tensor visual.blocks.1.mlp.gate_proj.weight" in e for e in errors)
     assert any("missing tensor visual.blocks.1.mlp.fc1.weight" in e for e in errors)
