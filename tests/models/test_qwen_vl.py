@@ -22,6 +22,7 @@ from lens_jax.models.qwen_vl.head import logits
 from lens_jax.models.qwen_vl.language import LanguageModel
 from lens_jax.models.qwen_vl.vision import VisionTower
 from tests import micro
+from tools.convert_weights import parameter_shapes
 from tools.convert_weights.qwen_vl import official_name, table
 
 # 84 x 140 pixels and 112 x 84 are no multiples of either window.
@@ -248,6 +249,22 @@ def test_published_shapes_of_qwen2(size):
     assert mllm.vision.full_attention_blocks == tuple(range(32))
     assert mllm.vision.window_patches == 64 and mllm.vision.patch_dim == 1176
     assert parameters(mllm) == QWEN2_SIZES[size][-1]
+
+
+@pytest.mark.parametrize("size", ["2B", "7B"])
+def test_the_table_is_the_published_model(size):
+    """Names and shapes of transformers' own model."""
+    hf = published_qwen2(size)
+    mllm = QwenVLConfig.from_hf(hf)
+    with torch.device("meta"):
+        theirs = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**hf)).state_dict()
+    shapes = {official_name(name): tuple(x.shape) for name, x in theirs.items()}
+    if mllm.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    lens = dataclasses.replace(micro.CONFIG, mllm=mllm)
+    targets = parameter_shapes(lens)
+    ours = {e.source: e.transform.source_shape(targets[e.target]) for e in table(mllm).entries}
+    assert ours == shapes
 
 
 @pytest.mark.parametrize("size", QWEN2_SIZES)
