@@ -51,7 +51,8 @@ def test_a_step_of_each_stage():
     absent = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
     reward = UnifiedReward(text_rewards(tokenizer))
     definition, trained, frozen = split(model, in_grpo)
-    update = grpo.make_update(definition, absent, KEEP_GRADIENTS, reward, grpo.Objective(beta=0.0), 1)
+    objective = grpo.Objective(beta=0.0)
+    update = grpo.make_update(definition, absent, KEEP_GRADIENTS, reward, objective, 1)
     state, metrics = jax.jit(update)(
         create(trained, KEEP_GRADIENTS), frozen, policy, batch, written
     )
