@@ -19,7 +19,7 @@ from lens_jax.data.pipeline import Buckets, Processor
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.rewards import text_rewards
-from lens_jax.rollout.sampler import Rollout, rollout
+from lens_jax.rollout.sampler import Rollout, generate
 from lens_jax.rollout.sampling import GREEDY, Sampling
 
 Picture = UInt8[np.ndarray, "H W 3"] | Image.Image
@@ -90,25 +90,32 @@ class Responses:
     formats: dict[str, Bool[np.ndarray, "B"]]
 
 
-@partial(jax.jit, static_argnames=("definition", "generation", "sampling"))
+@partial(jax.jit, static_argnames=("definition", "max_new_tokens"))
 def _write(
-    state, prompts: Prompts, sample_id, key, limit, *, definition, generation: Generation, sampling
-) -> tuple[Rollout, Array]:
+    state, prompts: Prompts, sample_id, key, sampling, ends, limit, *, definition, max_new_tokens
+) -> tuple[Rollout, Array, Array | None]:
+    """Completions, the embedded prompts, and the queries' hidden states if the caches serve them.
+
+    They do where the mask pass has the rollout's positions; otherwise everything is read again.
+    """
     model = nnx.merge(definition, state)
     embedded = model.embed(prompts)
-    written = rollout(
+    written, *caches = generate(
         model,
         prompts,
         embedded,
         sample_id,
         key,
         num_completions=1,
-        max_new_tokens=generation.max_new_tokens,
-        end_tokens=generation.end_tokens,
+        max_new_tokens=max_new_tokens,
+        end_tokens=ends,
         sampling=sampling,
         limit=limit,
     )
-    return written, embedded
+    hidden = None
+    if model.config.context_positions == "mrope":
+        hidden = model.read_on(prompts, written.tokens, written.lengths, *caches)
+    return written, embedded, hidden
 
 
 @partial(jax.jit, static_argnames=("definition",))
@@ -117,12 +124,20 @@ def _embed(state, prompts: Prompts, *, definition) -> Array:
 
 
 @partial(jax.jit, static_argnames=("definition",))
-def _draw(state, prompts: Prompts, embedded, tokens, lengths, *, definition) -> tuple[Array, Array]:
-    """SAM's prompt token [B, E] and mask logits [B, h, w] for given completions."""
+def _read(state, prompts: Prompts, embedded, tokens, lengths, *, definition) -> Array:
+    return nnx.merge(definition, state).read(prompts, embedded, tokens, lengths)
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def _draw(state, prompts: Prompts, hidden, *, definition) -> tuple[Array, Array]:
+    """SAM's prompt token [B, E] and mask logits [B, h, w] from the queries' hidden states."""
     model = nnx.merge(definition, state)
-    hidden = model.read(prompts, embedded, tokens, lengths)
     masks = model.masks(model.sam_features(prompts), hidden, stability=True)
     return model.context(hidden)[:, 0], masks.logits[:, 0]
+
+
+def _round_up(length: int) -> int:
+    return -(-length // COMPLETION_BUCKET) * COMPLETION_BUCKET
 
 
 class Lens:
@@ -228,23 +243,25 @@ class Lens:
         if sampling is None:
             penalty = self.generation.repetition_penalty
             sampling = dataclasses.replace(GREEDY, repetition_penalty=penalty)
-        prompts, sample_id, limit = self._place((prompts, sample_id, limit))
-        written, embedded = _write(
+        longest = self.generation.max_new_tokens
+        limit = np.minimum(longest if limit is None else limit, np.full(len(sample_id), longest))
+        prompts, sample_id, limit = self._place((prompts, sample_id, limit.astype(np.int32)))
+        write, read, draw = (partial(f, definition=self.definition) for f in (_write, _read, _draw))
+        written, embedded, hidden = write(
             self.state,
             prompts,
             sample_id,
             jax.random.key(seed),
+            sampling,
+            np.array(self.generation.end_tokens, np.int32),
             limit,
-            definition=self.definition,
-            generation=self.generation,
-            sampling=sampling,
+            max_new_tokens=_round_up(longest),
         )
-        longest = int(written.lengths.max())
-        kept = -(-longest // COMPLETION_BUCKET) * COMPLETION_BUCKET
+        kept = _round_up(int(written.lengths.max()))
         tokens, lengths = written.tokens[:, 0, :kept], written.lengths[:, 0]
-        _, logits = _draw(
-            self.state, prompts, embedded, tokens, lengths, definition=self.definition
-        )
+        if hidden is None:
+            hidden = read(self.state, prompts, embedded, tokens, lengths)
+        _, logits = draw(self.state, prompts, hidden)
         text = dict(self._read_text(tokens, lengths))
         tokens, lengths, ended, logits, text = jax.device_get(
             (tokens, lengths, written.ended[:, 0], logits, text)
@@ -274,12 +291,12 @@ class Lens:
         if isinstance(completion, str):
             ids = self.processor.encoder.encode(completion)
         ids = np.asarray(ids, np.int32)
-        length = max(1, -(-len(ids) // COMPLETION_BUCKET)) * COMPLETION_BUCKET
-        tokens = np.pad(ids, (0, length - len(ids)))[None]
+        tokens = np.pad(ids, (0, _round_up(max(1, len(ids))) - len(ids)))[None]
         lengths = np.array([len(ids)], np.int32)
         prompts = self._prompts([image], [prompt], reasoning)
         embedded = _embed(self.state, prompts, definition=self.definition)
-        drawn = _draw(self.state, prompts, embedded, tokens, lengths, definition=self.definition)
+        hidden = _read(self.state, prompts, embedded, tokens, lengths, definition=self.definition)
+        drawn = _draw(self.state, prompts, hidden, definition=self.definition)
         return tuple(np.asarray(x[0], np.float32) for x in drawn)
 
     def _prompts(self, images, prompts, reasoning) -> Prompts:

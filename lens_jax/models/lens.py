@@ -17,7 +17,7 @@ from lens_jax.models.context import ContextModule
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.qwen_vl.head import token_log_probs
-from lens_jax.models.qwen_vl.language import LanguageModel
+from lens_jax.models.qwen_vl.language import CompletionCache, LanguageModel, PromptCache
 from lens_jax.models.qwen_vl.vision import VisionTower
 from lens_jax.models.sam.config import Sam2Config, SamConfig, sam_config
 from lens_jax.models.sam.mask_decoder import SamMasks
@@ -178,6 +178,36 @@ class LensModel(nnx.Module):
             jnp.tri(m, dtype=bool)[None, None],
             cache,
         )
+
+    def read_on(
+        self,
+        prompts: Prompts,
+        completions: Int[Array, "B G T"],
+        lengths: Int[Array, "B G"],
+        prompt: PromptCache,
+        past: CompletionCache,
+    ) -> Float[Array, "B G M D"]:
+        """The queries' hidden states after completions that the rollout has just written.
+
+        They go on from the rollout's caches, so this needs the positions of the rollout: scheme
+        `mrope`. Each completion's last token comes along, for no step of decoding has read it.
+        """
+        b, g, t = completions.shape
+        last = jnp.take_along_axis(completions, lengths[..., None] - 1, axis=2)
+        queries = self.context.queries[...]
+        own = self.language.embed_tokens(last)
+        queries = jnp.broadcast_to(queries.astype(own.dtype), (b, g, *queries.shape))
+        offsets = (lengths - 1)[..., None] + jnp.arange(1 + self.config.num_queries)
+        s = offsets.shape[-1]
+        before = jnp.arange(t) < (lengths - 1)[..., None, None]
+        mask = [jnp.broadcast_to(x, (b, g, s, x.shape[-1])) for x in (before, jnp.tri(s) > 0)]
+        return self.language.extend(
+            jnp.concatenate([own, queries], axis=2),
+            prompts.next_position[:, None, None] + offsets,
+            jnp.concatenate(mask, axis=-1),
+            prompt,
+            past,
+        )[:, :, 1:]
 
     def _positions(
         self, prompts: Prompts, scheme: str | None = None

@@ -4,6 +4,8 @@ The prompt runs once; its keys serve all completions of the group. Decoding is a
 that ends when every completion has.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from flax import struct
 from jax import lax, nn
@@ -12,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensModel
 from lens_jax.models.qwen_vl.head import logits as all_logits
+from lens_jax.models.qwen_vl.language import CompletionCache, PromptCache
 from lens_jax.rollout.sampling import Sampling, penalize, row_keys, sample
 
 
@@ -29,7 +32,12 @@ class Rollout:
     ended: Bool[Array, "B G"]
 
 
-def rollout(
+def rollout(*args, **options) -> Rollout:
+    """Draws completions; arguments as for `generate`."""
+    return generate(*args, **options)[0]
+
+
+def generate(
     model: LensModel,
     prompts: Prompts,
     embedded: Float[Array, "B P D"],
@@ -38,17 +46,20 @@ def rollout(
     *,
     num_completions: int,
     max_new_tokens: int,
-    end_tokens: tuple[int, ...],
+    end_tokens: Sequence[int] | Int[Array, "E"],
     sampling: Sampling,
     limit: Int[Array, "B"] | None = None,
-) -> Rollout:
+) -> tuple[Rollout, PromptCache, CompletionCache]:
     """Draws `num_completions` (G) completions of at most `max_new_tokens` (T) tokens a prompt.
-
-    `limit` cuts each prompt's completions short of that.
 
     `embedded` is what `model.embed` made of the prompts. Positions are Qwen's multimodal ones.
     Keys fold in sample, completion and token, so that a completion does not depend on what else is
-    in the batch.
+    in the batch. The caches returned with the completions, for `model.read_on`, hold every token
+    but the last of each.
+
+    Args:
+        end_tokens: each of them ends a completion; the first one pads it. May be traced.
+        limit: cuts each prompt's completions short of T; at least 1. May be traced.
     """
     language = model.language
     b, p = prompts.tokens.shape
@@ -57,36 +68,40 @@ def rollout(
     hidden, prompt_cache = language.prefill(embedded, prompts.positions, mask)
     last = jnp.take_along_axis(hidden, prompts.length[:, None, None] - 1, axis=1)
     keys = row_keys(key, sample_id, num_completions)
-    ends = jnp.asarray(end_tokens)
+    ends = jnp.asarray(end_tokens, jnp.int32)
+    limit = jnp.minimum(max_new_tokens, max_new_tokens if limit is None else limit)
+    limit = jnp.broadcast_to(limit, b)
     penalty = sampling.repetition_penalty
     rows = jnp.arange(b)[:, None, None], jnp.arange(num_completions)[None, :, None]
 
-    def finished(index, out):
-        return out.ended if limit is None else out.ended | (index >= limit[:, None])
-
-    def step(state):
-        index, hidden, cache, out, seen = state
+    def write(hidden, index, out, seen):
+        """Adds token `index` to the completions that go on."""
         z = all_logits(hidden, language.head)
         chosen_from = z if penalty == 1.0 else penalize(z, seen, penalty)
         token = sample(chosen_from, keys, index, sampling)
         log_prob = jnp.take_along_axis(nn.log_softmax(z), token[..., None], axis=-1)[..., 0]
         if penalty != 1.0:
             seen = seen.at[(*rows, token[..., None])].set(True)
-        over = finished(index, out)
+        over = out.ended | (index >= limit)[:, None]
         out = Rollout(
             tokens=out.tokens.at[:, :, index].set(jnp.where(over, ends[0], token)),
             lengths=out.lengths + ~over,
             log_probs=out.log_probs.at[:, :, index].set(jnp.where(over, 0.0, log_prob)),
-            ended=out.ended | (jnp.isin(token, ends) & ~over),
+            ended=out.ended | (~over & jnp.isin(token, ends)),
         )
+        return out, seen
+
+    def step(state):
+        index, cache, out, seen = state
+        token = lax.dynamic_index_in_dim(out.tokens, index, axis=2, keepdims=False)
         embedded = language.embed_tokens(token)
         position = prompts.next_position + index
         hidden, cache = language.decode(embedded, position, index, prompt_cache, cache)
-        return index + 1, hidden, cache, out, seen
+        return index + 1, cache, *write(hidden, index + 1, out, seen)
 
     def unfinished(state):
-        index, _, _, out, _ = state
-        return (index < max_new_tokens) & ~jnp.all(finished(index, out))
+        index, _, out, _ = state
+        return ~jnp.all(out.ended | (index + 1 >= limit)[:, None])
 
     seen = None
     if penalty != 1.0:
@@ -96,11 +111,13 @@ def rollout(
         ends_at = jnp.minimum(jnp.arange(p), prompts.length[:, None] - 1)[:, None]
         seen = seen.at[(*rows, jnp.take_along_axis(prompt_rows, ends_at, axis=2))].set(True)
     empty = Rollout(
-        tokens=jnp.full((*shape, max_new_tokens), ends[0], jnp.int32),
+        tokens=jnp.full((*shape, max_new_tokens), ends[0]),
         lengths=jnp.zeros(shape, jnp.int32),
         log_probs=jnp.zeros((*shape, max_new_tokens), jnp.float32),
         ended=jnp.zeros(shape, bool),
     )
     start = jnp.broadcast_to(last, (*shape, last.shape[-1]))
     cache = language.empty_cache(*shape, max_new_tokens)
-    return lax.while_loop(unfinished, step, (jnp.int32(0), start, cache, empty, seen))[3]
+    state = jnp.int32(0), cache, *write(start, jnp.int32(0), empty, seen)
+    _, cache, out, _ = lax.while_loop(unfinished, step, state)
+    return out, prompt_cache, cache

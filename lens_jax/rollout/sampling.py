@@ -1,21 +1,24 @@
 """Choosing the next token: temperature, then top-k, then top-p inside the k."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Sampling:
-    """How to draw. `top_k` 0 keeps the whole vocabulary, 1 is greedy whatever the rest says."""
+    """How to draw. `top_k` 0 keeps the whole vocabulary, 1 is greedy whatever the rest says.
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    The temperature, one for all or one for each prompt ([B, 1]), may be traced: another one
+    compiles nothing. The rest is part of the program.
+    """
+
+    temperature: float | Float[Array, "..."] = 1.0
+    top_k: int = struct.field(pytree_node=False, default=0)
+    top_p: float = struct.field(pytree_node=False, default=1.0)
+    repetition_penalty: float = struct.field(pytree_node=False, default=1.0)
 
 
 GREEDY = Sampling(top_k=1)
@@ -37,15 +40,19 @@ def sample(
     """Draws token `index` of every completion; ties of the greedy choice go to the lower id."""
     if sampling.top_k == 1:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    size = logits.shape[-1]
-    values, ids = lax.top_k(logits, min(sampling.top_k or size, size))
-    scaled = values / sampling.temperature
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+    size = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    draw = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, (size,))))
+    noise = draw(fold(keys, index))
+    temperature = jnp.asarray(sampling.temperature)[..., None]
+    if size == logits.shape[-1] and sampling.top_p >= 1.0:
+        return jnp.argmax(logits / temperature + noise, axis=-1).astype(jnp.int32)
+    values, ids = lax.top_k(logits, size)
+    scaled = values / temperature
     probs = jax.nn.softmax(scaled, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
     scaled = jnp.where(before < sampling.top_p, scaled, -jnp.inf)
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
-    draw = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, scaled.shape[-1:])))
-    choice = jnp.argmax(scaled + draw(fold(keys, index)), axis=-1, keepdims=True)
+    choice = jnp.argmax(scaled + noise, axis=-1, keepdims=True)
     return jnp.take_along_axis(ids, choice, axis=-1)[..., 0].astype(jnp.int32)
 
 

@@ -13,7 +13,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from lens_jax.models.lens import split_policy
 from lens_jax.models.qwen_vl.head import logits
 from lens_jax.models.qwen_vl.language import LanguageModel
-from lens_jax.rollout.sampler import rollout
+from lens_jax.rollout.sampler import generate, rollout
 from lens_jax.rollout.sampling import GREEDY, Sampling
 from tests import micro
 
@@ -187,6 +187,78 @@ def test_a_limit_cuts_each_prompts_completions(policy, drawn):
     np.testing.assert_array_equal(cut.log_probs, np.where(kept, drawn.log_probs, 0.0))
 
 
+def test_limits_ends_and_temperature_compile_nothing(policy, drawn):
+    definition, params, rest = policy
+    prompts = micro.collate(micro.CONFIG, ROWS)
+
+    @jax.jit
+    def run(params, temperature, ends, limit):
+        model = nnx.merge(definition, params, rest)
+        return rollout(
+            model,
+            prompts,
+            model.embed(prompts),
+            IDS,
+            jax.random.key(0),
+            num_completions=2,
+            max_new_tokens=T,
+            end_tokens=ends,
+            sampling=RANDOM.replace(temperature=temperature),
+            limit=limit,
+        )
+
+    ends = np.array(ENDS, np.int32)
+    unlimited = run(params, 3.0, ends, np.full(3, T))
+    jax.tree.map(np.testing.assert_array_equal, unlimited.tokens, drawn.tokens)
+
+    limit = np.array([2, 5, 1])
+    limited = run(params, 3.0, ends, limit)
+    np.testing.assert_array_equal(limited.lengths, np.minimum(drawn.lengths, limit[:, None]))
+
+    cold = jax.device_get(run(params, 1e-3, np.full_like(ends, 66), np.full(3, T)))
+    greedy = draw(policy, ROWS, IDS, sampling=GREEDY, ends=(66,))
+    np.testing.assert_array_equal(cold.tokens, greedy.tokens)
+    assert run._cache_size() == 1
+
+
+def test_every_prompt_has_its_own_temperature(policy, drawn):
+    mixed = np.array([[3.0], [1e-3], [3.0]])
+    other = draw(policy, ROWS, IDS, sampling=RANDOM.replace(temperature=mixed))
+    greedy = draw(policy, ROWS, IDS, sampling=GREEDY)
+    np.testing.assert_array_equal(other.tokens[[0, 2]], drawn.tokens[[0, 2]])
+    np.testing.assert_array_equal(other.tokens[1], greedy.tokens[1])
+
+
+def test_queries_go_on_from_the_caches(policy):
+    """What `read_on` computes equals a second pass over prompt and completion."""
+    definition, params, rest = policy
+    prompts = micro.collate(micro.CONFIG, ROWS, more_tokens=2)
+
+    @jax.jit
+    def both(params):
+        model = nnx.merge(definition, params, rest)
+        embedded = model.embed(prompts)
+        written, *caches = generate(
+            model,
+            prompts,
+            embedded,
+            IDS,
+            jax.random.key(0),
+            num_completions=2,
+            max_new_tokens=T,
+            end_tokens=ENDS,
+            sampling=RANDOM,
+        )
+        tokens, lengths = written.tokens, written.lengths
+        again = model.hidden_states(prompts, embedded, tokens, lengths, with_queries=True)[1]
+        return written, model.read_on(prompts, tokens, lengths, *caches), again[:, :, T:]
+
+    written, ours, expected = both(params)
+    micro.close(ours, expected, 1e-5)
+    ragged = np.unique(written.lengths)
+    assert ragged[0] == 1 and ragged[-1] == T and len(ragged) > 2, ragged
+
+
 @pytest.mark.parametrize("ends", [ENDS, tuple(range(67))])
 def test_the_loop_stops_when_all_have_ended(policy, monkeypatch, ends):
     steps = []
@@ -199,5 +271,6 @@ def test_the_loop_stops_when_all_have_ended(policy, monkeypatch, ends):
     monkeypatch.setattr(LanguageModel, "decode", counting)
     out = draw(policy, ROWS, IDS, sampling=RANDOM, ends=ends)
     jax.effects_barrier()
-    assert sorted(steps) == list(range(out.lengths.max()))
-    assert len(ends) < 67 or steps == [0]
+    # The first token comes from the prompt's pass, and nothing follows the last one.
+    assert sorted(steps) == list(range(out.lengths.max() - 1))
+    assert len(ends) < 67 or not steps

@@ -21,8 +21,7 @@ class PromptCache:
     mask: Bool[Array, "B P"]
 
     def layer(self, index) -> Prefix:
-        pick = lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
-        return Prefix(pick(self.keys), pick(self.values), self.mask)
+        return Prefix(_pick(self.keys, index), _pick(self.values, index), self.mask)
 
 
 @struct.dataclass
@@ -31,6 +30,9 @@ class CompletionCache:
 
     keys: Float[Array, "layers B G T K H"]
     values: Float[Array, "layers B G T K H"]
+
+    def layer(self, index) -> tuple[Float[Array, "B G T K H"], Float[Array, "B G T K H"]]:
+        return _pick(self.keys, index), _pick(self.values, index)
 
 
 class DecoderLayer(nnx.Module):
@@ -160,19 +162,30 @@ class LanguageModel(nnx.Module):
         self,
         own: Float[Array, "B G S D"],
         own_positions: Int[Array, "B G S"],
-        own_mask: Bool[Array, "B G S S"],
-        cache: PromptCache,
+        mask: Bool[Array, "B G S C+S"],
+        prompt: PromptCache,
+        past: CompletionCache | None = None,
     ) -> Float[Array, "B G S D"]:
-        """Hidden states of tokens that follow what `prefill` has read.
+        """Hidden states of tokens that follow what `prefill` and `decode` have read.
 
         The same numbers as `packed` gives, but a gradient with respect to `own` stops at the cache.
+
+        Args:
+            mask: what each token sees of the C cached ones of its completion (`past`; none
+                without it), and then of its own kind.
         """
         b, g, s = own_positions.shape
         rotation = self.rotation(jnp.broadcast_to(own_positions[:, :, None], (b, g, 3, s)))
 
         def step(layer, carry):
             x, index = carry
-            attended = attention(*layer.project(x, rotation), own_mask, cache.layer(index))
+            queries, keys, values = layer.project(x, rotation)
+            if past is not None:
+                keys, values = (
+                    jnp.concatenate([before, y], axis=2)
+                    for before, y in zip(past.layer(index), (keys, values), strict=True)
+                )
+            attended = attention(queries, keys, values, mask, prompt.layer(index))
             return (layer.combine(x, attended), index + 1), None
 
         (x, _), _ = layers.scan(self.layers, step, (own, jnp.int32(0)))
@@ -207,13 +220,17 @@ class LanguageModel(nnx.Module):
             layer = layers.layer(self.layers, i)
             query, key, value = layer.project(x, rotation)
             keys, values = write(keys, key, i), write(values, value, i)
-            own = (lax.dynamic_index_in_dim(y, i, keepdims=False) for y in (keys, values))
+            own = CompletionCache(keys, values).layer(i)
             return layer.combine(x, attention(query, *own, mask, prompt.layer(i))), keys, values
 
         # The loop carries the cache, so that it is updated in place; a scan would copy it.
         carry = (token[:, :, None], cache.keys, cache.values)
         x, keys, values = lax.fori_loop(0, self.config.num_layers, step, carry)
         return self.norm(x)[:, :, 0], CompletionCache(keys, values)
+
+
+def _pick(stack, index):
+    return lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
 
 def _causal(mask: Bool[Array, "B P"]) -> Bool[Array, "B 1 P P"]:
