@@ -1,5 +1,6 @@
 """What the benchmarks share: sizes, random weights and inputs, timing side by side, the report."""
 
+import argparse
 import dataclasses
 import json
 import statistics
@@ -197,6 +198,20 @@ class Inputs:
     patches: Float[np.ndarray, "B N C"]
     """`prompts.patches` in the official order: merged units row-major, without padding."""
     targets: Targets
+
+
+def parser(description: str, *, repeats: int) -> argparse.ArgumentParser:
+    """The flags of every benchmark: --size, --device, --repeats, --json."""
+    flags = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--size", choices=SIZES, default="small", help="Default: small.")
+    flags.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="Default: cpu.")
+    flags.add_argument(
+        "--repeats", type=int, default=repeats, help=f"Rounds of both sides (default {repeats})."
+    )
+    flags.add_argument("--json", type=Path, help="File for {name: {ours, theirs, ratio, unit}}.")
+    return flags
 
 
 def use(device: Device) -> None:
