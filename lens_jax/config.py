@@ -223,6 +223,9 @@ class RunConfig:
     """Of matrix products; parameters, norms, losses and rewards are float32 in both."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Attention kernel; auto takes the best one for the platform."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What layers compute again in the backward pass to save memory: nothing, all but matrix
+    products, or everything. Gradients stay the same."""
     samples: NonNegativeInt = 12
     """Held-out expressions shown in samples/ and report.html."""
     model: ModelConfig = ModelConfig()

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.rollout.sampler import rollout
 from lens_jax.rollout.sampling import Sampling
 from lens_jax.training import alignment, drawing, grpo, report
+from lens_jax.training.compilations import Compilations
 from lens_jax.training.metrics import StageLog
 from lens_jax.training.state import (
     TrainState,
@@ -55,7 +57,7 @@ from lens_jax.training.state import (
 )
 
 POINTS = {"before": "before", "after_alignment": "after stage 1", "after_grpo": "after stage 2"}
-Step = Callable[[TrainState, Batch, int], tuple[TrainState, dict[str, Any]]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
 class Stopped(Exception):
@@ -78,6 +80,7 @@ class Run:
     train_source: Source
     held_out: Evaluation
     lens: Lens
+    compilations: Compilations
     stopping: bool = False
 
 
@@ -96,8 +99,8 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
         print(f"{directory} is finished: see {directory / 'report.html'}")
         return
     precision = "highest" if config.precision == "float32" else "default"
-    with jax.default_matmul_precision(precision):
-        job = _prepare(config, directory, start())
+    with jax.default_matmul_precision(precision), Compilations() as compilations:
+        job = _prepare(config, directory, start(), compilations)
         signal.signal(signal.SIGTERM, lambda *_: setattr(job, "stopping", True))
         score(job, "before")
         if config.alignment.steps:
@@ -107,6 +110,7 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
             reinforce(job)
             score(job, "after_grpo")
         finish(job)
+    print(compilations)
 
 
 # ---- the stages ----------------------------------------------------------------------------------
@@ -124,12 +128,16 @@ def align(job: Run) -> None:
         out_shardings=(places, None),
     )
 
-    def step(state: TrainState, batch: Batch, _: int):
+    @jax.jit
+    def tokens_read(batch: Batch):
+        return batch.prompts.length.sum() + batch.targets.answer_length.sum()
+
+    def step(state: TrainState, batch: Batch):
         begin = time.perf_counter()
         state, metrics = update(state, frozen, batch)
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - begin
-        tokens = int(np.sum(batch.prompts.length) + np.sum(batch.targets.answer_length))
+        tokens = int(jax.device_get(tokens_read(batch)))
         return state, metrics | {"update_seconds": seconds, "tokens_per_second": tokens / seconds}
 
     state = jax.jit(partial(create, optimizer=optimizer), out_shardings=places)(trained)
@@ -143,8 +151,13 @@ def reinforce(job: Run) -> None:
     model = nnx.merge(job.model, job.params)
     _, policy, rest = split_policy(model)
     shapes_of_rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
-    lighten = jax.jit(lambda state: jax.tree.map(lambda x: x.astype(_dtype(config)), state))
-    reference = lighten(policy)
+
+    def lighten(policy: nnx.State) -> nnx.State:
+        return jax.tree.map(lambda x: x.astype(_dtype(config)), policy)
+
+    # From the layout of training to that of sampling: light, and whole on every device.
+    relayout = jax.jit(lighten, out_shardings=sharding.replicated(job.mesh))
+    reference = jax.jit(lighten)(policy)
 
     definition, trained, frozen = split(model, in_grpo)
     schedule, optimizer = _optimizer(settings)
@@ -187,26 +200,32 @@ def reinforce(job: Run) -> None:
         out_specs=sharding.BATCH,
         check_vma=False,
     )
-    def write(policy, batch: Batch, key):
+    def write(policy, batch: Batch, index):
         model = nnx.merge(job.model, policy, shapes_of_rest)
+        key = jax.random.fold_in(jax.random.key(config.seed), index)
         return draw(model, batch.prompts, model.embed(batch.prompts), batch.sample_id, key)
 
-    def step(state: TrainState, batch: Batch, index: int):
-        begin = time.perf_counter()
-        policy = reference
-        if sample.policy == "current":
-            policy = lighten(split_policy(nnx.merge(definition, state.params, frozen))[1])
-        key = jax.random.fold_in(jax.random.key(config.seed), index)
-        written = jax.block_until_ready(write(policy, batch, key))
-        middle = time.perf_counter()
+    base = jax.block_until_ready(relayout(policy)) if sample.policy == "base" else None
+
+    def step(state: TrainState, batch: Batch):
+        times = [time.perf_counter()]
+        policy = base
+        if policy is None:
+            policy = relayout(split_policy(nnx.merge(definition, state.params, frozen))[1])
+            jax.block_until_ready(policy)
+        times.append(time.perf_counter())
+        written = jax.block_until_ready(write(policy, batch, state.step))
+        times.append(time.perf_counter())
         state, metrics = update(state, frozen, reference, batch, written)
         metrics = jax.device_get(metrics)
-        end = time.perf_counter()
+        times.append(time.perf_counter())
         tokens = metrics["completion_length"] * written.lengths.size
+        relaid, rolled, updated = np.diff(times)
         return state, metrics | {
-            "rollout_seconds": middle - begin,
-            "update_seconds": end - middle,
-            "tokens_per_second": tokens / (end - begin),
+            "relayout_seconds": relaid,
+            "rollout_seconds": rolled,
+            "update_seconds": updated,
+            "tokens_per_second": tokens / (times[-1] - times[0]),
         }
 
     # Stage 2 goes on in the data where stage 1 stopped: no scene is needed twice.
@@ -250,12 +269,20 @@ def _train(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    batches = _ahead(pipeline, job.mesh)
     with StageLog(job.directory, stage, steps=settings.steps, step=done) as log:
         for index in range(done, settings.steps):
-            batch = sharding.global_batch(next(pipeline), job.mesh)
-            state, metrics = step(state, batch, index)
-            count, seen = pipeline.bad_samples, pipeline.position - position
-            metrics |= {"learning_rate": float(schedule(index)), "bad_samples": count}
+            batch, upcoming, count = next(batches)
+            compiled = job.compilations.count
+            # What a step needs is on device already: a hidden transfer would be a mistake.
+            with jax.transfer_guard("disallow"):
+                state, metrics = step(state, batch)
+            seen = upcoming - position
+            metrics |= {
+                "learning_rate": float(schedule(index)),
+                "bad_samples": count,
+                "compilations": job.compilations.count - compiled,
+            }
             log.write(index + 1, metrics)
             if count > max(1.0, config.data.max_bad * seen):
                 raise ConfigError(
@@ -264,12 +291,30 @@ def _train(
                 )
             last = index + 1 == settings.steps
             if last or job.stopping or (index + 1) % config.checkpoint.every == 0:
-                store.save(index + 1, {"state": state, "position": pipeline.position, "key": key})
+                store.save(index + 1, {"state": state, "position": upcoming, "key": key})
             if job.stopping:
                 store.wait()
                 raise Stopped(f"stopped after {stage} step {index + 1}; saved in {store.directory}")
     store.wait()
     return state
+
+
+def _ahead(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Iterator[tuple[Batch, int, int]]:
+    """Batches on device, each brought there by a thread while the one before it is in use.
+
+    With each come the pipeline's position and count of bad samples after it.
+    """
+
+    def bring() -> tuple[Batch, int, int]:
+        batch = sharding.global_batch(next(pipeline), mesh)
+        return batch, pipeline.position, pipeline.bad_samples
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(bring)
+        while True:
+            batch = coming.result()
+            coming = pool.submit(bring)
+            yield batch
 
 
 def _places(job: Run, trained: nnx.State, optimizer) -> TrainState:
@@ -320,7 +365,9 @@ def _dtype(config: RunConfig):
     return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.precision]
 
 
-def _prepare(config: RunConfig, directory: Path, start: Path) -> Run:
+def _prepare(
+    config: RunConfig, directory: Path, start: Path, compilations: Compilations
+) -> Run:
     """Mesh, data and model."""
     if config.attention in ("splash", "cudnn"):
         raise ConfigError(f"attention: {config.attention} is not supported yet, use auto or xla")
@@ -344,7 +391,7 @@ def _prepare(config: RunConfig, directory: Path, start: Path) -> Run:
     if config.model.context_positions:
         start_config["context_positions"] = config.model.context_positions
     lens_config = LensConfig.from_dict(start_config)
-    definition, state = nnx.split(abstract(lens_config, dtype=_dtype(config)))
+    definition, state = nnx.split(abstract(lens_config, dtype=_dtype(config), remat=config.remat))
     places = sharding.shardings(state, mesh, kv_heads=lens_config.mllm.num_kv_heads)
     nnx.replace_by_pure_dict(state, params)
     state = jax.device_put(state, places)
@@ -373,6 +420,7 @@ def _prepare(config: RunConfig, directory: Path, start: Path) -> Run:
             reasoning=data.reasoning,
         ),
         lens=Lens(definition, state, processor, generation, mesh),
+        compilations=compilations,
     )
 
 
