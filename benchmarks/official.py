@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensModel, Score
 from lens_jax.models.qwen_vl.head import logits
-from lens_jax.models.sam.sam2 import SamFeatures, SamMasks
+from lens_jax.models.sam.mask_decoder import SamMasks
+from lens_jax.models.sam.segmenter import SamFeatures
 
 
 class OfficialLayout:
@@ -77,11 +78,11 @@ class OfficialLayout:
         )
 
         log_probs = jax.nn.log_softmax(logits(hidden, model.language.head))
-        ahead = jnp.concatenate([prompts.length[:, None] - 1, p + jnp.tile(jnp.arange(t - 1), (n, 1))], 1)
+        ahead = jnp.concatenate(
+            [prompts.length[:, None] - 1, p + jnp.tile(jnp.arange(t - 1), (n, 1))], 1
+        )
         log_probs = jnp.take_along_axis(log_probs, ahead[..., None], axis=1)
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
         taken = jnp.take_along_axis(log_probs, tokens[..., None], axis=2)[..., 0]
         read = hidden[:, p + t :].reshape(*shape[:2], -1, hidden.shape[-1])
-        return Score(
-            taken.reshape(shape), entropy.reshape(shape), read if with_queries else None
-        )
+        return Score(taken.reshape(shape), entropy.reshape(shape), read if with_queries else None)

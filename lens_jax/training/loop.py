@@ -365,9 +365,7 @@ def _dtype(config: RunConfig):
     return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.precision]
 
 
-def _prepare(
-    config: RunConfig, directory: Path, start: Path, compilations: Compilations
-) -> Run:
+def _prepare(config: RunConfig, directory: Path, start: Path, compilations: Compilations) -> Run:
     """Mesh, data and model."""
     if config.attention in ("splash", "cudnn"):
         raise ConfigError(f"attention: {config.attention} is not supported yet, use auto or xla")

@@ -60,7 +60,9 @@ def program(config, group, with_reference, layout):
         return total, metrics, gradients
 
     arguments = trained, frozen, reference, rest, batch, rollout
-    return run.lower(*arguments).compile(), arguments
+    # Compiled quickly rather than well: most of this file's time goes there.
+    options = {"xla_backend_optimization_level": 0}
+    return run.lower(*arguments).compile(options), arguments
 
 
 def largest_buffer(compiled) -> int:
@@ -70,11 +72,9 @@ def largest_buffer(compiled) -> int:
 
 
 CASES = [  # group, positions, reference
-    (1, "mrope", True),
+    (1, "mrope", False),
     (3, "text", True),
-    (3, "mrope", False),
     (8, "mrope", True),
-    (8, "text", False),
 ]
 
 

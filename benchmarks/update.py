@@ -1,0 +1,338 @@
+"""The update of stage 2 against the official layout, in JAX and in PyTorch.
+
+One update of a group of G completions on the same weights, inputs, completions and rewards: score
+by policy and reference, masks, losses, gradients, clipping, AdamW. Losses and gradient norms of all
+sides must agree before anything is timed.
+
+    python benchmarks/update.py --size small --device cpu --json update.json
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks import common
+from benchmarks.official import OfficialLayout
+from lens_jax import flops
+from lens_jax.data.images import window_layout
+from lens_jax.models.inputs import Batch, Prompts, Targets
+from lens_jax.models.lens import LensConfig, abstract, split_policy
+from lens_jax.rewards.unified import Rewards
+from lens_jax.rollout.sampler import Rollout
+from lens_jax.training import grpo
+from lens_jax.training.advantages import group_normalized
+from lens_jax.training.state import (
+    apply,
+    create,
+    in_grpo,
+    make_optimizer,
+    split,
+)
+
+OBJECTIVE = grpo.Objective(beta=0.04)
+LEARNING_RATE, MAX_GRAD_NORM = 3e-6, 1.0
+OPTIMIZER = make_optimizer(
+    lambda _: LEARNING_RATE, b1=0.9, b2=0.999, weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM
+)
+# Relative differences of losses and gradient norms between the sides.
+TOLERANCE = {jnp.float32: 1e-3, jnp.bfloat16: 5e-2}
+
+
+def given(earned: np.ndarray) -> Callable[..., Rewards]:
+    """A reward that is known: `earned` [B, G]."""
+
+    def reward(*_):
+        x = jnp.asarray(earned)
+        return Rewards(x[..., None], x, x, x, ("given",))
+
+    return reward
+
+
+def official_update(
+    definition: nnx.GraphDef, absent: nnx.State, reward: Callable[..., Rewards]
+) -> grpo.Update:
+    """As `grpo.make_update`, in the official layout."""
+
+    def update(state, frozen, reference, batch, rollout):
+        group = rollout.lengths.shape[1]
+        past = OfficialLayout(nnx.merge(definition, reference, absent), group)
+
+        def loss(params):
+            model = OfficialLayout(nnx.merge(definition, params, frozen), group)
+            return grpo.sums(model, past, batch, rollout, reward, OBJECTIVE)
+
+        sums = jax.grad(loss, has_aux=True)(state.params)
+        gradients, metrics = jax.tree.map(lambda x: x / rollout.lengths.size, sums)
+        state, norm = apply(state, gradients, metrics["loss"], OPTIMIZER)
+        return state, metrics | {"grad_norm": norm}
+
+    return update
+
+
+def updates(config: LensConfig, dtype: Any, reward: Callable[..., Rewards]) -> SimpleNamespace:
+    """Both updates in JAX, and the model's shapes that they take."""
+    definition, trained, frozen = split(abstract(config, dtype=dtype), in_grpo)
+    _, policy, rest = split_policy(abstract(config, dtype=dtype))
+    return SimpleNamespace(
+        ours=grpo.make_update(definition, rest, OPTIMIZER, reward, OBJECTIVE),
+        official=official_update(definition, rest, reward),
+        trained=trained,
+        frozen=frozen,
+        policy=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), policy),
+    )
+
+
+# ---- arithmetic ----------------------------------------------------------------------------------
+
+
+def operations(
+    size: common.Size, prompt: int, completion: int, grid: tuple[int, int]
+) -> tuple[int, int]:
+    """Floating-point operations of one group's update, ours and official; nothing is computed.
+
+    Ours takes the picture in windows, padded at its border; the official side its true patches.
+
+    Args:
+        grid: (rows, columns) of the picture's patches.
+    """
+    config = size.config()
+    vision = config.mllm.vision
+    units = vision.window_size // vision.patch_size // vision.merge_size
+    windows = window_layout(grid, units, vision.merge_size)[0].shape
+    patches = grid[0] * grid[1]
+    # Patches cut evenly into rows of a window or less: what attention within windows costs is then
+    # counted a little too low.
+    row = max(n for n in range(1, vision.window_patches + 1) if patches % n == 0 and n % 4 == 0)
+    program = updates(config, size.dtype, given(np.zeros((1, size.group), np.float32)))
+    state = jax.eval_shape(partial(create, optimizer=OPTIMIZER), program.trained)
+
+    def count(update: grpo.Update, slots: tuple[int, int]) -> int:
+        batch, rollout = _shapes(config, size.group, prompt, completion, slots)
+        return flops.count(update, state, program.frozen, program.policy, batch, rollout)
+
+    return count(program.ours, windows), count(program.official, (patches // row, row))
+
+
+def _shapes(
+    config: LensConfig, group: int, prompt: int, completion: int, slots: tuple[int, int]
+) -> tuple[Batch, Rollout]:
+    array = jax.ShapeDtypeStruct
+    side, canvas = config.sam.image_size, (640, 640)
+    prompts = Prompts(
+        patches=array((1, *slots, config.mllm.vision.patch_dim), jnp.float32),
+        patch_positions=array((1, *slots, 2), jnp.int32),
+        patch_mask=array((1, *slots), bool),
+        tokens=array((1, prompt), jnp.int32),
+        image_index=array((1, prompt), jnp.int32),
+        length=array((1,), jnp.int32),
+        positions=array((1, 3, prompt), jnp.int32),
+        next_position=array((1,), jnp.int32),
+        sam_pixels=array((1, side, side, 3), jnp.uint8),
+    )
+    targets = Targets(
+        box=array((1, 4), jnp.float32),
+        mask=array((1, *canvas), bool),
+        mask_size=array((1, 2), jnp.int32),
+        answer=array((1, 1), jnp.int32),
+        answer_length=array((1,), jnp.int32),
+    )
+    tokens, lengths = array((1, group, completion), jnp.int32), array((1, group), jnp.int32)
+    rollout = Rollout(
+        tokens=tokens,
+        lengths=lengths,
+        log_probs=array(tokens.shape, jnp.float32),
+        ended=array(lengths.shape, bool),
+    )
+    return Batch(prompts, targets, array((1,), jnp.int32)), rollout
+
+
+# ---- time and memory -----------------------------------------------------------------------------
+
+
+class JaxSide:
+    """One of the updates in JAX, compiled, with its state; `step` is one update."""
+
+    def __init__(self, update: grpo.Update, trained: nnx.State, *arguments: Any):
+        self.state = create(trained, OPTIMIZER)
+        self.arguments = arguments
+        self.update = jax.jit(update, donate_argnums=0).lower(self.state, *arguments).compile()
+        memory = self.update.memory_analysis()
+        self.peak_bytes = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+        )
+
+    def step(self) -> tuple[float, float]:
+        """One update. Returns the loss and the gradient's norm, as numbers."""
+        self.state, metrics = self.update(self.state, *self.arguments)
+        return float(metrics["loss"]), float(metrics["grad_norm"])
+
+
+def random_rollout(size: common.Size, completion: int) -> Rollout:
+    """Completions of about this length, the longest of exactly it."""
+    rng = np.random.default_rng(1)
+    shape = (size.groups, size.group)
+    lengths = completion - rng.integers(0, max(1, completion // 4), shape)
+    lengths[0, 0] = completion
+    tokens = (*shape, completion)
+    return Rollout(
+        tokens=rng.integers(0, 256, tokens).astype(np.int32),
+        lengths=lengths.astype(np.int32),
+        log_probs=np.zeros(tokens, np.float32),
+        ended=np.ones(shape, bool),
+    )
+
+
+def measure(
+    size: common.Size, completion: int, *, device: common.Device, repeats: int, attention: str
+) -> dict[str, common.Comparison]:
+    """Rows of the table; all sides in turn in this process."""
+    from benchmarks.official_torch import OfficialUpdate
+
+    # As official checkpoints need it; the other scheme costs the same.
+    config = size.config("text")
+    inputs = common.random_inputs(size)
+    rollout = random_rollout(size, completion)
+    rng = np.random.default_rng(2)
+    earned = rng.random(rollout.lengths.shape, np.float32)
+    program = updates(config, size.dtype, given(earned))
+
+    model = abstract(config, dtype=size.dtype)
+    nnx.update(model, common.parameters(model))
+    params = nnx.state(model)
+    _, trained, frozen = split(model, in_grpo)
+    _, policy, _ = split_policy(model)
+    past = jax.tree.map(lambda x: 1.03 * x, policy)
+    reference = jax.tree.map(lambda x: x.astype(size.dtype), past)
+    batch = Batch(inputs.prompts, inputs.targets, np.arange(size.groups, dtype=np.int32))
+    data = jax.device_put((frozen, reference, batch, rollout))
+
+    ours = JaxSide(program.ours, trained, *data)
+    theirs = JaxSide(program.official, trained, *data)
+    memory = PeakMemory(device)
+    in_torch = OfficialUpdate(
+        size,
+        config,
+        params,
+        past,
+        inputs,
+        rollout,
+        np.array(group_normalized(jnp.asarray(earned))),
+        OBJECTIVE,
+        learning_rate=LEARNING_RATE,
+        max_grad_norm=MAX_GRAD_NORM,
+        attention=attention,
+        device={"cpu": "cpu", "gpu": "cuda"}[device],
+    )
+    first = {"ours": ours.step(), "official, JAX": theirs.step()}
+    with memory:
+        first["official, PyTorch"] = in_torch.step()
+    agree(first, TOLERANCE[size.dtype])
+
+    sides = {"ours": ours.step, "JAX": theirs.step, "PyTorch": in_torch.step}
+    seconds = common.interleaved(sides, repeats)
+    own = ours.peak_bytes / 2**20
+    counted = [x / 1e9 for x in operations(size, size.prompt, completion, size.grid)]
+    row = lambda a, b, unit: common.Comparison(a, b, b / a, unit)  # noqa: E731
+    return {
+        "time, official layout in PyTorch": common.faster(seconds["ours"], seconds["PyTorch"]),
+        "time, official layout in JAX": common.faster(seconds["ours"], seconds["JAX"]),
+        "FLOPs a group, official layout in JAX": row(*counted, "GFLOP"),
+        "peak memory, official layout in PyTorch": row(own, memory.peak_bytes / 2**20, "MiB"),
+        "peak memory, official layout in JAX": row(own, theirs.peak_bytes / 2**20, "MiB"),
+    }
+
+
+class PeakMemory:
+    """What PyTorch allocates at most while this is entered, counted from when it was made."""
+
+    def __init__(self, device: common.Device):
+        self.on_gpu = device == "gpu"
+        self.before = 0 if self.on_gpu else _resident("VmRSS")
+        self.peak_bytes = 0
+
+    def __enter__(self) -> None:
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
+
+    def __exit__(self, *_: object) -> None:
+        if self.on_gpu:
+            import torch
+
+            self.peak_bytes = torch.cuda.max_memory_allocated()
+        else:
+            self.peak_bytes = _resident("VmHWM") - self.before
+
+
+def _resident(key: str) -> int:
+    """Bytes of the process, now (VmRSS) or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def agree(first: dict[str, tuple[float, float]], tolerance: float) -> None:
+    """Raises SystemExit unless losses and gradient norms of all sides are equal."""
+    expected = first["ours"]
+    for name, values in first.items():
+        print(f"{name:18} loss {values[0]:.6f}, gradient norm {values[1]:.6f}")
+        if not np.allclose(values, expected, rtol=tolerance, atol=0):
+            raise SystemExit(f"error: {name} computes something else than ours; nothing is timed")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=common.SIZES, default="small", help="Default: small.")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="Default: cpu.")
+    parser.add_argument(
+        "--completion", type=int, help="Tokens of a completion (default: the size's, 40 at small)."
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="Rounds of all sides (default 5).")
+    parser.add_argument(
+        "--attention", choices=("sdpa", "eager"), default="sdpa", help="PyTorch's (default sdpa)."
+    )
+    parser.add_argument("--json", type=Path, help="File for {name: {ours, theirs, ratio, unit}}.")
+    arguments = parser.parse_args(argv)
+    # PyTorch shares the device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    common.use(arguments.device)
+    size = common.SIZES[arguments.size]
+    completion = arguments.completion or size.completion
+    title = (
+        f"update, size {arguments.size}, {size.groups} groups of {size.group}, prompt "
+        f"{size.prompt}, completion {completion}, {jnp.dtype(size.dtype).name}, {arguments.device}"
+    )
+    precision = "highest" if size.dtype == jnp.float32 else "default"
+    with jax.default_matmul_precision(precision):
+        rows = measure(
+            size,
+            completion,
+            device=arguments.device,
+            repeats=arguments.repeats,
+            attention=arguments.attention,
+        )
+    common.report(title, rows, arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
