@@ -8,6 +8,7 @@ sides must agree before anything is timed.
 """
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from benchmarks.official import OfficialLayout
 from lens_jax import flops
 from lens_jax.data.images import window_layout
 from lens_jax.models.inputs import Batch, Prompts, Targets
-from lens_jax.models.lens import LensConfig, abstract, split_policy
+from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
 from lens_jax.rewards.unified import Rewards
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import grpo
@@ -83,8 +84,9 @@ def official_update(
 
 def updates(config: LensConfig, dtype: Any, reward: Callable[..., Rewards]) -> SimpleNamespace:
     """Both updates in JAX, and the model's shapes that they take."""
-    definition, trained, frozen = split(abstract(config, dtype=dtype), in_grpo)
-    _, policy, rest = split_policy(abstract(config, dtype=dtype))
+    model = _shapes_of_model(config, dtype)
+    definition, trained, frozen = split(model, in_grpo)
+    _, policy, rest = split_policy(model)
     return SimpleNamespace(
         ours=grpo.make_update(definition, rest, OPTIMIZER, reward, OBJECTIVE),
         official=official_update(definition, rest, reward),
@@ -92,6 +94,12 @@ def updates(config: LensConfig, dtype: Any, reward: Callable[..., Rewards]) -> S
         frozen=frozen,
         policy=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), policy),
     )
+
+
+# Building it takes longer than tracing an update.
+@functools.lru_cache(1)
+def _shapes_of_model(config: LensConfig, dtype: Any) -> LensModel:
+    return abstract(config, dtype=dtype)
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------

@@ -215,6 +215,7 @@ def reinforce(job: Run) -> None:
             jax.block_until_ready(policy)
         times.append(time.perf_counter())
         written = jax.block_until_ready(write(policy, batch, state.step))
+        del policy  # the update needs its memory
         times.append(time.perf_counter())
         state, metrics = update(state, frozen, reference, batch, written)
         metrics = jax.device_get(metrics)

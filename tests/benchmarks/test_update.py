@@ -1,5 +1,7 @@
 """The update's benchmark: what it counts, and that it runs."""
 
+import json
+
 import pytest
 
 from benchmarks import update
@@ -23,3 +25,23 @@ def test_arithmetic_at_full_size(prompt, completion, grid, least):
     assert official >= least * ours
     # All that the group does not share, and nothing less, keeps the ratio below G.
     assert official < SIZES["3b"].group * ours
+
+
+def test_all_sides_agree_and_are_reported(tmp_path, capsys):
+    """It ends with an error if PyTorch's loss or gradient norm is not ours."""
+    file = tmp_path / "update.json"
+    assert update.main(["--size", "tiny", "--repeats", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert {name.partition(",")[0] for name in rows} == {"time", "FLOPs a group", "peak memory"}
+    for row in rows.values():
+        assert set(row) == {"ours", "theirs", "ratio", "unit"}
+        assert row["ours"] > 0 and row["theirs"] > 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in rows)
+
+
+def test_sides_that_differ_are_not_timed():
+    sides = {"ours": (1.0, 2.0), "theirs": (1.0, 2.1)}
+    update.agree(sides, 0.1)
+    with pytest.raises(SystemExit, match="theirs computes something else"):
+        update.agree(sides, 0.01)
