@@ -130,8 +130,10 @@ def evaluated(run: Official, checkpoint, golden_dir, folder, monkeypatch, bucket
     write, respond = inference._write, inference.Lens.respond
     responses = []
 
-    def stored(state, prompts, sample_id, key, limit, **static):
-        written, embedded = write(state, prompts, sample_id, key, limit, **static)
+    def stored(state, prompts, sample_id, key, sampling, ends, limit, **static):
+        written, embedded, _ = write(
+            state, prompts, sample_id, key, sampling, ends, limit, **static
+        )
         number = int(sample_id[0])
         prompt, completion = run.prompts[number], run.completions[number]
         np.testing.assert_array_equal(prompts.tokens[0, : prompts.length[0]], prompt)
@@ -144,7 +146,7 @@ def evaluated(run: Official, checkpoint, golden_dir, folder, monkeypatch, bucket
         tokens = np.zeros((1, 1, room), np.int32)
         tokens[0, 0, : len(completion)] = completion
         lengths, ended = np.array([[len(completion)]], np.int32), np.array([[ended]])
-        return Rollout(tokens, lengths, written.log_probs, ended), embedded
+        return Rollout(tokens, lengths, written.log_probs, ended), embedded, None
 
     def record(lens, prompts, sample_id, **options):
         out = respond(lens, prompts, sample_id, **options)
