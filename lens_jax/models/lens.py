@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
+from lens_jax.models.attention import Attention
 from lens_jax.models.context import ContextModule
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.qwen_vl.config import QwenVLConfig
@@ -75,12 +76,19 @@ class LensModel(nnx.Module):
     """Vision tower, language model, context module and SAM."""
 
     def __init__(
-        self, config: LensConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+        self,
+        config: LensConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: str = "none",
+        attention: Attention = Attention(),
     ):
         self.config = config
         self.remat = remat
-        self.visual = VisionTower(config.mllm.vision, rngs=rngs, dtype=dtype)
-        self.language = LanguageModel(config.mllm, rngs=rngs, dtype=dtype)
+        options = dict(rngs=rngs, dtype=dtype, attention=attention)
+        self.visual = VisionTower(config.mllm.vision, **options)
+        self.language = LanguageModel(config.mllm, **options)
         self.context = ContextModule(
             config.num_queries,
             config.mllm.hidden_size,
@@ -139,7 +147,7 @@ class LensModel(nnx.Module):
             prompt_positions,
             first[:, None, None] + offsets,
             mask,
-            jnp.tri(own.shape[2], dtype=bool) & valid[:, :, None],
+            valid,
             remat=self.remat,
         )
 
@@ -254,9 +262,9 @@ class LensModel(nnx.Module):
         return self.sam.decode(features, token, stability=stability)
 
 
-def abstract(config: LensConfig, dtype=jnp.float32, remat: str = "none") -> LensModel:
-    """The model without memory: shapes only."""
-    return nnx.eval_shape(lambda: LensModel(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+def abstract(config: LensConfig, dtype=jnp.float32, **options: Any) -> LensModel:
+    """The model without memory: shapes only. Options are those of `LensModel`."""
+    return nnx.eval_shape(lambda: LensModel(config, rngs=nnx.Rngs(0), dtype=dtype, **options))
 
 
 def split_policy(model: LensModel) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

@@ -1,5 +1,7 @@
 """Qwen2's decoder with multimodal rotary positions: packed groups, prompts, single tokens."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -7,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lens_jax.models import layers
-from lens_jax.models.attention import Prefix, attention
+from lens_jax.models.attention import Attention, Prefix, attention
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.rope import Rotation, multimodal_rotation, rotate
 
@@ -75,8 +77,16 @@ class DecoderLayer(nnx.Module):
 class LanguageModel(nnx.Module):
     """Embeddings in, hidden states after the final norm out; logits are `head.py`'s business."""
 
-    def __init__(self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(
+        self,
+        config: QwenVLConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        attention: Attention = Attention(),
+    ):
         self.config = config
+        self.attention = attention
         table = dict(num_embeddings=config.vocab_size, features=config.hidden_size, dtype=dtype)
         self.embed_tokens = nnx.Embed(**table, rngs=rngs)
         self.layers = layers.stack(
@@ -108,12 +118,11 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "B P D"], PromptCache]:
         """Runs right-padded prompts; returns hidden states and the keys a group will share."""
         rotation = self.rotation(positions)
-        causal = _causal(mask)
+        attend = partial(self.attention.packed, valid=mask, prompt=prompt.shape[1], group=0)
 
         def step(layer, x):
             queries, keys, values = layer.project(x, rotation)
-            x = layer.combine(x, _attend_alone(queries, keys, values, causal))
-            return x, (keys, values)
+            return layer.combine(x, attend(queries, keys, values)), (keys, values)
 
         x, (keys, values) = layers.scan(self.layers, step, prompt)
         return self.norm(x), PromptCache(keys, values, mask)
@@ -125,13 +134,13 @@ class LanguageModel(nnx.Module):
         positions: Int[Array, "B 3 P"],
         own_positions: Int[Array, "B G S"],
         mask: Bool[Array, "B P"],
-        own_mask: Bool[Array, "B G S S"],
+        own_mask: Bool[Array, "B G S"],
         *,
         remat: str = "none",
     ) -> tuple[Float[Array, "B P D"], Float[Array, "B G S D"]]:
         """One pass over `[prompt | own_1 | … | own_G]`, the prompt computed once per group.
 
-        Members see the whole prompt and, under `own_mask`, themselves; never each other.
+        Members see the whole prompt and, causally, what is valid of themselves; never each other.
         """
         b, p, d = prompt.shape
         g, s = own.shape[1:3]
@@ -139,19 +148,11 @@ class LanguageModel(nnx.Module):
         rotation = self.rotation(
             jnp.concatenate([positions, jnp.broadcast_to(flat, (b, 3, g * s))], axis=-1)
         )
-        causal = _causal(mask)
+        valid = jnp.concatenate([mask, own_mask.reshape(b, g * s)], axis=1)
+        attend = partial(self.attention.packed, valid=valid, prompt=p, group=g)
 
         def step(layer, x):
-            parts = layer.project(x, rotation)
-            prompt_parts = [y[:, :p] for y in parts]
-            own_parts = [y[:, p:].reshape(b, g, s, *y.shape[2:]) for y in parts]
-            shared = Prefix(*prompt_parts[1:], mask)
-            seen = attention(*own_parts, own_mask, shared)
-            attended = jnp.concatenate(
-                [_attend_alone(*prompt_parts, causal), seen.reshape(b, g * s, *seen.shape[3:])],
-                axis=1,
-            )
-            return layer.combine(x, attended), None
+            return layer.combine(x, attend(*layer.project(x, rotation))), None
 
         x = jnp.concatenate([prompt, own.reshape(b, g * s, d)], axis=1)
         x, _ = layers.scan(self.layers, step, x, remat=remat)
@@ -231,13 +232,3 @@ class LanguageModel(nnx.Module):
 
 def _pick(stack, index):
     return lax.dynamic_index_in_dim(stack, index, keepdims=False)
-
-
-def _causal(mask: Bool[Array, "B P"]) -> Bool[Array, "B 1 P P"]:
-    length = mask.shape[-1]
-    return (jnp.tri(length, dtype=bool) & mask[:, None])[:, None]
-
-
-def _attend_alone(queries, keys, values, mask):
-    """Attention of sequences [B, L, ...] to themselves: a group of one."""
-    return attention(queries[:, None], keys[:, None], values[:, None], mask)[:, 0]

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lens_jax.models import layers
-from lens_jax.models.attention import attention
+from lens_jax.models.attention import Attention, attention
 from lens_jax.models.qwen_vl.config import VisionConfig
 from lens_jax.models.rope import Rotation, grid_rotation, rotate
 
@@ -47,13 +47,17 @@ class VisionBlock(nnx.Module):
         x: Float[Array, "B W S d"],
         rotation: Rotation,
         mask: Bool[Array, "B W S"],
+        whole: Attention | None = None,
     ) -> Float[Array, "B W S d"]:
+        """`whole` attends when x holds whole pictures."""
         b, w, s, _ = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(b, w, s, 3, self.num_heads, -1)
         queries, keys, values = (qkv[..., i, :, :] for i in range(3))
-        attended = attention(
-            rotate(queries, rotation), rotate(keys, rotation), values, mask[:, :, None]
-        )
+        parts = rotate(queries, rotation), rotate(keys, rotation), values
+        if whole is None:
+            attended = attention(*parts, mask[:, :, None])
+        else:
+            attended = whole.full(*(y[:, 0] for y in parts), mask[:, 0])
         x = x + self.proj(attended.reshape(x.shape))
         return x + self.mlp(self.norm2(x))
 
@@ -82,8 +86,16 @@ class PatchMerger(nnx.Module):
 class VisionTower(nnx.Module):
     """Pictures, cut into patches in window order (`Prompts`), to tokens of the language model."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(
+        self,
+        config: VisionConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        attention: Attention = Attention(),
+    ):
         self.config = config
+        self.attention = attention
         self.patch_embed = nnx.Linear(
             config.patch_dim, config.hidden_size, use_bias=False, dtype=dtype, rngs=rngs
         )
@@ -105,7 +117,7 @@ class VisionTower(nnx.Module):
         x = self.patch_embed(patches)
         rotation = grid_rotation(positions, config.hidden_size // config.num_heads)
         windows = (rotation, mask)
-        whole = jax.tree.map(_join_windows, windows)
+        whole = (*jax.tree.map(_join_windows, windows), self.attention)
 
         def run(x, view, first, last):
             step = lambda block, x: (block(x, *view), None)  # noqa: E731

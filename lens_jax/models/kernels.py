@@ -1,0 +1,172 @@
+"""Attention kernels of accelerators: splash (Pallas) on TPU, cuDNN on GPU."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_lib
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+LANES = 128
+SHIFT = 16
+# Scores of one block, and what is made of them, must fit into a TPU core's vector memory.
+MAX_BLOCK = 640
+
+
+def splash_refusal(device: jax.Device) -> str | None:
+    """Why splash attention does not run on `device`, if it does not."""
+    return None if device.platform == "tpu" else f"runs on TPU, not on {device.platform}"
+
+
+def cudnn_refusal(device: jax.Device, dtype, head_dims: tuple[int, ...]) -> str | None:
+    """Why cuDNN does not attend on `device`, if it does not."""
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return f"runs on NVIDIA GPUs, not on {device.platform}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes 16-bit numbers, not {jnp.dtype(dtype).name}"
+    if wrong := [h for h in head_dims if h > 128 or h % 8]:
+        return f"takes heads of at most 128 dimensions, a multiple of 8, not {wrong[0]}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMask(masks.Mask):
+    """What tokens of `[prompt | own_1 | own_2 | …]` see: the prompt and their own part, causally.
+
+    The kernel computes it from positions: `rows` hold a token's own, and above SHIFT bits that of
+    the first token of its part (0 in the prompt). As an array in memory it would cost more traffic
+    than keys and values.
+    """
+
+    length: int
+    prompt: int
+    part: int
+
+    def __post_init__(self):
+        if self.length > 1 << SHIFT - 1:
+            raise ValueError(
+                f"{self.length} tokens in a packed sequence: splash attention takes at most "
+                f"{1 << SHIFT - 1} here; make prompts or groups smaller, or use attention: xla"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.length, self.length
+
+    @property
+    def q_sequence(self) -> Int[np.ndarray, "L"]:
+        index = np.arange(self.length, dtype=np.int32)
+        own = np.maximum(index - self.prompt, 0) // self.part * self.part + self.prompt
+        return np.where(index < self.prompt, 0, own << SHIFT).astype(np.int32) | index
+
+    @property
+    def mask_function(self) -> "PackedMask":
+        return self
+
+    def __call__(self, rows, columns):
+        earlier = (rows & (1 << SHIFT) - 1) >= columns
+        return earlier & ((columns < self.prompt) | (columns >= rows >> SHIFT))
+
+    def __getitem__(self, block) -> Bool[np.ndarray, "l m"]:
+        rows, columns = block
+        return self(self.q_sequence[rows][:, None], np.arange(self.length)[columns])
+
+
+def splash(
+    queries: Float[Array, "B L N H"],
+    keys: Float[Array, "B L K H"],
+    values: Float[Array, "B L K H"],
+    valid: Bool[Array, "B L"],
+    *,
+    prompt: int | None = None,
+    group: int = 0,
+) -> Float[Array, "B L N H"]:
+    """Splash attention to all valid keys, or with `prompt` to those that `PackedMask` shows.
+
+    Blocks that the mask rules out are not computed; scores never leave the core's vector memory,
+    forward or backward. KV heads are not repeated.
+
+    Every token sees the first one, so that each row of scores has a valid key and stays finite if
+    that one is valid.
+    """
+    length, heads, head_dim = queries.shape[1:]
+    blocks = -(-length // MAX_BLOCK)
+    block = -(-length // (blocks * LANES)) * LANES
+    padded = blocks * block
+    mask = masks.FullMask((padded, padded))
+    if prompt is not None:
+        mask = PackedMask(padded, prompt, part=(length - prompt) // group if group else padded)
+    kernel = splash_lib.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=splash_lib.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+    )
+    lengthen = lambda x: jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
+    # Only tokens of one segment see each other: that of all queries and of the valid keys.
+    valid = lengthen(valid).astype(jnp.int32)
+    segments = splash_lib.SegmentIds(jnp.ones_like(valid), valid)
+    arrays = (lengthen(x).swapaxes(1, 2) for x in (queries * head_dim**-0.5, keys, values))
+    return jax.vmap(kernel)(*arrays, segments).swapaxes(1, 2)[:, :length]
+
+
+def cudnn(
+    queries: Float[Array, "B S N H"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    mask: Bool[Array, "B S T"] | None = None,
+) -> Float[Array, "B S N H"]:
+    """cuDNN's fused attention under a mask, or causal without one.
+
+    The mask becomes an additive one of 16 bits, which all heads share.
+    """
+    if mask is None:
+        return jax.nn.dot_product_attention(
+            queries, keys, values, is_causal=True, implementation="cudnn"
+        )
+    # Masked lengths must be even in training.
+    s, t = mask.shape[1:]
+    queries = _pad(queries, s % 2)
+    keys, values = _pad(keys, t % 2), _pad(values, t % 2)
+    mask = jnp.pad(mask, ((0, 0), (0, s % 2), (0, t % 2)))
+    out = jax.nn.dot_product_attention(
+        queries, keys, values, mask=mask[:, None], implementation="cudnn"
+    )
+    return out[:, :s]
+
+
+def per_device(function: Callable, mesh: Mesh | None, *, kv_heads: int) -> Callable:
+    """`function(queries, keys, values, valid)`, on every device for its rows.
+
+    Heads are cut over the mesh axis `tensor` if the KV heads divide; otherwise each device computes
+    all of them.
+    """
+    if mesh is None or mesh.size == 1:
+        return function
+    # Inside of another shard_map, such as the rollout's, arrays are a device's own already.
+    if set(mesh.axis_names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        return function
+    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
+    rows = ("data", "fsdp")
+    tokens = P(rows, None, heads)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, P(rows)),
+        out_specs=tokens,
+        check_vma=False,
+    )
+
+
+def _pad(x: Array, by: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, by), (0, 0), (0, 0)))

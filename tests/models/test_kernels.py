@@ -1,0 +1,207 @@
+"""The kernels of accelerators against XLA's attention; on CPU, splash runs interpreted."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from lens_jax.models import kernels
+from lens_jax.models.attention import Attention
+from tests import micro, tpu
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Splash on CPU, in blocks so small that sequences of tests have several."""
+    make = splash_attention_kernel.make_splash_mha_single_device
+    monkeypatch.setattr(
+        splash_attention_kernel, "make_splash_mha_single_device", partial(make, interpret=True)
+    )
+    monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """cuDNN's place taken by XLA; the calls that were meant for it."""
+    made, compute = [], jax.nn.dot_product_attention
+
+    def call(queries, keys, values, *, implementation, **options):
+        made.append((implementation, queries.shape, keys.shape, options))
+        return compute(queries, keys, values, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
+    return made
+
+
+def parts(length, heads=4, kv_heads=2, head_dim=8, batch=2):
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.standard_normal((batch, length, n, head_dim)).astype(np.float32)  # noqa: E731
+    return draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
+
+
+def packed_valid(prompt, group, part, queries=2):
+    """Prompts of two lengths; completions of all lengths from none, then queries; all else false."""
+    rng = np.random.default_rng(1)
+    index = np.arange(part)
+    lengths = rng.integers(0, part - queries + 1, (2, group, 1))
+    if group:
+        lengths[0, 0] = 0
+    own = (index < lengths) | (index >= part - queries)
+    before = np.arange(prompt) < np.array([[prompt], [max(1, prompt // 3)]])
+    return np.concatenate([before, own.reshape(2, -1)], axis=1)
+
+
+def run(function, queries, keys, values, weights, valid):
+    """Outputs where they count, and gradients of their weighted sum."""
+
+    def total(parts):
+        out = function(*parts, valid)
+        counted = jnp.where(valid[..., None, None], out, 0)
+        return (counted * weights).sum(), (counted, out)
+
+    value = jax.jit(jax.grad(total, has_aux=True))
+    gradients, (counted, out) = value((queries, keys, values))
+    assert jnp.isfinite(out).all()
+    return {"out": counted, "queries": gradients[0], "keys": gradients[1], "values": gradients[2]}
+
+
+# Prompt, group, part: no group, one block, several blocks, parts that straddle them, odd lengths.
+PACKED = [(130, 0, 0), (70, 1, 20), (100, 3, 70), (37, 3, 41)]
+
+
+@pytest.mark.parametrize(("prompt", "group", "part"), PACKED)
+def test_packed_splash(interpreted, prompt, group, part):
+    check_packed("splash", prompt, group, part)
+
+
+@pytest.mark.parametrize(("prompt", "group", "part"), PACKED)
+def test_packed_cudnn(calls, prompt, group, part):
+    check_packed("cudnn", prompt, group, part)
+    for implementation, queries, keys, options in calls:
+        assert implementation == "cudnn"
+        # What cuDNN asks of masked attention in training.
+        assert "mask" not in options or (queries[1] % 2, keys[1] % 2) == (0, 0)
+
+
+def check_packed(kernel, prompt, group, part):
+    inputs = (*parts(prompt + group * part), packed_valid(prompt, group, part))
+    ours, theirs = (
+        run(partial(Attention(name).packed, prompt=prompt, group=group), *inputs)
+        for name in (kernel, "xla")
+    )
+    micro.same_gradients(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+@pytest.mark.parametrize("length", [64, 192])
+def test_full(interpreted, calls, kernel, length):
+    """Padding may lie anywhere, as at the lower and right edge of windows."""
+    valid = np.random.default_rng(2).random((2, length)) < 0.6
+    valid[:, 0] = True
+    inputs = (*parts(length, kv_heads=4), valid)
+    ours, theirs = (run(Attention(name).full, *inputs) for name in (kernel, "xla"))
+    micro.same_gradients(ours, theirs, 1e-5)
+
+
+def test_a_picture_of_padding_is_finite(interpreted):
+    nothing = np.zeros((2, 64), bool)
+    out = jax.jit(jax.grad(lambda *args: Attention("splash").full(*args, nothing).sum()))
+    assert jnp.isfinite(out(*parts(64)[:3])).all()
+
+
+def test_masked_blocks_are_not_computed():
+    """Of 6 x 6 blocks: the prompt's column, and a completion's own."""
+    mask = kernels.PackedMask(768, prompt=128, part=128)
+    block = lambda i: slice(128 * i, 128 * (i + 1))  # noqa: E731
+    seen = [[mask[block(i), block(j)].any() for j in range(6)] for i in range(6)]
+    np.testing.assert_array_equal(seen, np.eye(6, dtype=bool) | (np.arange(6) == 0))
+
+
+def test_too_long_for_the_mask():
+    with pytest.raises(ValueError, match="40000 tokens .* attention: xla"):
+        kernels.PackedMask(40000, 100, 100)
+
+
+def mesh_of(data, fsdp, tensor, devices=None):
+    return jax.make_mesh(
+        (data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 4)])
+def test_on_a_mesh(interpreted, shape):
+    """Rows over data x fsdp; two KV heads over a tensor axis of 2, whole on one of 4."""
+    mesh = mesh_of(*shape)
+    inputs = (*parts(60), packed_valid(20, 2, 20))
+    rows = jax.NamedSharding(mesh, P(("data", "fsdp")))
+    placed = jax.device_put(inputs, rows)
+    attention = Attention("splash", mesh)
+    ours = run(partial(attention.packed, prompt=20, group=2), *placed)
+    theirs = run(partial(Attention().packed, prompt=20, group=2), *inputs)
+    micro.same_gradients(ours, theirs, 1e-5)
+
+
+def test_inside_of_another_shard_map(interpreted):
+    """The rollout runs on each device's rows as a whole."""
+    mesh = mesh_of(1, 2, 1)
+    *tokens, _ = parts(40)
+    valid = np.ones((2, 40), bool)
+    rows = P(("data", "fsdp"))
+    attend = partial(Attention("splash", mesh).packed, prompt=40, group=0)
+    inside = jax.shard_map(attend, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    expected = Attention().packed(*tokens, valid, prompt=40, group=0)
+    micro.close(jax.jit(inside)(*tokens, valid), expected, 1e-5)
+
+
+def device(platform, version=""):
+    client = SimpleNamespace(platform_version=version)
+    return SimpleNamespace(platform=platform, client=client)
+
+
+CPU, TPU = device("cpu"), device("tpu")
+CUDA, ROCM = device("gpu", "cuda 12090"), device("gpu", "rocm 60400")
+
+
+def choose(wanted, device, dtype=jnp.bfloat16, head_dims=(128, 80)):
+    mesh = SimpleNamespace(devices=np.array([device], object))
+    return Attention.choose(wanted, mesh, dtype=dtype, head_dims=head_dims).kernel
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "kernel"),
+    [
+        (CPU, {}, "xla"),
+        (TPU, {}, "splash"),
+        (TPU, {"dtype": jnp.float32, "head_dims": (8,)}, "splash"),
+        (CUDA, {}, "cudnn"),
+        (CUDA, {"dtype": jnp.float32}, "xla"),
+        (CUDA, {"head_dims": (160, 80)}, "xla"),
+        (CUDA, {"head_dims": (128, 20)}, "xla"),
+        (ROCM, {}, "xla"),
+    ],
+)
+def test_auto(device, options, kernel):
+    assert choose("auto", device, **options) == kernel
+    assert choose("xla", device, **options) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "options", "message"),
+    [
+        ("splash", CPU, {}, "splash runs on TPU, not on cpu; use auto or xla"),
+        ("splash", CUDA, {}, "splash runs on TPU, not on gpu"),
+        ("cudnn", TPU, {}, "cudnn runs on NVIDIA GPUs, not on tpu"),
+        ("cudnn", ROCM, {}, "cudnn runs on NVIDIA GPUs"),
+        ("cudnn", CUDA, {"dtype": jnp.float32}, "16-bit numbers, not float32"),
+        ("cudnn", CUDA, {"head_dims": (128, 20)}, "a multiple of 8, not 20"),
+    ],
+)
+def test_named_kernels_that_do_not_run(wanted, device, options, message):
+    with pytest.raises(ValueError, match=f"attention: .*{message}"):
+        choose(wanted, device, **options)
