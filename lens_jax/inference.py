@@ -16,6 +16,7 @@ from PIL import Image
 from lens_jax import checkpoints, sharding
 from lens_jax.data.images import upsample_logits
 from lens_jax.data.pipeline import Buckets, Processor
+from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.rewards import text_rewards
@@ -181,7 +182,9 @@ class Lens:
         dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[precision]
         config, params = checkpoints.load_pretrained(directory, dtype=dtype)
         params.pop("unused", None)
-        definition, state = nnx.split(abstract(LensConfig.from_dict(config), dtype=dtype))
+        config = LensConfig.from_dict(config)
+        attention = Attention.choose("auto", mesh, dtype=dtype, head_dims=config.mllm.head_dims)
+        definition, state = nnx.split(abstract(config, dtype=dtype, attention=attention))
         nnx.replace_by_pure_dict(state, params)
         state = jax.device_put(state, sharding.replicated(mesh) if mesh else jax.devices()[0])
         processor = Processor.from_pretrained(directory)

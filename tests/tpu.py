@@ -18,16 +18,20 @@ _ENVIRONMENT = {
 }
 
 
+def devices(topology: str = "v5e:2x2") -> list[jax.Device]:
+    """The chips of a slice. Skips the test that calls it where libtpu is missing."""
+    pytest.importorskip("libtpu", reason="libtpu, which holds the compiler, is not installed")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
 def compile_for_one(function, *arguments, topology: str = "v5e:2x2"):
     """`function`, compiled for one chip of a slice; arguments are shapes or arrays.
 
     Skips the test that calls it where libtpu is missing.
     """
-    pytest.importorskip("libtpu", reason="libtpu, which holds the compiler, is not installed")
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    place = SingleDeviceSharding(slice_.devices[0])
+    place = SingleDeviceSharding(devices(topology)[0])
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
     )

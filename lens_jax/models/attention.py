@@ -10,7 +10,7 @@ accelerator's own kernel where there is one.
 
 import dataclasses
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,8 @@ def attention(
 class Attention:
     """Attention of long sequences by one kernel: part of a model's definition.
 
-    Kernels beside XLA's are whole programs that the compiler does not cut for several devices, so
-    with a `mesh` they run on each device's rows and, where they divide, heads.
+    The compiler does not cut splash for several devices: with a `mesh`, kernels other than XLA's
+    run on each device's rows and, where they divide, heads.
     """
 
     kernel: Kernel = "xla"
@@ -82,14 +82,15 @@ class Attention:
         dtype,
         head_dims: tuple[int, ...],
     ) -> "Attention":
-        """The kernel by name, or with `auto` the best one for the platform.
+        """The kernel of that name; `auto`: splash on TPU, cuDNN where it can be, else XLA.
 
         Args:
             mesh: the devices; None: the default one alone.
-            dtype, head_dims: of all queries, keys and values to come.
+            dtype: of all queries, keys and values to come.
+            head_dims: of these as well.
 
         Raises:
-            ValueError: the named kernel does not run there.
+            ValueError: the named kernel does not run there, and why.
         """
         device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
         refusals = {
@@ -113,13 +114,14 @@ class Attention:
         prompt: int,
         group: int,
     ) -> Float[Array, "B L N H"]:
-        """Sequences `[prompt | own_1 | … | own_G]`, P = `prompt` long, then G = `group` equal parts.
+        """Sequences `[prompt | own_1 | … | own_G]`: P = `prompt` tokens, G = `group` equal parts.
 
         A token sees the valid ones of the prompt and of its own part, up to itself. The first token
         of every prompt must be valid. What a token that is not valid gets is arbitrary, but finite.
         """
         function = {"xla": _packed, "splash": kernels.splash, "cudnn": _packed_cudnn}[self.kernel]
-        return self._run(partial(function, prompt=prompt, group=group), queries, keys, values, valid)
+        function = partial(function, prompt=prompt, group=group)
+        return self._run(function, queries, keys, values, valid)
 
     def full(
         self,
@@ -138,55 +140,53 @@ class Attention:
         return function(queries, keys, values, valid)
 
 
+XLA = Attention()
+
+
 def _full(queries, keys, values, valid):
     return _alone(queries, keys, values, valid[:, None, None])
 
 
 def _full_cudnn(queries, keys, values, valid):
     b, length = valid.shape
-    return kernels.cudnn(
-        queries, keys, values, mask=jnp.broadcast_to(valid[:, None], (b, length, length))
-    )
+    mask = jnp.broadcast_to(valid[:, None], (b, length, length))
+    return kernels.cudnn(queries, keys, values, mask)
 
 
 def _packed(queries, keys, values, valid, *, prompt, group):
     """The prompt by itself, then its completions behind it: no masked-out block is computed."""
     (valid, own_valid), *parts = (_apart(x, prompt, group) for x in (valid, queries, keys, values))
     prompt_parts, own_parts = zip(*parts, strict=True)
-    causal = jnp.tri(prompt, dtype=bool) & valid[:, None]
-    attended = _alone(*prompt_parts, causal[:, None])
+    attended = _alone(*prompt_parts, _causal(valid)[:, None])
     if not group:
         return attended
-    mask = _own_mask(own_valid)
-    seen = attention(*own_parts, mask, Prefix(*prompt_parts[1:], valid))
+    seen = attention(*own_parts, _causal(own_valid), Prefix(*prompt_parts[1:], valid))
     return _together(attended, seen)
 
 
 def _packed_cudnn(queries, keys, values, valid, *, prompt, group):
-    """As `_packed`; each completion has a copy of the prompt's few KV heads before its own.
+    """As `_packed`, with a copy of the prompt's few KV heads before each completion's own.
 
-    The copies are small beside the products of masked-out blocks that one call for the whole would
-    compute (a factor of 2.5 at 430 + 8 * 104 tokens, 4 at 430 + 8 * 320).
+    The copies are small; one call for the whole sequence would compute 2.5 times the scores at
+    430 + 8 * 104 tokens, 4 times at 430 + 8 * 320.
     """
     (valid, own_valid), *parts = (_apart(x, prompt, group) for x in (valid, queries, keys, values))
     prompt_parts, own_parts = zip(*parts, strict=True)
-    # No mask for padding: what follows a prompt is seen by no valid token of it.
-    attended = kernels.cudnn(*prompt_parts)
+    attended = kernels.cudnn(*prompt_parts, _causal(valid))
     if not group:
         return attended
-    own_queries, *own_rest = own_parts
-    b, g, s, *_ = own_queries.shape
-    before = lambda x: jnp.broadcast_to(x[:, None], (b, g, *x.shape[1:]))  # noqa: E731
-    mask = jnp.broadcast_to(valid[:, None, None], (b, g, s, prompt))
-    mask = jnp.concatenate([mask, _own_mask(own_valid)], axis=-1)
-    rows = (
-        own_queries,
-        *(jnp.concatenate([before(x), y], 2) for x, y in zip(prompt_parts[1:], own_rest, strict=True)),
-        mask,
-    )
-    *rows, mask = (x.reshape(b * g, *x.shape[2:]) for x in rows)
-    seen = kernels.cudnn(*rows, mask=mask)
-    return _together(attended, seen.reshape(own_queries.shape))
+    b, g, s = own_valid.shape
+    flat = lambda x: x.reshape(b * g, *x.shape[2:])  # noqa: E731
+
+    def behind(shared, own):
+        shared = jnp.broadcast_to(shared[:, None], (b, g, *shared.shape[1:]))
+        return flat(jnp.concatenate([shared, own], axis=2))
+
+    before = jnp.broadcast_to(valid[:, None, None], (b, g, s, prompt))
+    mask = flat(jnp.concatenate([before, _causal(own_valid)], axis=-1))
+    keys, values = map(behind, prompt_parts[1:], own_parts[1:])
+    seen = kernels.cudnn(flat(own_parts[0]), keys, values, mask)
+    return _together(attended, seen.reshape(own_parts[0].shape))
 
 
 def _alone(queries, keys, values, mask):
@@ -194,8 +194,8 @@ def _alone(queries, keys, values, mask):
     return attention(queries[:, None], keys[:, None], values[:, None], mask)[:, 0]
 
 
-def _own_mask(valid: Bool[Array, "B G S"]) -> Bool[Array, "B G S S"]:
-    return jnp.tri(valid.shape[2], dtype=bool) & valid[:, :, None]
+def _causal(valid: Bool[Array, "... L"]) -> Bool[Array, "... L L"]:
+    return jnp.tri(valid.shape[-1], dtype=bool) & valid[..., None, :]
 
 
 def _apart(x: Array, prompt: int, group: int) -> tuple[Array, Array | None]:

@@ -124,23 +124,15 @@ def cudnn(
     queries: Float[Array, "B S N H"],
     keys: Float[Array, "B T K H"],
     values: Float[Array, "B T K H"],
-    mask: Bool[Array, "B S T"] | None = None,
+    mask: Bool[Array, "B S T"],
 ) -> Float[Array, "B S N H"]:
-    """cuDNN's fused attention under a mask, or causal without one.
-
-    The mask becomes an additive one of 16 bits, which all heads share.
-    """
-    if mask is None:
-        return jax.nn.dot_product_attention(
-            queries, keys, values, is_causal=True, implementation="cudnn"
-        )
-    # Masked lengths must be even in training.
+    """cuDNN's fused attention; the mask becomes an additive one of 16 bits that heads share."""
+    # With a mask, backward passes take even lengths only.
     s, t = mask.shape[1:]
-    queries = _pad(queries, s % 2)
-    keys, values = _pad(keys, t % 2), _pad(values, t % 2)
-    mask = jnp.pad(mask, ((0, 0), (0, s % 2), (0, t % 2)))
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))  # noqa: E731
+    mask = jnp.pad(mask, ((0, 0), (0, s % 2), (0, t % 2)))[:, None]
     out = jax.nn.dot_product_attention(
-        queries, keys, values, mask=mask[:, None], implementation="cudnn"
+        even(queries), even(keys), even(values), mask=mask, implementation="cudnn"
     )
     return out[:, :s]
 
@@ -166,7 +158,3 @@ def per_device(function: Callable, mesh: Mesh | None, *, kv_heads: int) -> Calla
         out_specs=tokens,
         check_vma=False,
     )
-
-
-def _pad(x: Array, by: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, by), (0, 0), (0, 0)))

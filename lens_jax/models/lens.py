@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
-from lens_jax.models.attention import Attention
+from lens_jax.models.attention import XLA, Attention
 from lens_jax.models.context import ContextModule
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.qwen_vl.config import QwenVLConfig
@@ -82,7 +82,7 @@ class LensModel(nnx.Module):
         rngs: nnx.Rngs,
         dtype=jnp.float32,
         remat: str = "none",
-        attention: Attention = Attention(),
+        attention: Attention = XLA,
     ):
         self.config = config
         self.remat = remat

@@ -37,6 +37,7 @@ from lens_jax.data.sample import Source
 from lens_jax.data.sources import Joined, open_source, shapes
 from lens_jax.evaluation import Row, evaluate
 from lens_jax.inference import Generation, Lens
+from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, abstract, split_policy
 from lens_jax.rewards import text_rewards
@@ -368,8 +369,6 @@ def _dtype(config: RunConfig):
 
 def _prepare(config: RunConfig, directory: Path, start: Path, compilations: Compilations) -> Run:
     """Mesh, data and model."""
-    if config.attention in ("splash", "cudnn"):
-        raise ConfigError(f"attention: {config.attention} is not supported yet, use auto or xla")
     mesh = sharding.make_mesh(config.mesh)
     check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
     data = config.data
@@ -390,7 +389,14 @@ def _prepare(config: RunConfig, directory: Path, start: Path, compilations: Comp
     if config.model.context_positions:
         start_config["context_positions"] = config.model.context_positions
     lens_config = LensConfig.from_dict(start_config)
-    definition, state = nnx.split(abstract(lens_config, dtype=_dtype(config), remat=config.remat))
+    dtype, head_dims = _dtype(config), lens_config.mllm.head_dims
+    try:
+        attention = Attention.choose(config.attention, mesh, dtype=dtype, head_dims=head_dims)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    definition, state = nnx.split(
+        abstract(lens_config, dtype=dtype, remat=config.remat, attention=attention)
+    )
     places = sharding.shardings(state, mesh, kv_heads=lens_config.mllm.num_kv_heads)
     nnx.replace_by_pure_dict(state, params)
     state = jax.device_put(state, places)

@@ -131,3 +131,8 @@ def test_another_configuration_is_refused(whole, checkpoint, data_dir, refused):
 def test_missing_checkpoint(data_dir, tmp_path, refused):
     argv = arguments(tmp_path / "nothing", data_dir, tmp_path / "run")
     assert "nothing" in refused(lambda a: train.main(a), *argv)
+
+
+def test_a_kernel_of_another_platform(checkpoint, data_dir, tmp_path, refused):
+    argv = arguments(checkpoint, data_dir, tmp_path / "run", attention="splash")
+    assert "attention: splash runs on TPU, not on cpu" in refused(lambda a: train.main(a), *argv)

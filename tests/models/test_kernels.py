@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lens_jax.models import kernels
 from lens_jax.models.attention import Attention
+from lens_jax.models.lens import abstract
 from tests import micro, tpu
 
 
@@ -46,7 +48,7 @@ def parts(length, heads=4, kv_heads=2, head_dim=8, batch=2):
 
 
 def packed_valid(prompt, group, part, queries=2):
-    """Prompts of two lengths; completions of all lengths from none, then queries; all else false."""
+    """Prompts of two lengths, completions from length 0, then queries; what is padding is False."""
     rng = np.random.default_rng(1)
     index = np.arange(part)
     lengths = rng.integers(0, part - queries + 1, (2, group, 1))
@@ -54,6 +56,7 @@ def packed_valid(prompt, group, part, queries=2):
         lengths[0, 0] = 0
     own = (index < lengths) | (index >= part - queries)
     before = np.arange(prompt) < np.array([[prompt], [max(1, prompt // 3)]])
+    before[1, -3:] = True  # as when a completion follows a padded prompt
     return np.concatenate([before, own.reshape(2, -1)], axis=1)
 
 
@@ -85,8 +88,9 @@ def test_packed_cudnn(calls, prompt, group, part):
     check_packed("cudnn", prompt, group, part)
     for implementation, queries, keys, options in calls:
         assert implementation == "cudnn"
-        # What cuDNN asks of masked attention in training.
-        assert "mask" not in options or (queries[1] % 2, keys[1] % 2) == (0, 0)
+        # What cuDNN asks for in training.
+        assert (queries[1] % 2, keys[1] % 2) == (0, 0)
+        assert options.keys() == {"mask"}
 
 
 def check_packed(kernel, prompt, group, part):
@@ -124,7 +128,7 @@ def test_masked_blocks_are_not_computed():
 
 
 def test_too_long_for_the_mask():
-    with pytest.raises(ValueError, match="40000 tokens .* attention: xla"):
+    with pytest.raises(ValueError, match=r"40000 tokens .* attention: xla"):
         kernels.PackedMask(40000, 100, 100)
 
 
@@ -157,6 +161,34 @@ def test_inside_of_another_shard_map(interpreted):
     inside = jax.shard_map(attend, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     expected = Attention().packed(*tokens, valid, prompt=40, group=0)
     micro.close(jax.jit(inside)(*tokens, valid), expected, 1e-5)
+
+
+def test_in_the_model(interpreted):
+    """The packed pass, layers computed again in its backward pass, and the vision tower."""
+    weights = nnx.state(micro.model())
+    prompts = micro.collate(
+        micro.CONFIG,
+        [micro.row(micro.CONFIG, (4, 6), (3, 4), 0), micro.row(micro.CONFIG, (8, 4), (2, 9), 1)],
+    )
+    completions = np.random.default_rng(3).integers(0, 50, (2, 2, 6)).astype(np.int32)
+    lengths = np.array([[6, 1], [3, 4]], np.int32)
+    counted = np.arange(6) < lengths[..., None]
+
+    def gradient(**options):
+        definition = nnx.graphdef(abstract(micro.CONFIG, **options))
+
+        def total(weights):
+            model = nnx.merge(definition, weights)
+            embedded = model.embed(prompts)
+            score = model.score(prompts, embedded, completions, lengths, with_queries=True)
+            return (score.log_probs * counted).sum() + score.hidden.sum()
+
+        return jax.grad(total)
+
+    ours = gradient(attention=Attention("splash"), remat="dots")
+    text = str(jax.make_jaxpr(ours)(weights))
+    assert text.count("pallas_call[") >= 6  # vision tower and language model, three each
+    micro.same_gradients(jax.jit(ours)(weights), jax.jit(gradient())(weights))
 
 
 def device(platform, version=""):
@@ -205,3 +237,58 @@ def test_auto(device, options, kernel):
 def test_named_kernels_that_do_not_run(wanted, device, options, message):
     with pytest.raises(ValueError, match=f"attention: .*{message}"):
         choose(wanted, device, **options)
+
+
+# ---- compiled for TPU ----------------------------------------------------------------------------
+
+
+def gradients(attend):
+    def total(queries, keys, values, valid, weights):
+        out = attend(queries, keys, values, valid)
+        return (out.astype(jnp.float32) * weights).sum()
+
+    return jax.grad(total, argnums=(0, 1, 2))
+
+
+def shapes(batch, length, heads, kv_heads, head_dim):
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((batch, length, *shape), dtype)  # noqa: E731
+    tokens = [of(n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    return *tokens[:3], of(dtype=bool), tokens[3]
+
+
+@pytest.mark.parametrize(
+    ("method", "inputs"),
+    [
+        # Qwen2.5-VL 3B: eight completions of 40 tokens and 64 queries; a picture of 30 windows.
+        (partial(Attention.packed, prompt=430, group=8), shapes(4, 430 + 8 * 104, 16, 2, 128)),
+        (Attention.full, shapes(4, 30 * 64, 16, 16, 80)),
+        (partial(Attention.packed, prompt=100, group=2), shapes(1, 200, 4, 2, 64)),
+    ],
+    ids=["group", "picture", "head_dim_64"],
+)
+def test_compiled(method, inputs):
+    """Splash compiles, forward and backward, and no scores of whole sequences are in memory."""
+    with jax.default_matmul_precision("default"):
+        compiled = tpu.compile_for_one(gradients(partial(method, Attention("splash"))), *inputs)
+    assert compiled.as_text().count("tpu_custom_call") == 3
+    queries = inputs[0]
+    batch, length, heads, _ = queries.shape
+    scores = 4 * batch * heads * length**2
+    assert length < 1000 or compiled.memory_analysis().temp_size_in_bytes < scores / 4
+
+
+def test_compiled_for_a_mesh():
+    """Each chip attends to its rows and heads, without a word to the others."""
+    mesh = mesh_of(1, 2, 2, devices=tpu.devices())
+    rows = jax.NamedSharding(mesh, P(("data", "fsdp")))
+    heads = jax.NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+    *tokens, valid, weights = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=heads if x.ndim == 4 else rows)
+        for x in shapes(4, 300, 4, 2, 128)
+    )
+    attend = partial(Attention("splash", mesh).packed, prompt=100, group=2)
+    with jax.default_matmul_precision("default"):
+        compiled = jax.jit(gradients(attend)).lower(*tokens, valid, weights).compile()
+    text = compiled.as_text()
+    assert text.count("tpu_custom_call") == 3
+    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "permute"))

@@ -35,6 +35,10 @@ class VisionConfig:
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
     def window_patches(self) -> int:
         """Patches in a window, S."""
         merged = self.window_size // self.patch_size // self.merge_size
@@ -61,6 +65,11 @@ class QwenVLConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Of the language model and of the vision tower."""
+        return self.head_dim, self.vision.head_dim
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "QwenVLConfig":

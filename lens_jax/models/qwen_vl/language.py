@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lens_jax.models import layers
-from lens_jax.models.attention import Attention, Prefix, attention
+from lens_jax.models.attention import XLA, Attention, Prefix, attention
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.rope import Rotation, multimodal_rotation, rotate
 
@@ -83,7 +83,7 @@ class LanguageModel(nnx.Module):
         *,
         rngs: nnx.Rngs,
         dtype=jnp.float32,
-        attention: Attention = Attention(),
+        attention: Attention = XLA,
     ):
         self.config = config
         self.attention = attention

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lens_jax.models import layers
-from lens_jax.models.attention import Attention, attention
+from lens_jax.models.attention import XLA, Attention, attention
 from lens_jax.models.qwen_vl.config import VisionConfig
 from lens_jax.models.rope import Rotation, grid_rotation, rotate
 
@@ -92,7 +92,7 @@ class VisionTower(nnx.Module):
         *,
         rngs: nnx.Rngs,
         dtype=jnp.float32,
-        attention: Attention = Attention(),
+        attention: Attention = XLA,
     ):
         self.config = config
         self.attention = attention
@@ -115,7 +115,7 @@ class VisionTower(nnx.Module):
         """Merged tokens, U = W * S / 4, still in window order; those of padding are arbitrary."""
         config = self.config
         x = self.patch_embed(patches)
-        rotation = grid_rotation(positions, config.hidden_size // config.num_heads)
+        rotation = grid_rotation(positions, config.head_dim)
         windows = (rotation, mask)
         whole = (*jax.tree.map(_join_windows, windows), self.attention)
 
