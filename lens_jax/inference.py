@@ -183,7 +183,7 @@ class Lens:
         config, params = checkpoints.load_pretrained(directory, dtype=dtype)
         params.pop("unused", None)
         config = LensConfig.from_dict(config)
-        attention = Attention.choose("auto", mesh, dtype=dtype, head_dims=config.mllm.head_dims)
+        attention = Attention.choose("auto", mesh, dtype=dtype, head_dims=config.head_dims)
         definition, state = nnx.split(abstract(config, dtype=dtype, attention=attention))
         nnx.replace_by_pure_dict(state, params)
         state = jax.device_put(state, sharding.replicated(mesh) if mesh else jax.devices()[0])

@@ -128,9 +128,11 @@ class Attention:
         queries: Float[Array, "B L N H"],
         keys: Float[Array, "B L K H"],
         values: Float[Array, "B L K H"],
-        valid: Bool[Array, "B L"],
+        valid: Bool[Array, "B L"] | None = None,
     ) -> Float[Array, "B L N H"]:
-        """All see all that is valid."""
+        """All see all that is valid; None: everything is."""
+        if valid is None:
+            valid = jnp.ones(queries.shape[:2], bool)
         function = {"xla": _full, "splash": kernels.splash, "cudnn": _full_cudnn}[self.kernel]
         return self._run(function, queries, keys, values, valid)
 

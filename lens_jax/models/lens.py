@@ -52,6 +52,13 @@ class LensConfig:
                 + ", ".join(POSITION_SCHEMES)
             )
 
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        """Of all that `Attention` attends for: language model, vision tower and SAM 2's trunk."""
+        sam = self.sam
+        trunk = (sam.embed_dim // sam.num_heads,) if isinstance(sam, Sam2Config) else ()
+        return self.mllm.head_dim, self.mllm.vision.head_dim, *trunk
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "LensConfig":
         """Reads lens_config.json's `mllm` (a Hugging Face config), `sam` and context fields."""
@@ -98,8 +105,10 @@ class LensModel(nnx.Module):
             rngs=rngs,
             dtype=dtype,
         )
-        segmenter = Sam if isinstance(config.sam, SamConfig) else Sam2
-        self.sam = segmenter(config.sam, rngs=rngs, dtype=dtype)
+        if isinstance(config.sam, SamConfig):
+            self.sam = Sam(config.sam, rngs=rngs, dtype=dtype)
+        else:
+            self.sam = Sam2(config.sam, **options)
 
     def embed(self, prompts: Prompts) -> Float[Array, "B P D"]:
         """Token embeddings, image tokens replaced by the vision tower's output."""

@@ -389,7 +389,7 @@ def _prepare(config: RunConfig, directory: Path, start: Path, compilations: Comp
     if config.model.context_positions:
         start_config["context_positions"] = config.model.context_positions
     lens_config = LensConfig.from_dict(start_config)
-    dtype, head_dims = _dtype(config), lens_config.mllm.head_dims
+    dtype, head_dims = _dtype(config), lens_config.head_dims
     try:
         attention = Attention.choose(config.attention, mesh, dtype=dtype, head_dims=head_dims)
     except ValueError as error:

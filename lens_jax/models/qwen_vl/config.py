@@ -66,11 +66,6 @@ class QwenVLConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
-    @property
-    def head_dims(self) -> tuple[int, int]:
-        """Of the language model and of the vision tower."""
-        return self.head_dim, self.vision.head_dim
-
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "QwenVLConfig":
         """Reads config.json, flat (transformers < 4.52, LENS) or with a nested `text_config`.

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lens_jax.models.attention import XLA, Attention
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.layers import Mlp, gelu, layer_norm
 
@@ -70,12 +71,23 @@ class PatchEmbed(nnx.Module):
 
 
 class MultiScaleAttention(nnx.Module):
-    """Self-attention over each map of a batch; the queries may be pooled 2x2."""
+    """Self-attention over each map of a batch; the queries may be pooled 2x2.
+
+    `whole` attends when maps are whole pictures.
+    """
 
     def __init__(
-        self, dim: int, dim_out: int, heads: int, pool: bool, *, rngs: nnx.Rngs, dtype: jnp.dtype
+        self,
+        dim: int,
+        dim_out: int,
+        heads: int,
+        pool: bool,
+        whole: Attention | None,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
     ):
-        self.heads, self.pool = heads, pool
+        self.heads, self.pool, self.whole = heads, pool, whole
         self.qkv = nnx.Linear(dim, 3 * dim_out, dtype=dtype, rngs=rngs)
         self.proj = nnx.Linear(dim_out, dim_out, dtype=dtype, rngs=rngs)
 
@@ -85,7 +97,7 @@ class MultiScaleAttention(nnx.Module):
             q = max_pool(q)
         batch, height, width, channels = q.shape
         q, k, v = (y.reshape(batch, -1, self.heads, channels // self.heads) for y in (q, k, v))
-        out = jax.nn.dot_product_attention(q, k, v)
+        out = self.whole.full(q, k, v) if self.whole else jax.nn.dot_product_attention(q, k, v)
         return self.proj(out.reshape(batch, height, width, channels))
 
 
@@ -98,13 +110,17 @@ class MultiScaleBlock(nnx.Module):
         dim_out: int,
         heads: int,
         window: int,
+        attention: Attention,
         *,
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
     ):
         self.window, self.pool = window, dim != dim_out
         self.norm1 = layer_norm(dim, NORM_EPSILON, rngs=rngs, dtype=dtype)
-        self.attn = MultiScaleAttention(dim, dim_out, heads, self.pool, rngs=rngs, dtype=dtype)
+        whole = None if window or self.pool else attention
+        self.attn = MultiScaleAttention(
+            dim, dim_out, heads, self.pool, whole, rngs=rngs, dtype=dtype
+        )
         self.norm2 = layer_norm(dim_out, NORM_EPSILON, rngs=rngs, dtype=dtype)
         self.mlp = Mlp((dim_out, 4 * dim_out, dim_out), gelu, rngs=rngs, dtype=dtype)
         if self.pool:
@@ -125,7 +141,14 @@ class MultiScaleBlock(nnx.Module):
 class Hiera(nnx.Module):
     """The trunk: pictures to one feature map a stage."""
 
-    def __init__(self, config: Sam2Config, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(
+        self,
+        config: Sam2Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        attention: Attention = XLA,
+    ):
         self.grid, self.dtype = config.image_size // 4, dtype
         init = nnx.initializers.truncated_normal(0.02)
         dim, window = config.embed_dim, config.window_spec[0]
@@ -146,6 +169,7 @@ class Hiera(nnx.Module):
                         config.stage_dims[stage],
                         config.num_heads * 2**stage,
                         0 if is_global else config.window_spec[before],
+                        attention,
                         rngs=rngs,
                         dtype=dtype,
                     )

@@ -1,0 +1,112 @@
+"""Attention compiled for a TPU that need not be there: splash against XLA, memory and traffic.
+
+The attention of one layer of Qwen2.5-VL-3B and SAM 2 large, bfloat16, as the update runs it:
+forward and backward over packed groups and whole pictures, forward in SAM's frozen encoder. Needs
+libtpu, whose compiler runs on any machine; nothing is executed, and no time is measured.
+
+    python benchmarks/attention.py --chip v5e --rows 4 --json attention.json
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# libtpu reads these when it is loaded: no TPU is here to be asked, and others may compile as well.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks import common
+from lens_jax.models.attention import Attention
+
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+def cases(size: common.Size) -> Iterator[tuple[str, Any, tuple[int, int, int, int], bool]]:
+    """Name, method of `Attention`, (length, heads, KV heads, head dimensions), with gradients."""
+    qwen, group = size.config().mllm, size.group
+    heads = qwen.num_heads, qwen.num_kv_heads, qwen.head_dim
+    for tokens in (size.completion, size.reasoning):
+        own = tokens + size.num_queries
+        method = partial(Attention.packed, prompt=size.prompt, group=group)
+        name = f"group of {size.prompt} + {group} * ({tokens} + {size.num_queries}) tokens"
+        yield name, method, (size.prompt + group * own, *heads), True
+    vision = qwen.vision
+    units = vision.window_size // vision.patch_size
+    windows = -(-size.grid[0] // units) * -(-size.grid[1] // units)
+    length = windows * vision.window_patches
+    shape = (length, vision.num_heads, vision.num_heads, vision.head_dim)
+    yield f"picture of {length} patches", Attention.full, shape, True
+    sam = size.sam
+    heads, side = sam.num_heads * 4, sam.image_size // 16
+    shape = (side**2, heads, heads, sam.embed_dim // sam.num_heads)
+    yield f"SAM 2: picture of {side**2} patches", Attention.full, shape, False
+
+
+def compile_one(attention: Attention, method, shape, gradients: bool, rows: int, device) -> Any:
+    """One layer's attention, compiled for `device`."""
+    length, heads, kv_heads, head_dim = shape
+    place = SingleDeviceSharding(device)
+
+    def of(*rest, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((rows, length, *rest), dtype, sharding=place)
+
+    parts = [of(n, head_dim) for n in (heads, kv_heads, kv_heads)]
+    valid = of(dtype=jnp.bool_)
+    if not gradients:
+        return jax.jit(partial(method, attention)).lower(*parts, valid).compile()
+
+    def pull(queries, keys, values, valid, cotangent):
+        attend = partial(method, attention, valid=valid)
+        out, backward = jax.vjp(attend, queries, keys, values)
+        return out, backward(cotangent)
+
+    return jax.jit(pull).lower(*parts, valid, parts[0]).compile()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--size", choices=common.SIZES, default="3b", help="Default: 3b.")
+    flags.add_argument("--chip", choices=CHIPS, default="v5e", help="Default: v5e.")
+    flags.add_argument("--rows", type=int, default=4, help="Prompts a chip (default 4).")
+    flags.add_argument("--json", type=Path, help="File for {name: {ours, theirs, ratio, unit}}.")
+    options = flags.parse_args(argv)
+    device = topologies.get_topology_desc(
+        platform="tpu", topology_name=CHIPS[options.chip]
+    ).devices[0]
+    rows = {}
+    for name, *case in cases(common.SIZES[options.size]):
+        ours, theirs = (
+            compile_one(Attention(kernel), *case, options.rows, device)
+            for kernel in ("splash", "xla")
+        )
+        for what, read in {
+            "temporaries": lambda x: x.memory_analysis().temp_size_in_bytes,
+            "operands and results": lambda x: x.cost_analysis()["bytes accessed"],
+        }.items():
+            a, b = read(ours) / 1e6, read(theirs) / 1e6
+            rows[f"{name}: {what}"] = common.Comparison(a, b, b / max(a, 1e-6), "MB")
+    title = f"splash (ours) against XLA (theirs), {options.rows} rows, one layer, {options.chip}"
+    common.report(title, rows, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
