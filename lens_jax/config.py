@@ -223,7 +223,7 @@ class RunConfig:
     """Of matrix products; parameters, norms, losses and rewards are float32 in both."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Kernel of attention over packed groups and whole pictures. auto: splash on TPU; cudnn on
-    NVIDIA GPUs if precision and head dimensions allow; xla elsewhere. Decoding is always xla's."""
+    NVIDIA GPUs if precision and head dimensions allow; xla elsewhere. Decoding is always XLA's."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What layers compute again in the backward pass to save memory: nothing, all but matrix
     products, or everything. Gradients stay the same."""

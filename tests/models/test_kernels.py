@@ -94,6 +94,17 @@ def test_packed_cudnn(calls, prompt, group, part):
         assert options.keys() == {"mask"}
 
 
+def test_cudnn_on_a_gpu():
+    """bfloat16, as cuDNN wants it; JAX_PLATFORMS=cuda lets it run."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+    valid = packed_valid(37, 3, 41)
+    inputs = (*(jnp.bfloat16(x) for x in parts(37 + 3 * 41, head_dim=128)), valid)
+    for method in (partial(Attention.packed, prompt=37, group=3), Attention.full):
+        ours, theirs = (run(partial(method, Attention(name)), *inputs) for name in ("cudnn", "xla"))
+        micro.same_gradients(ours, theirs, 2e-2)
+
+
 def check_packed(kernel, prompt, group, part):
     inputs = (*parts(prompt + group * part), packed_valid(prompt, group, part))
     ours, theirs = (
@@ -126,6 +137,14 @@ def test_masked_blocks_are_not_computed():
     block = lambda i: slice(128 * i, 128 * (i + 1))  # noqa: E731
     seen = [[mask[block(i), block(j)].any() for j in range(6)] for i in range(6)]
     np.testing.assert_array_equal(seen, np.eye(6, dtype=bool) | (np.arange(6) == 0))
+
+
+@pytest.mark.parametrize(
+    ("length", "padded", "block"),
+    [(100, 128, 128), (400, 512, 512), (1262, 1280, 640), (2990, 3072, 512), (4096, 4096, 512)],
+)
+def test_blocks_pad_little(length, padded, block):
+    assert kernels._blocks(length) == (padded, block)
 
 
 def test_too_long_for_the_mask():
