@@ -27,6 +27,7 @@ from flax import nnx
 from benchmarks import common
 from benchmarks.official import OfficialLayout
 from lens_jax import flops
+from lens_jax.config import GRPOConfig
 from lens_jax.data.images import window_layout
 from lens_jax.models.inputs import Batch, Prompts, Targets
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
@@ -35,9 +36,9 @@ from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import grpo
 from lens_jax.training.advantages import group_normalized
 from lens_jax.training.state import (
+    among,
     apply,
     create,
-    in_grpo,
     make_optimizer,
     split,
 )
@@ -85,7 +86,7 @@ def official_update(
 def updates(config: LensConfig, dtype: Any, reward: Callable[..., Rewards]) -> SimpleNamespace:
     """Both updates in JAX, and the model's shapes that they take."""
     model = _shapes_of_model(config, dtype)
-    definition, trained, frozen = split(model, in_grpo)
+    definition, trained, frozen = split(model, among(GRPOConfig().trained))
     _, policy, rest = split_policy(model)
     return SimpleNamespace(
         ours=grpo.make_update(definition, rest, OPTIMIZER, reward, OBJECTIVE),
@@ -222,7 +223,7 @@ def measure(
     model = abstract(config, dtype=size.dtype)
     nnx.update(model, common.parameters(model))
     params = nnx.state(model)
-    _, trained, frozen = split(model, in_grpo)
+    _, trained, frozen = split(model, among(GRPOConfig().trained))
     _, policy, _ = split_policy(model)
     past = jax.tree.map(lambda x: 1.03 * x, policy)
     reference = jax.tree.map(lambda x: x.astype(size.dtype), past)

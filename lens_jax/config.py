@@ -28,6 +28,7 @@ DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 
 Schedule = Literal["constant", "linear", "cosine"]
 Dataset = Literal["refcoco", "refcoco+", "refcocog", "reason_seg", "grounding_suite"]
+Part = Literal["visual", "language", "context", "sam_encoder", "sam_decoder"]
 
 
 class ConfigError(Exception):
@@ -117,10 +118,12 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """What both stages have: AdamW (eps 1e-8), its schedule, and the batch."""
+    """What both stages have: what trains, AdamW (eps 1e-8), its schedule, and the batch."""
 
     steps: NonNegativeInt = 0
     """Updates; 0 skips the stage."""
+    trained: tuple[Part, ...] = ()
+    """Parts that train (visual, language, context, sam_encoder, sam_decoder); others are frozen."""
     batch_size: PositiveInt = 64
     """Prompts an update."""
     accumulation_steps: PositiveInt = 1
@@ -143,26 +146,46 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentConfig(StageConfig):
-    """Stage 1: the context module learns to prompt SAM; all else is frozen."""
+    """Stage 1: the context module learns to prompt SAM; all else is frozen by default."""
 
+    trained: tuple[Part, ...] = ("context",)
     batch_size: PositiveInt = 1024
     learning_rate: PositiveFloat = 3e-5
     schedule: Schedule = "cosine"
     warmup_steps: NonNegativeInt = 150
+    stability: bool = True
+    """SAM decodes as in evaluation: another mask where the single one is unstable."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GRPOConfig(StageConfig):
     """Stage 2: GRPO on the unified rewards, with the segmentation loss."""
 
+    trained: tuple[Part, ...] = ("visual", "language", "context", "sam_decoder")
     num_generations: PositiveInt = 8
     """G: completions a prompt, the group that advantages are normalised in."""
+    advantages: Literal["group_normalized", "no_mean_for_same_reward", "centered"] = (
+        "group_normalized"
+    )
+    """group_normalized: (r - mean) / (std + 1e-4) over the group; no_mean_for_same_reward: that,
+    without the mean where all rewards are equal, clamped to [-1, 1]; centered: r - mean."""
+    surrogate: Literal["ratio", "probability"] = "ratio"
+    """What the advantage multiplies: the ratio to the sampling policy, or the probability itself
+    (Kimi k1.5, with kl kimi and advantages centered)."""
     beta: NonNegativeFloat = 0.04
-    """Weight of the k3 KL to the frozen reference."""
+    """Weight of the KL to the frozen reference; 0: the reference is not computed."""
+    kl: Literal["k1", "k3", "kimi"] = "k3"
+    """Estimate of the KL, with d = log reference - log policy: -d, exp(d) - d - 1, or d^2 / 2."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy, which is subtracted from the policy loss; negative: less of it."""
     policy_weight: NonNegativeFloat = 1.0
-    """Weight of policy loss and KL; 0 leaves the segmentation loss alone (a control run)."""
+    """Weight of policy loss, KL and entropy; 0 leaves the segmentation loss alone (a control
+    run)."""
     segmentation_weight: NonNegativeFloat = 1.0
     """Weight of the masks' BCE + dice."""
+    detach_segmentation: bool = False
+    """The segmentation loss stops before the connector: the language model learns from rewards
+    alone, the queries not at all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,11 +195,15 @@ class RolloutConfig:
     policy: Literal["current", "base"] = "current"
     """Sample from the current weights, or from those the stage started with."""
     temperature: PositiveFloat = 0.9
+    """Of the softmax that tokens are drawn from."""
+    final_temperature: PositiveFloat | None = None
+    """Reached at the last update, linearly from temperature; null: constant."""
     top_k: NonNegativeInt = 50
     """0: off."""
     top_p: ClosedUnitInterval = 0.9
     """1: off."""
     max_new_tokens: PositiveInt = 768
+    """A completion is cut here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,8 +221,8 @@ class RewardsConfig:
     """IoU of the mask."""
     boundary: NonNegativeFloat = 0.0
     """IoU of the mask's boundary."""
-    squared: bool = True
-    """Square the IoU of mask and boundary; the box's is always squared."""
+    squared: tuple[Literal["box", "segment", "boundary"], ...] = ("box", "segment", "boundary")
+    """Channels whose IoU is squared."""
     scale: PositiveFloat = 1.0
     """Factor on the total reward."""
 
@@ -352,17 +379,17 @@ def validate(config: RunConfig) -> None:
     _validate_data(config.data)
     if config.data.data_dir is None and config.data.shapes.train_scenes == 0:
         raise ConfigError("no data: give data.data_dir, or data.shapes.train_scenes to generate it")
-    if config.grpo.steps and config.grpo.num_generations < 2:
-        raise ConfigError(
-            "grpo.num_generations is 1: a group of one has no advantage, give 2 or more"
-        )
     for name in ("alignment", "grpo"):
         stage: StageConfig = getattr(config, name)
+        if stage.steps and not stage.trained:
+            raise ConfigError(f"{name}.trained is empty: name a part, or set {name}.steps to 0")
         if stage.batch_size % stage.accumulation_steps:
             raise ConfigError(
                 f"{name}.accumulation_steps {stage.accumulation_steps} does not divide "
                 f"{name}.batch_size {stage.batch_size}"
             )
+    if config.grpo.steps:
+        _validate_grpo(config)
     for key in ("windows", "prompt_tokens", "answer_tokens", "canvas"):
         if not getattr(config.data, key):
             raise ConfigError(f"data.{key} is empty: give at least one bucket")
@@ -379,6 +406,38 @@ def _validate_data(data: DataConfig) -> None:
     for dataset in data.mixture or (data.dataset,):
         if data.curriculum and not dataset.startswith("refcoco"):
             raise ConfigError(f"data.curriculum: {dataset} has no refs, only RefCOCO's sets do")
+
+
+def _validate_grpo(config: RunConfig) -> None:
+    grpo, rollout, rewards = config.grpo, config.rollout, config.rewards
+    if grpo.num_generations < 2:
+        raise ConfigError(
+            "grpo.num_generations is 1: a group of one has no advantage, give 2 or more"
+        )
+    if not (grpo.policy_weight or grpo.segmentation_weight):
+        raise ConfigError(
+            "grpo.policy_weight and grpo.segmentation_weight are 0: no loss is left, "
+            "set grpo.steps to 0 to skip the stage"
+        )
+    if grpo.detach_segmentation and not grpo.segmentation_weight:
+        raise ConfigError("grpo.detach_segmentation needs grpo.segmentation_weight above 0")
+    if not grpo.policy_weight:
+        if grpo.entropy_weight:
+            raise ConfigError("grpo.entropy_weight needs grpo.policy_weight above 0")
+        return
+    if not {"visual", "language"} & set(grpo.trained):
+        raise ConfigError(
+            "grpo.trained names neither visual nor language, so that the policy loss trains "
+            "nothing: add one, or set grpo.policy_weight to 0"
+        )
+    if not any((rewards.format, rewards.box, rewards.segment, rewards.boundary)):
+        raise ConfigError("all weights of rewards are 0: nothing to learn, raise one above 0")
+    for key, greedy in (("top_k", rollout.top_k == 1), ("top_p", rollout.top_p == 0)):
+        if greedy:
+            raise ConfigError(
+                f"rollout.{key} {getattr(rollout, key)} is greedy: a group of equal completions "
+                f"has no advantage, raise rollout.{key}"
+            )
 
 
 def check_batches(config: RunConfig, data: int, fsdp: int) -> None:

@@ -1,11 +1,17 @@
 """Defaults < file < flags; mistakes are one line and exit code 2."""
 
 import dataclasses
+import typing
 
 import pytest
 
 from lens_jax import config as configs
 from lens_jax.config import ConfigError
+from lens_jax.rewards.unified import UnifiedReward
+from lens_jax.training.advantages import RULES
+from lens_jax.training.grpo import Objective
+from lens_jax.training.losses import KL_ESTIMATES, SURROGATES
+from lens_jax.training.state import PARTS
 
 START = "model: {checkpoint: start}\ndata: {data_dir: data}\n"
 
@@ -68,6 +74,23 @@ def test_values_have_their_types(file):
         (["--data.canvas", "[[112]]"], "data.canvas"),
         (["--data.windows", "[]"], "data.windows is empty"),
         (["--grpo.num_generations", "1"], "grpo.num_generations is 1"),
+        (["--grpo.trained", "[]"], "grpo.trained is empty"),
+        (["--grpo.trained", "[llm]"], "grpo.trained"),
+        (["--grpo.trained", "[context, sam_decoder]"], "neither visual nor language"),
+        (["--grpo.kl", "k2"], "grpo.kl: expected one of k1, k3, kimi, got k2"),
+        (["--grpo.advantages", "mean"], "grpo.advantages: expected one of group_normalized"),
+        (["--grpo.surrogate", "clip"], "grpo.surrogate: expected one of ratio, probability"),
+        (["--grpo.policy_weight", "0", "--grpo.segmentation_weight", "0"], "no loss is left"),
+        (["--grpo.policy_weight", "0", "--grpo.entropy_weight", "-0.1"], "grpo.entropy_weight"),
+        (
+            ["--grpo.segmentation_weight", "0", "--grpo.detach_segmentation", "true"],
+            "grpo.detach_segmentation",
+        ),
+        (["--rewards.box", "0", "--rewards.segment", "0"], "all weights of rewards are 0"),
+        (["--rewards.squared", "[format]"], "rewards.squared"),
+        (["--rollout.top_k", "1"], "rollout.top_k 1 is greedy"),
+        (["--rollout.top_p", "0"], "rollout.top_p 0.0 is greedy"),
+        (["--rollout.final_temperature", "0"], "rollout.final_temperature: expected a number"),
         (["--grpo.batch_size", "6", "--grpo.accumulation_steps", "4"], "4 does not divide"),
     ],
 )
@@ -91,6 +114,30 @@ def test_a_wrong_flag_is_one_line(flags, says, file, capsys):
 def test_a_wrong_file_is_one_line(text, says, file, capsys):
     file.write_text(text)
     assert says in refused(capsys, "--config", file)
+
+
+def test_choices_are_those_of_the_code():
+    hints = typing.get_type_hints(configs.GRPOConfig)
+    for key, names in (("kl", KL_ESTIMATES), ("advantages", RULES), ("surrogate", SURROGATES)):
+        assert set(typing.get_args(hints[key])) == set(names)
+    assert typing.get_args(configs.Part) == PARTS
+    shared = {f.name for f in dataclasses.fields(configs.RewardsConfig)}
+    assert shared == {f.name for f in dataclasses.fields(UnifiedReward)} - {"score"}
+    # Both are the published recipe.
+    config = configs.GRPOConfig()
+    for field in dataclasses.fields(Objective):
+        assert getattr(config, field.name) == field.default
+
+
+def test_what_a_stage_skips_is_not_asked_of_it(file):
+    """Lists and negative numbers as flags; a control run without policy needs no reward."""
+    flags = "--rewards.box 0 --rewards.segment 0 --grpo.trained [context] --rollout.top_k 1"
+    config = configs.load(["--config", str(file), *flags.split(), "--grpo.policy_weight", "0"])
+    assert config.grpo.trained == ("context",)
+    configs.load(["--config", str(file), *flags.split(), "--grpo.steps", "0"])
+    flags = ["--rewards.squared", "[box, boundary]", "--grpo.entropy_weight", "-0.01"]
+    config = configs.load(["--config", str(file), *flags])
+    assert config.rewards.squared == ("box", "boundary") and config.grpo.entropy_weight == -0.01
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The unified reward: sentence, box and mask in named channels (LENS, section 3.3)."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Literal
 
 import jax
@@ -49,8 +50,8 @@ class UnifiedReward:
     box: float = 1.0
     segment: float = 1.0
     boundary: float = 0.0
-    squared: bool = True
-    """Square the mask's and the boundary's IoU; the box's is always squared."""
+    squared: Collection[str] = ("box", "segment", "boundary")
+    """Channels whose IoU is squared."""
     scale: float = 1.0
     """Factor on the total."""
 
@@ -78,17 +79,17 @@ class UnifiedReward:
         box = box_iou(text["box"], targets.box[:, None])
         box = jnp.where(no_target, ~text["box_found"], box)
         segment = jnp.where(no_target, no_mask, mask_iou(logits, truth, valid))
-        power = 2 if self.squared else 1
         channels = {
             "format": (self.format, text[self.pattern].astype(jnp.float32)),
-            "box": (self.box, box**2),
-            "segment": (self.segment, segment**power),
+            "box": (self.box, box),
+            "segment": (self.segment, segment),
         }
         if self.boundary:
             boundary = jnp.where(no_target, no_mask, boundary_iou(logits, truth, valid))
-            channels["boundary"] = (self.boundary, boundary**power)
+            channels["boundary"] = (self.boundary, boundary)
 
-        weights, values = zip(*channels.values(), strict=True)
+        weights = [weight for weight, _ in channels.values()]
+        values = [v**2 if name in self.squared else v for name, (_, v) in channels.items()]
         values = jnp.stack(values, axis=-1)
         total = self.scale * (values * jnp.array(weights, jnp.float32)).sum(-1)
         rewards = Rewards(values, total, segment, box, names=tuple(channels))

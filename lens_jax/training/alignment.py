@@ -1,7 +1,7 @@
 """Stage 1, alignment: the context module learns to prompt SAM (LENS, section 3.3).
 
 The answer, with the true box, is given; the queries read it; the mask's BCE + dice train queries,
-connector and projection. Everything else is frozen, and SAM decodes as in evaluation.
+connector and projection. By default everything else is frozen, and SAM decodes as in evaluation.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from lens_jax.training.state import Metrics, TrainState, accumulate, apply
 Update = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]
 
 
-def sums(model: LensModel, batch: Batch) -> tuple[jax.Array, Metrics]:
-    """The loss and the metrics, summed over samples."""
+def sums(model: LensModel, batch: Batch, *, stability: bool = True) -> tuple[jax.Array, Metrics]:
+    """The loss and the metrics, summed over samples; `stability` as in `LensModel.masks`."""
     prompts, targets = batch.prompts, batch.targets
     embedded = model.embed(prompts)
     hidden = model.read(prompts, embedded, targets.answer, targets.answer_length)
-    masks = model.masks(model.sam_features(prompts), hidden, stability=True)
+    masks = model.masks(model.sam_features(prompts), hidden, stability=stability)
     canvas = targets.mask.shape[1:]
     logits = upsample_logits(masks.logits, targets.mask_size, canvas)
     valid = valid_pixels(targets.mask_size, canvas)
@@ -43,14 +43,18 @@ def sums(model: LensModel, batch: Batch) -> tuple[jax.Array, Metrics]:
 
 
 def make_update(
-    definition: nnx.GraphDef, optimizer: optax.GradientTransformation, portions: int = 1
+    definition: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    portions: int = 1,
+    *,
+    stability: bool = True,
 ) -> Update:
     """The update as a pure function `(state, frozen, batch) -> (state, metrics)`, to be jitted."""
 
     def update(state: TrainState, frozen: nnx.State, batch: Batch):
         def gradient_of_sums(portion):
             def loss(params):
-                return sums(nnx.merge(definition, params, frozen), portion)
+                return sums(nnx.merge(definition, params, frozen), portion, stability=stability)
 
             return jax.grad(loss, has_aux=True)(state.params)
 

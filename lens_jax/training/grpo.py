@@ -17,8 +17,8 @@ from lens_jax.models.lens import LensModel
 from lens_jax.models.resample import upsample_logits, valid_pixels
 from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.rollout.sampler import Rollout
-from lens_jax.training.advantages import group_normalized
-from lens_jax.training.losses import k3, policy_loss, segmentation_losses, token_mean
+from lens_jax.training.advantages import RULES
+from lens_jax.training.losses import KL_ESTIMATES, policy_loss, segmentation_losses, token_mean
 from lens_jax.training.state import Metrics, TrainState, accumulate, apply
 
 Update = Callable[[TrainState, nnx.State, nnx.State, Batch, Rollout], tuple[TrainState, Metrics]]
@@ -26,11 +26,17 @@ Update = Callable[[TrainState, nnx.State, nnx.State, Batch, Rollout], tuple[Trai
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Total loss = policy_weight * (policy + beta * KL) + segmentation_weight * (BCE + dice)."""
+    """policy_weight * (policy + beta * KL - entropy_weight * entropy)
+    + segmentation_weight * (BCE + dice); `config.GRPOConfig` explains the choices."""
 
     beta: float = 0.04
+    kl: str = "k3"
+    advantages: str = "group_normalized"
+    surrogate: str = "ratio"
+    entropy_weight: float = 0.0
     policy_weight: float = 1.0
     segmentation_weight: float = 1.0
+    detach_segmentation: bool = False
 
 
 def sums(
@@ -52,14 +58,17 @@ def sums(
     counted = jnp.arange(tokens.shape[-1]) < lengths[..., None]
 
     score = model.score(prompts, model.embed(prompts), tokens, lengths, with_queries=True)
-    masks = model.masks(model.sam_features(prompts), score.hidden, stability=False)
+    hidden = score.hidden
+    if objective.detach_segmentation:
+        hidden = jax.lax.stop_gradient(hidden)
+    masks = model.masks(model.sam_features(prompts), hidden, stability=False)
     canvas = targets.mask.shape[1:]
     logits = upsample_logits(masks.logits, targets.mask_size, canvas)
     valid = valid_pixels(targets.mask_size, canvas)
     cross_entropy, dice = segmentation_losses(logits, targets.mask, valid)
 
     rewards = reward(tokens, lengths, jax.lax.stop_gradient(logits), targets, valid)
-    advantages = jax.lax.stop_gradient(group_normalized(rewards.total))
+    advantages = jax.lax.stop_gradient(RULES[objective.advantages](rewards.total))
     kl = jnp.zeros_like(score.log_probs)
     if reference is not None:
         past = reference.score(
@@ -72,8 +81,13 @@ def sums(
         )
         # What follows the end is arbitrary: an overflow there would reach the gradient as 0 * inf.
         past = jnp.where(counted, past.log_probs, score.log_probs)
-        kl = k3(score.log_probs, jax.lax.stop_gradient(past))
-    policy = policy_loss(score.log_probs, advantages, kl, objective.beta, counted)
+        kl = KL_ESTIMATES[objective.kl](score.log_probs, jax.lax.stop_gradient(past))
+    entropy = token_mean(score.entropy, counted)
+    policy = policy_loss(
+        score.log_probs, advantages, kl, objective.beta, counted, objective.surrogate
+    )
+    if objective.entropy_weight:
+        policy -= objective.entropy_weight * entropy
     loss = jnp.sum(
         objective.policy_weight * policy + objective.segmentation_weight * (cross_entropy + dice)
     )
@@ -86,7 +100,7 @@ def sums(
         "mask_iou": rewards.mask_iou,
         "box_iou": rewards.box_iou,
         "kl": token_mean(kl, counted),
-        "entropy": token_mean(score.entropy, counted),
+        "entropy": entropy,
         "completion_length": lengths,
         "rollout_gap": token_mean(gap, counted),
         "truncated_fraction": ~rollout.ended,

@@ -49,9 +49,8 @@ from lens_jax.training.compilations import Compilations
 from lens_jax.training.metrics import StageLog
 from lens_jax.training.state import (
     TrainState,
+    among,
     create,
-    in_alignment,
-    in_grpo,
     make_optimizer,
     make_schedule,
     split,
@@ -120,11 +119,13 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
 def align(job: Run) -> None:
     """Stage 1: the context module learns to prompt SAM."""
     settings = job.config.alignment
-    definition, trained, frozen = split(nnx.merge(job.model, job.params), in_alignment)
+    definition, trained, frozen = split(nnx.merge(job.model, job.params), among(settings.trained))
     schedule, optimizer = _optimizer(settings)
     places = _places(job, trained, optimizer)
     update = jax.jit(
-        alignment.make_update(definition, optimizer, settings.accumulation_steps),
+        alignment.make_update(
+            definition, optimizer, settings.accumulation_steps, stability=settings.stability
+        ),
         donate_argnums=0,
         out_shardings=(places, None),
     )
@@ -158,22 +159,15 @@ def reinforce(job: Run) -> None:
 
     # From the layout of training to that of sampling: light, and whole on every device.
     relayout = jax.jit(lighten, out_shardings=sharding.replicated(job.mesh))
-    reference = jax.jit(lighten)(policy)
+    kl = settings.beta and settings.policy_weight
+    reference = jax.jit(lighten)(policy) if kl else None
 
-    definition, trained, frozen = split(model, in_grpo)
+    definition, trained, frozen = split(model, among(settings.trained))
     schedule, optimizer = _optimizer(settings)
-    weights = config.rewards
-    reward = UnifiedReward(
-        text_rewards(job.processor.tokenizer),
-        format=weights.format,
-        pattern=weights.pattern,
-        box=weights.box,
-        segment=weights.segment,
-        boundary=weights.boundary,
-        squared=weights.squared,
-        scale=weights.scale,
-    )
-    objective = grpo.Objective(settings.beta, settings.policy_weight, settings.segmentation_weight)
+    weights = dataclasses.asdict(config.rewards)
+    reward = UnifiedReward(text_rewards(job.processor.tokenizer), **weights)
+    names = [field.name for field in dataclasses.fields(grpo.Objective)]
+    objective = grpo.Objective(**{name: getattr(settings, name) for name in names})
     places = _places(job, trained, optimizer)
     update = jax.jit(
         grpo.make_update(
@@ -189,8 +183,10 @@ def reinforce(job: Run) -> None:
         num_completions=settings.num_generations,
         max_new_tokens=sample.max_new_tokens,
         end_tokens=job.lens.generation.end_tokens,
-        sampling=Sampling(sample.temperature, sample.top_k, sample.top_p),
     )
+    temperatures = np.linspace(
+        sample.temperature, sample.final_temperature or sample.temperature, settings.steps
+    ).astype(np.float32)
 
     # Each device samples its own prompts and stops when they have ended.
     @jax.jit
@@ -204,12 +200,14 @@ def reinforce(job: Run) -> None:
     def write(policy, batch: Batch, index):
         model = nnx.merge(job.model, policy, shapes_of_rest)
         key = jax.random.fold_in(jax.random.key(config.seed), index)
-        return draw(model, batch.prompts, model.embed(batch.prompts), batch.sample_id, key)
+        sampling = Sampling(jnp.asarray(temperatures)[index], sample.top_k, sample.top_p)
+        embedded = model.embed(batch.prompts)
+        return draw(model, batch.prompts, embedded, batch.sample_id, key, sampling=sampling)
 
     base = jax.block_until_ready(relayout(policy)) if sample.policy == "base" else None
 
     def step(state: TrainState, batch: Batch):
-        times = [time.perf_counter()]
+        times, index = [time.perf_counter()], int(jax.device_get(state.step))
         policy = base
         if policy is None:
             policy = relayout(split_policy(nnx.merge(definition, state.params, frozen))[1])
@@ -228,6 +226,7 @@ def reinforce(job: Run) -> None:
             "rollout_seconds": rolled,
             "update_seconds": updated,
             "tokens_per_second": tokens / (times[-1] - times[0]),
+            "temperature": temperatures[index],
         }
 
     # Stage 2 goes on in the data where stage 1 stopped: no scene is needed twice.

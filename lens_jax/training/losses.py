@@ -12,19 +12,40 @@ def policy_loss(
     kl: Float[Array, "B G T"],
     beta: float,
     counted: Bool[Array, "B G T"],
+    surrogate: str = "ratio",
 ) -> Float[Array, "B G"]:
-    """On-policy GRPO: -exp(logp - sg(logp)) A + beta KL, mean over a completion's tokens.
+    """On-policy: -S A + beta KL, mean over a completion's tokens.
 
-    There is one update a rollout, so the ratio is 1 and only its gradient matters.
+    S is one of `SURROGATES`: `ratio`, exp(logp - sg(logp)), is GRPO's (there is one update a
+    rollout, so it is 1 and only its gradient matters); `probability` is exp(logp).
     """
-    ratio = jnp.exp(log_probs - jax.lax.stop_gradient(log_probs))
-    return token_mean(-ratio * advantages[..., None] + beta * kl, counted)
+    surrogates = SURROGATES[surrogate](log_probs)
+    return token_mean(-surrogates * advantages[..., None] + beta * kl, counted)
+
+
+SURROGATES = {"ratio": lambda x: jnp.exp(x - jax.lax.stop_gradient(x)), "probability": jnp.exp}
+
+
+def k1(log_probs: Float[Array, "B G T"], reference: Float[Array, "B G T"]) -> Float[Array, "B G T"]:
+    """-d, where d = reference - policy: unbiased; its on-policy gradient is 0 in expectation."""
+    return log_probs - reference
 
 
 def k3(log_probs: Float[Array, "B G T"], reference: Float[Array, "B G T"]) -> Float[Array, "B G T"]:
-    """Schulman's k3 estimate of KL(policy || reference): exp(d) - d - 1, d = reference - policy."""
+    """exp(d) - d - 1, d = reference - policy: unbiased and never negative."""
     difference = reference - log_probs
     return jnp.exp(difference) - difference - 1.0
+
+
+def kimi(
+    log_probs: Float[Array, "B G T"], reference: Float[Array, "B G T"]
+) -> Float[Array, "B G T"]:
+    """d^2 / 2 (Kimi k1.5, arXiv 2501.12599)."""
+    return (reference - log_probs) ** 2 / 2
+
+
+# Schulman, "Approximating KL Divergence" (2020): estimates of KL(policy || reference), by token.
+KL_ESTIMATES = {"k1": k1, "k3": k3, "kimi": kimi}
 
 
 def token_mean(values: Float[Array, "B G T"], counted: Bool[Array, "B G T"]) -> Float[Array, "B G"]:

@@ -1,6 +1,6 @@
 """What an update changes, and the optimizer that changes it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -34,17 +34,21 @@ def create(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainS
     return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
 
-def in_alignment(path: Path, _: Any) -> bool:
-    """Stage 1 trains the context module alone."""
-    return path[0] == "context"
+PARTS = ("visual", "language", "context", "sam_encoder", "sam_decoder")
 
 
-def in_grpo(path: Path, _: Any) -> bool:
-    """Stage 2 trains all but SAM's image side."""
-    if path[0] != "sam":
-        return True
-    constant = path[-1] == "positional_encoding_gaussian_matrix"
-    return path[1] in ("sam_prompt_encoder", "sam_mask_decoder") and not constant
+def among(parts: Collection[str]) -> Callable[[Path, Any], bool]:
+    """Selects the parameters of some of `PARTS`. What SAM adds to its image features belongs to
+    its encoder, prompts to its decoder; constants belong to no part."""
+
+    def selected(path: Path, _: Any) -> bool:
+        part = path[0]
+        if part == "sam":
+            prompted = path[1] in ("sam_prompt_encoder", "sam_mask_decoder")
+            part = "sam_decoder" if prompted else "sam_encoder"
+        return part in parts and path[-1] != "positional_encoding_gaussian_matrix"
+
+    return selected
 
 
 def split(

@@ -81,6 +81,34 @@ def test_stages_train_what_they_should(whole, checkpoint):
             assert name not in moved
 
 
+def test_options_of_stage_2(checkpoint, data_dir, tmp_path):
+    """Sampling stays with the first policy while the trained part of it moves away."""
+    options = {
+        "alignment.steps": 0,
+        "grpo.trained": "[language, sam_decoder]",
+        "grpo.learning_rate": 0.01,
+        "grpo.beta": 0,
+        "rollout.policy": "base",
+        "rollout.temperature": 0.9,
+        "rollout.final_temperature": 0.3,
+        "rewards.squared": "[segment]",
+    }
+    assert train.main(arguments(checkpoint, data_dir, tmp_path / "run", **options)) == 0
+    rows = metrics.read(tmp_path / "run")
+    np.testing.assert_allclose([row["temperature"] for row in rows], [0.9, 0.6, 0.3], rtol=1e-6)
+    assert rows[0]["rollout_gap"] < 1e-4 < 1e-2 < rows[1]["rollout_gap"]
+    assert all(row["kl"] == 0 for row in rows)
+    before = dict(checkpoints.iterate_params(checkpoint))
+    after = checkpoints.iterate_params(tmp_path / "run" / "final")
+    moved = {name for name, value in after if not np.array_equal(before[name], value)}
+    assert {"/".join(name.split("/")[: 1 + name.startswith("sam")]) for name in moved} <= {
+        "language",
+        "sam/sam_mask_decoder",
+        "sam/sam_prompt_encoder",
+    }
+    assert any(name.startswith("language/") for name in moved)
+
+
 def test_a_stopped_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, monkeypatch):
     """Stopped after the first step of each stage by the signal that clusters send."""
     directory = tmp_path / "stopped"

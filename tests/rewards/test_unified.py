@@ -70,18 +70,19 @@ def test_weights_squares_and_scale(score, inputs):
         box=2.0,
         segment=3.0,
         boundary=4.0,
-        squared=False,
+        squared=("segment",),
         scale=0.1,
     )
     rewards = jax.jit(reward)(*inputs)
     values = rewards.channels
     assert rewards.names == ("format", "box", "segment", "boundary")
-    np.testing.assert_array_equal(values["segment"][0], mask_iou(logits, targets.mask, valid)[0])
+    iou = mask_iou(logits, targets.mask, valid)
+    np.testing.assert_array_equal(values["segment"][0], iou[0] ** 2)
     np.testing.assert_array_equal(
         values["boundary"][0], boundary_iou(logits, targets.mask, valid)[0]
     )
     np.testing.assert_array_equal(values["boundary"][1], [1, 0, 1])
-    np.testing.assert_allclose(values["box"][0], [1, 4 / 9, 0], rtol=1e-6)  # still squared
+    np.testing.assert_allclose(values["box"][0], [1, 2 / 3, 0], rtol=1e-6)
     total = 0.5 * values["format"] + 2 * values["box"] + 3 * values["segment"]
     np.testing.assert_allclose(rewards.total, 0.1 * (total + 4 * values["boundary"]), rtol=1e-6)
 

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from lens_jax.models.resample import valid_pixels
-from lens_jax.training.advantages import group_normalized
-from lens_jax.training.losses import k3, policy_loss, segmentation_losses, token_mean
+from lens_jax.training.advantages import RULES, group_normalized
+from lens_jax.training.losses import (
+    KL_ESTIMATES,
+    k3,
+    policy_loss,
+    segmentation_losses,
+    token_mean,
+)
 
 B, G, T = 2, 3, 5
 LENGTHS = np.array([[5, 1, 0], [2, 4, 3]])
@@ -18,11 +24,37 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def test_k3():
+@pytest.mark.parametrize(
+    ("name", "expected", "slope"),
+    [  # of d = reference - policy; the slope with respect to the policy
+        ("k1", lambda d: -d, lambda d: np.ones_like(d)),
+        ("k3", lambda d: np.exp(d) - d - 1, lambda d: 1 - np.exp(d)),
+        ("kimi", lambda d: d**2 / 2, lambda d: -d),
+    ],
+)
+def test_kl_estimates(name, expected, slope):
     policy, reference = normal(0, B, G, T), normal(1, B, G, T)
+    estimate = KL_ESTIMATES[name]
     d = reference.astype(np.float64) - policy
-    np.testing.assert_allclose(k3(policy, reference), np.exp(d) - d - 1, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(k3(policy, policy), 0)
+    np.testing.assert_allclose(estimate(policy, reference), expected(d), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(estimate(policy, policy), 0)
+    gradient = jax.grad(lambda x: estimate(x, reference).sum())(jnp.asarray(policy))
+    np.testing.assert_allclose(gradient, slope(d), rtol=1e-5, atol=1e-6)
+
+
+def test_policy_loss_of_probabilities_and_its_gradient():
+    """-exp(log-prob) A: likely tokens move more."""
+    log_probs, advantages = -np.abs(normal(0, B, G, T)), normal(2, B, G)
+
+    def loss(log_probs):
+        zero = jnp.zeros_like(log_probs)
+        return policy_loss(log_probs, advantages, zero, 0.0, COUNTED, "probability").sum()
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(log_probs))
+    per_token = -np.exp(log_probs.astype(np.float64)) * advantages[..., None]
+    per_token = np.where(COUNTED, per_token / np.maximum(LENGTHS, 1)[..., None], 0)
+    np.testing.assert_allclose(value, per_token.sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, per_token, rtol=1e-5, atol=1e-6)
 
 
 def test_policy_loss_and_its_gradient():
@@ -91,3 +123,20 @@ def test_group_normalized():
     expected = (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 1e-4)
     np.testing.assert_allclose(group_normalized(rewards), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(group_normalized(rewards)[1], 0)
+
+
+def test_centered():
+    rewards = np.array([[0.1, 0.9, 0.4, 0.4], [0.5, 0.5, 0.5, 0.5]], np.float32)
+    ours = RULES["centered"](rewards)
+    np.testing.assert_allclose(ours, rewards - rewards.mean(1, keepdims=True), atol=1e-6)
+
+
+def test_no_mean_for_same_reward():
+    """Equal rewards keep their sign, clamped; 0.7 three times has a mean that rounds."""
+    rewards = np.array([[0.1, 0.9, 0.4], [0.7, 0.7, 0.7], [0, 0, 0], [0, 0, 5]], np.float32)
+    ours = RULES["no_mean_for_same_reward"](rewards)
+    r = rewards.astype(np.float64)
+    expected = (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 1e-4)
+    expected[1] = 1
+    np.testing.assert_allclose(ours, np.clip(expected, -1, 1), rtol=1e-5, atol=1e-6)
+    assert ours[1].tolist() == [1, 1, 1] and ours[3, 2] == 1

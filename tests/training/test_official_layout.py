@@ -10,12 +10,14 @@ import pytest
 from flax import nnx
 
 from benchmarks.official import OfficialLayout
+from lens_jax.config import GRPOConfig
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import split_policy
 from lens_jax.rewards.unified import Rewards
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import grpo
-from lens_jax.training.state import in_grpo, split
+from lens_jax.training.advantages import RULES
+from lens_jax.training.state import among, split
 from tests import micro
 
 B, T = 2, 7
@@ -27,7 +29,7 @@ LENGTHS = [0, 5, T, 1, 3, 6, 2, 4]
 def program(config, group, with_reference, layout):
     """Loss, metrics and gradients, compiled, with their arguments; rewards are given."""
     model = micro.model(config)
-    definition, trained, frozen = split(model, in_grpo)
+    definition, trained, frozen = split(model, among(GRPOConfig().trained))
     _, policy, rest = split_policy(model)
     rng = np.random.default_rng(group)
     reference = jax.tree.map(lambda x: 1.03 * x, policy) if with_reference else None
@@ -81,7 +83,7 @@ CASES = [  # group, positions, reference
 @pytest.mark.parametrize(("group", "positions", "reference"), CASES)
 def test_losses_and_gradients(monkeypatch, group, positions, reference):
     # A group of one has no spread to be normalised by: the rewards are the advantages.
-    monkeypatch.setattr(grpo, "group_normalized", lambda rewards: rewards)
+    monkeypatch.setitem(RULES, "group_normalized", lambda rewards: rewards)
     mllm = dataclasses.replace(micro.CONFIG.mllm, vocab_size=VOCABULARY)
     config = dataclasses.replace(micro.CONFIG, mllm=mllm, context_positions=positions)
     ours, arguments = program(config, group, reference, lambda model: model)

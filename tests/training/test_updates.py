@@ -14,19 +14,20 @@ from flax import nnx
 from transformers import AutoTokenizer
 
 from lens_jax import sharding
-from lens_jax.config import MeshConfig
+from lens_jax.config import AlignmentConfig, GRPOConfig, MeshConfig
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import Score, split_policy
 from lens_jax.rewards import text_rewards
 from lens_jax.rewards.unified import Rewards, UnifiedReward
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import alignment, grpo
-from lens_jax.training.state import create, in_alignment, in_grpo, split
+from lens_jax.training.state import among, create, split
 from tests import micro
 
 B, G = 16, 2
 TOKENIZER = Path(__file__).parents[2] / "checkpoints" / "tiny" / "qwen2_5_vl"
 
+OBJECTIVE = grpo.Objective(beta=0.1)
 # Its state are the last gradients: they can be compared without what an optimizer makes of them.
 KEEP_GRADIENTS = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -73,7 +74,7 @@ def make_stages(config) -> dict[str, Stage]:
     targets = micro.targets(B)
     batch = Batch(micro.collate(config, rows), targets, np.arange(B, dtype=np.int32))
 
-    definition, trained, frozen = split(model, in_alignment)
+    definition, trained, frozen = split(model, among(AlignmentConfig().trained))
     align = Stage(
         lambda optimizer, portions: alignment.make_update(definition, optimizer, portions),
         trained,
@@ -85,10 +86,10 @@ def make_stages(config) -> dict[str, Stage]:
     reference = jax.tree.map(lambda x: 1.03 * x, policy)
     absent = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
     reward = UnifiedReward(text_rewards(tokenizer), format=1.0)
-    definition_grpo, trained, frozen = split(model, in_grpo)
+    definition_grpo, trained, frozen = split(model, among(GRPOConfig().trained))
     reinforce = Stage(
-        lambda optimizer, portions: grpo.make_update(
-            definition_grpo, absent, optimizer, reward, grpo.Objective(beta=0.1), portions
+        lambda optimizer, portions, objective=OBJECTIVE: grpo.make_update(
+            definition_grpo, absent, optimizer, reward, objective, portions
         ),
         trained,
         (frozen, reference),
@@ -214,6 +215,15 @@ def test_no_host_inside_the_update(stages, name):
     # A callback would show.
     loud = jax.jit(lambda x: jax.debug.print("{}", x)).lower(1.0).as_text()
     assert "callback" in loud
+
+
+@pytest.mark.parametrize("objective", [dict(beta=0.0), dict(policy_weight=0.0)], ids=str)
+def test_without_kl_no_reference_is_asked_for(stages, objective):
+    stage = stages["grpo"]
+    update = stage.make_update(KEEP_GRADIENTS, 1, grpo.Objective(**objective))
+    state = create(stage.trained, KEEP_GRADIENTS)
+    _, metrics = jax.eval_shape(update, state, stage.params[0], None, *stage.data)
+    assert metrics["kl"].shape == ()
 
 
 class Scripted:
