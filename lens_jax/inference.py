@@ -158,7 +158,8 @@ class Lens:
         self.definition, self.state = definition, state
         self.config: LensConfig = nnx.merge(definition, state).config
         self.processor, self.generation, self.mesh = processor, generation, mesh
-        self._read_text = jax.jit(text_rewards(processor.tokenizer))
+        read_text = text_rewards(processor.tokenizer)
+        self._read_text = jax.jit(sharding.by_rows(read_text, mesh) if mesh else read_text)
 
     @classmethod
     def from_pretrained(

@@ -7,7 +7,7 @@ rule vanishes.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -122,6 +122,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over (`data`, `fsdp`), for every array of a batch."""
     return NamedSharding(mesh, BATCH)
+
+
+def by_rows(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function` run by each device on the rows it holds, and no longer than these need.
+
+    Arguments and results are sharded as batches are.
+    """
+    return jax.shard_map(function, mesh=mesh, in_specs=BATCH, out_specs=BATCH, check_vma=False)
 
 
 def global_batch(batch: Any, mesh: Mesh) -> Any:

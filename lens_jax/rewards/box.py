@@ -6,6 +6,7 @@ fail at a character that begins the next one, so one deterministic automaton a f
 leftmost match; the numbers it stands between are the last four that were read.
 """
 
+import dataclasses
 import functools
 import re
 import unicodedata
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lens_jax.rewards.automaton import (
@@ -44,6 +46,8 @@ FORMS = (
 )
 
 NOTHING = SYMBOLS  # pads byte strings
+OPENERS = "[("
+OTHER = "x"  # stands for characters that have no place in a box
 # A number is kept as mantissa x 10^exponent; with a ninth digit the mantissa is full.
 _FULL = 10**8
 _EXACT = 10  # 10^10 is the last power of ten that float32 holds exactly
@@ -63,8 +67,37 @@ class BoxState(NamedTuple):
     best_exponent: Int[Array, "4 N"]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Spelling:
+    """Pieces as one string of codes, with what each does to an attempt at a box."""
+
+    codes: Int[np.ndarray, "C"]
+    start: Int[np.ndarray, "S"]
+    length: Int[np.ndarray, "S"]
+    opens: Bool[np.ndarray, "S"]
+    """Holds a bracket that may open a box."""
+    last: Int[np.ndarray, "S"]
+    """2 if such a bracket comes after the last x, 1 if an x comes last, 0 if there is neither."""
+
+    @classmethod
+    def of(cls, codes: Int[np.ndarray, "S E"]) -> "_Spelling":
+        def last(*points: int) -> np.ndarray:
+            found = np.isin(codes, points)
+            return np.where(found, np.arange(1, codes.shape[1] + 1), 0).max(1, initial=0)
+
+        length = (codes != NOTHING).sum(1)
+        opener, other = last(*map(ord, OPENERS)), last(ord(OTHER))
+        return cls(
+            codes=np.append(codes[codes != NOTHING], NOTHING).astype(np.int16),
+            start=(np.cumsum(length) - length).astype(np.int32),
+            length=length.astype(np.int32),
+            opens=opener > 0,
+            last=np.where(opener > other, 2, np.where(other > 0, 1, 0)).astype(np.int8),
+        )
+
+
 class BoxReader:
-    """Reads boxes from texts that arrive in pieces of encoded bytes."""
+    """Reads boxes from texts that come as pieces of encoded bytes."""
 
     def __init__(self):
         values = [Chars(frozenset(c for c in DIGIT.points if _value(c) == v)) for v in range(10)]
@@ -95,7 +128,7 @@ class BoxReader:
         for value in range(10):
             self._digit[alphabet[str(value)]] = value
         self._minus, self._point, self._comma = (alphabet[char] for char in "-.,")
-        self._openers = [alphabet[char] for char in "[("]
+        self._openers = [alphabet[char] for char in OPENERS]
 
     @staticmethod
     def encode(strings: Sequence[str]) -> np.ndarray:
@@ -106,7 +139,7 @@ class BoxReader:
             row[: len(string)] = [*map(ord, string)]
         return codes
 
-    def start(self, count: int) -> BoxState:
+    def _start(self, count: int) -> BoxState:
         def full(*shape: int, value: int = 0) -> Array:
             return jnp.full((*shape, count), value, jnp.int32)
 
@@ -122,9 +155,52 @@ class BoxReader:
             best_exponent=full(4),
         )
 
-    def read(self, state: BoxState, codes: Int[Array, "E N"]) -> BoxState:
-        """Go on with one piece of every text."""
-        return jax.lax.scan(lambda s, code: (self._read(s, code), None), state, codes)[0]
+    def find(
+        self, codes: Int[np.ndarray, "S E"], pieces: Int[Array, "N T"]
+    ) -> tuple[Float[Array, "N 4"], Bool[Array, "N"]]:
+        """The boxes of N texts of T pieces each, zeros where there is none, and which have one.
+
+        Bytes are read one at a time, but only those of pieces that can belong to a box: from one
+        with a bracket on, to the next x. In most texts that is a small part, and the loop ends
+        when the last text has been read.
+
+        Args:
+            codes: the S different pieces, as `encode` gives them.
+            pieces: which of them each text consists of.
+        """
+        spelling = _Spelling.of(codes)
+        count, steps = pieces.shape
+        mark = jnp.asarray(spelling.last)[pieces]
+        # Whether the last bracket or x before a piece is a bracket.
+        place = 2 * jnp.arange(1, steps + 1, dtype=jnp.int32)
+        last = lax.cummax(jnp.where(mark > 0, place + mark - 1, 0), axis=1)
+        within = jnp.pad(last[:, :-1] % 2 == 1, ((0, 0), (1, 0)))
+        read = (within & jnp.asarray(spelling.length > 0)[pieces]) | jnp.asarray(spelling.opens)[
+            pieces
+        ]
+        following = next_place(read)
+        pieces = jnp.pad(pieces, ((0, 0), (0, 1)))
+        start, length, flat = map(jnp.asarray, (spelling.start, spelling.length, spelling.codes))
+
+        def piece(place):
+            index = at(pieces, place)
+            return start[index], start[index] + length[index]
+
+        def unfinished(carry):
+            return jnp.any(carry[0] < steps)
+
+        def step(carry):
+            place, here, end, state = carry
+            state = self._read(state, jnp.where(place < steps, flat[here], NOTHING))
+            over = here + 1 >= end
+            place = jnp.where(over, at(following, place + 1), place)
+            first, last = piece(place)
+            return place, jnp.where(over, first, here + 1), jnp.where(over, last, end), state
+
+        place = following[:, 0]
+        return self._finish(
+            lax.while_loop(unfinished, step, (place, *piece(place), self._start(count)))[3]
+        )
 
     def _read(self, state: BoxState, code: Int[Array, "N"]) -> BoxState:
         after, first, second = (
@@ -161,8 +237,7 @@ class BoxReader:
             best_exponent=best_exponent,
         )
 
-    def finish(self, state: BoxState) -> tuple[Float[Array, "N 4"], Bool[Array, "N"]]:
-        """The boxes, zeros where there is none, and which texts have one."""
+    def _finish(self, state: BoxState) -> tuple[Float[Array, "N 4"], Bool[Array, "N"]]:
         found = state.best < len(FORMS)
         values = _decimal(state.best_mantissa, state.best_exponent)
         return jnp.where(found, values, 0.0).T, found
@@ -177,6 +252,20 @@ def box_iou(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"]) -> Float[Array, "*
     union = area_a + area_b - intersection
     defined = (union != 0) & jnp.isfinite(union) & jnp.isfinite(intersection)
     return jnp.where(defined, intersection / jnp.where(defined, union, 1.0), 0.0)
+
+
+def at(table: Array, place: Int[Array, "N"]) -> Array:
+    """Of every row of [N, T] the element at its place, the last one for places beyond."""
+    index = jnp.minimum(place, table.shape[1] - 1)
+    return jnp.take_along_axis(table, index[:, None], axis=1)[:, 0]
+
+
+def next_place(chosen: Bool[Array, "N T"]) -> Int[Array, "N T+1"]:
+    """The first chosen place from each one on, T if there is none."""
+    steps = chosen.shape[1]
+    places = jnp.where(chosen, jnp.arange(steps, dtype=jnp.int32), steps)
+    following = lax.cummin(places, axis=1, reverse=True)
+    return jnp.pad(following, ((0, 0), (0, 1)), constant_values=steps)
 
 
 def _append(numbers: Array, present: Array, comma: Array, fresh: Array) -> Array:
@@ -213,14 +302,14 @@ def _value(char: str) -> int:
     return unicodedata.decimal(char)
 
 
-class _Spelling(dict):
+class _Letters(dict):
     """What stands for a character in a shortened string, for str.translate."""
 
     def __missing__(self, point: int) -> str:
-        return chr(point - 0xDC00) if 0xDC80 <= point <= 0xDCFF else "x"
+        return chr(point - 0xDC00) if 0xDC80 <= point <= 0xDCFF else OTHER
 
 
-_SPELLING = _Spelling(
+_LETTERS = _Letters(
     {ord(c): " " for c in SPACE.points}
     | {ord(c): str(_value(c)) for c in DIGIT.points}
     | {ord(c): c for c in "-.,[]()"}
@@ -235,6 +324,6 @@ def _shorten(string: str) -> str:
     may close a box, what stands after it only from the next bracket on.
     """
     pieces = (piece.encode("latin-1") for piece in string.split(chr(CUT)))
-    decoded = (piece.decode("utf-8", "surrogateescape").translate(_SPELLING) for piece in pieces)
+    decoded = (piece.decode("utf-8", "surrogateescape").translate(_LETTERS) for piece in pieces)
     short = re.sub(" +", " ", chr(CUT).join(decoded))
     return re.sub(r"x[^\[(]*", "x", re.sub(r"[^\])]*x", "x", short))

@@ -1,10 +1,11 @@
 """Rewards that a completion's text earns, read from its tokens on the device.
 
 Format rewards (LENS, sentence level) are regular languages, each one automaton; the box goes to
-`box.BoxReader`. All of them read the tokens in one scan.
+`box.BoxReader`. What tokens do to an automaton is known for all of them at once; then only those
+that do something are read one after the other, a few dozen in a text of hundreds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from lens_jax.rewards.automaton import (
     small,
     token_strings,
 )
-from lens_jax.rewards.box import BoxReader
+from lens_jax.rewards.box import BoxReader, at, next_place
 
 THINK = ("<think>", Many(ANY), "</think>", Many(SPACE), "<answer>", Many(ANY), "</answer>")
 GROUNDING = (
@@ -56,70 +57,119 @@ def text_rewards(tokenizer) -> Score:
         `box_found`. Tokens beyond the tokenizer are no text.
     """
     tokens = [*token_strings(tokenizer), ""]
-    think = _automaton(THINK)
-    groundings = [_automaton(pattern) for pattern in (GROUNDING, GROUNDING_REASONING)]
-    box = BoxReader()
+    think, *groundings = map(_automaton, (THINK, GROUNDING, GROUNDING_REASONING))
+    automata = (think, *groundings)
+    removal, reader = compile_removal(PADDING, tokens), BoxReader()
 
-    # What the removal lets through, as symbols that all its readers can tell apart.
-    removal = compile_removal(PADDING, tokens)
-    lifted = [lift(grounding, removal.strings) for grounding in groundings]
-    codes = box.encode(removal.strings)
-    rows, symbol = distinct(*lifted, codes)
-    grounding_next = [small(table[rows].T) for table in lifted]
-    codes = codes[rows].T
+    # Tokens in kinds that neither the think format nor the removal tells apart. What a token does
+    # depends on how much of the padding is held back before it: all tables are [held, kind].
+    think_of_string = lift(think, tokens)
+    rows, kind_of_token = distinct(
+        think_of_string, removal.next_state.T, removal.released.T, removal.output.T
+    )
+    held_after = small(removal.next_state[:, rows])
+    think_of_kind = think_of_string[rows]
+    released, output = removal.released[:, rows], removal.output[:, rows]
 
-    # The same for what the removal lets go of when it held back too much.
+    # For the formats: a move is what one token does to all their states.
     prefixes = [PADDING[:k] for k in range(len(PADDING))]
-    prefix_next = [small(lift(grounding, prefixes).T) for grounding in groundings]
-    prefix_codes = box.encode(prefixes).T
+    after_prefix = [lift(grounding, prefixes) for grounding in groundings]
+    after_string = [lift(grounding, removal.strings) for grounding in groundings]
+    kinds = np.broadcast_to(np.arange(len(rows)), released.shape)
+    effects = [
+        think_of_kind[kinds.reshape(-1)],
+        *(
+            # First the characters let go of, then the token's own.
+            np.take_along_axis(
+                string[output.reshape(-1)], prefix[released.reshape(-1)].astype(np.int64), axis=1
+            )
+            for prefix, string in zip(after_prefix, after_string, strict=True)
+        ),
+    ]
+    rows, move = distinct(*effects)
+    moves = [effect[rows] for effect in effects]
+    stays = np.logical_and.reduce([(m == np.arange(m.shape[1])).all(1) for m in moves])
+    # A move made twice in a row that does no more than once need not be made again.
+    once = np.logical_and.reduce([(np.take_along_axis(m, m, axis=1) == m).all(1) for m in moves])
+    move = small(move.reshape(released.shape))
+    moves = [small(m.T) for m in moves]
 
-    # Tokens in kinds that neither the think format nor the removal tells apart.
-    lifted_think = lift(think, tokens)
-    steps = (removal.next_state, removal.released, symbol[removal.output])
-    rows, kind_of_token = distinct(lifted_think, *(table.T for table in steps))
-    think_next = small(lifted_think[rows].T)
-    next_held, released, output = (small(table[:, rows]) for table in steps)
+    # For the box: what is let go of, if anything, ends an attempt as any other character does.
+    pieces = [*removal.strings, *(PADDING[0] + string for string in removal.strings)]
+    codes = reader.encode(pieces)
+    rows, piece_of_string = distinct(codes)
+    codes = codes[rows]
+    piece = small(piece_of_string[output + len(removal.strings) * (released > 0)])
 
     def score(tokens: Int[Array, "N T"], lengths: Int[Array, "N"]) -> TextRewards:
-        count, steps = tokens.shape
+        steps = tokens.shape[1]
         known = (tokens >= 0) & (tokens < len(kind_of_token) - 1)
         known &= jnp.arange(steps) < lengths[:, None]
         kinds = jnp.asarray(kind_of_token)[jnp.where(known, tokens, len(kind_of_token) - 1)]
-
-        def release(states, held):
-            """Read the first `held` characters of the literal as text."""
-            *formats, boxes = states
-            formats = [_at(table, s, held) for table, s in zip(prefix_next, formats, strict=True)]
-            return *formats, box.read(boxes, jnp.asarray(prefix_codes)[:, held])
-
-        def read(states, symbols):
-            *formats, boxes = states
-            formats = [
-                _at(table, s, symbols) for table, s in zip(grounding_next, formats, strict=True)
-            ]
-            return *formats, box.read(boxes, jnp.asarray(codes)[:, symbols])
-
-        def step(carry, kind):
-            think, held, states = carry
-            states = release(states, _at(released, held, kind))
-            states = read(states, _at(output, held, kind))
-            return (_at(think_next, think, kind), _at(next_held, held, kind), states), None
-
-        zeros = jnp.zeros(count, jnp.int32)
-        states = (*(zeros for _ in groundings), box.start(count))
-        carry, _ = jax.lax.scan(step, (zeros, zeros, states), kinds.T)
+        held = _held_before(held_after, kinds)
+        moves_made = jnp.asarray(move)[held, kinds].astype(jnp.int32)
+        states = _run(moves, moves_made, jnp.asarray(stays), jnp.asarray(once))
         # What is still held back begins the literal, and no match ends with a beginning of it.
-        think_state, _, (grounding, grounding_reasoning, boxes) = carry
-        values, found = box.finish(boxes)
-        return {
-            "think_format": jnp.asarray(think.accepts)[think_state],
-            "grounding_format": jnp.asarray(groundings[0].accepts)[grounding],
-            "grounding_format_reasoning": jnp.asarray(groundings[1].accepts)[grounding_reasoning],
-            "box": values,
-            "box_found": found,
+        names = ("think_format", "grounding_format", "grounding_format_reasoning")
+        formats = {
+            name: jnp.asarray(automaton.accepts)[state]
+            for name, automaton, state in zip(names, automata, states, strict=True)
         }
+        box, found = reader.find(codes, jnp.asarray(piece)[held, kinds].astype(jnp.int32))
+        return {**formats, "box": box, "box_found": found}
 
     return score
+
+
+def _held_before(held_after: np.ndarray, kinds: Int[Array, "N T"]) -> Int[Array, "N T"]:
+    """How many characters of the padding are held back before each token.
+
+    Found by repeating all steps at once until nothing changes: one time, and one more for every
+    token by which the longest piece of the padding is spelled.
+    """
+    table = jnp.asarray(held_after)
+
+    def shifted(after):
+        return jnp.pad(after[:, :-1], ((0, 0), (1, 0))).astype(jnp.int32)
+
+    def again(carry):
+        before, _ = carry
+        after = shifted(table[before, kinds])
+        return after, jnp.any(after != before)
+
+    before = jnp.zeros_like(kinds)
+    return jax.lax.while_loop(lambda carry: carry[1], again, (before, jnp.bool_(True)))[0]
+
+
+def _run(
+    tables: Sequence[np.ndarray],
+    moves: Int[Array, "N T"],
+    stays: Bool[Array, "M"],
+    once: Bool[Array, "M"],
+) -> list[Int[Array, "N"]]:
+    """The state of each automaton after all moves, from state 0; moves that do nothing are skipped.
+
+    Args:
+        tables: the state after each move, [S, M], of each automaton.
+        stays: moves that leave every state as it is.
+        once: moves that do the same once or several times in a row.
+    """
+    count, steps = moves.shape
+    repeated = jnp.pad(moves[:, 1:] == moves[:, :-1], ((0, 0), (1, 0)))
+    following = next_place(~stays[moves] & ~(repeated & once[moves]))
+
+    def step(carry):
+        place, states = carry
+        move = at(moves, place)
+        states = [
+            jnp.where(place < steps, _at(table, state, move), state)
+            for table, state in zip(tables, states, strict=True)
+        ]
+        return at(following, place + 1), states
+
+    zeros = jnp.zeros(count, jnp.int32)
+    start = following[:, 0], [zeros for _ in tables]
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0] < steps), step, start)[1]
 
 
 def _automaton(pattern: Pattern) -> Automaton:

@@ -21,6 +21,7 @@ class Sampling:
     repetition_penalty: float = struct.field(pytree_node=False, default=1.0)
 
 
+_BLOCK = 128  # of the vocabulary; a TPU's vector is as wide
 GREEDY = Sampling(top_k=1)
 
 
@@ -47,13 +48,34 @@ def sample(
     temperature = jnp.asarray(sampling.temperature)[..., None]
     if size == logits.shape[-1] and sampling.top_p >= 1.0:
         return jnp.argmax(logits / temperature + noise, axis=-1).astype(jnp.int32)
-    values, ids = lax.top_k(logits, size)
+    values, ids = top_k(logits, size)
     scaled = values / temperature
     probs = jax.nn.softmax(scaled, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
     scaled = jnp.where(before < sampling.top_p, scaled, -jnp.inf)
     choice = jnp.argmax(scaled + noise, axis=-1, keepdims=True)
     return jnp.take_along_axis(ids, choice, axis=-1)[..., 0].astype(jnp.int32)
+
+
+def top_k(
+    logits: Float[Array, "... V"], k: int
+) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
+    """As `lax.top_k`, from the k blocks of the vocabulary with the largest maxima.
+
+    No other block can hold one of the k largest. Sorting some thousands instead of a whole
+    vocabulary matters where top-k is a sort, as on TPU.
+    """
+    size = logits.shape[-1]
+    blocks = size // _BLOCK
+    if size % _BLOCK or blocks <= 2 * k:
+        return lax.top_k(logits, k)
+    cut = logits.reshape(*logits.shape[:-1], blocks, _BLOCK)
+    _, chosen = lax.top_k(cut.max(-1), k)
+    chosen = jnp.sort(chosen, axis=-1)  # so that ties still go to the lower id
+    few = jnp.take_along_axis(cut, chosen[..., None], axis=-2)
+    values, places = lax.top_k(few.reshape(*few.shape[:-2], -1), k)
+    block = jnp.take_along_axis(chosen, places // _BLOCK, axis=-1)
+    return values, block * _BLOCK + places % _BLOCK
 
 
 def penalize(

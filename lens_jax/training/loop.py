@@ -165,7 +165,8 @@ def reinforce(job: Run) -> None:
     definition, trained, frozen = split(model, among(settings.trained))
     schedule, optimizer = _optimizer(settings)
     weights = dataclasses.asdict(config.rewards)
-    reward = UnifiedReward(text_rewards(job.processor.tokenizer), **weights)
+    read_text = sharding.by_rows(text_rewards(job.processor.tokenizer), job.mesh)
+    reward = UnifiedReward(read_text, **weights)
     names = [field.name for field in dataclasses.fields(grpo.Objective)]
     objective = grpo.Objective(**{name: getattr(settings, name) for name in names})
     places = _places(job, trained, optimizer)

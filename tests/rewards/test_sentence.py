@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from lens_jax import hlo, sharding
+from lens_jax.config import MeshConfig
 from lens_jax.rewards import text_rewards
 from lens_jax.rewards.automaton import token_strings
 from tests.data.conftest import TINY
@@ -207,12 +209,10 @@ def test_only_the_first_length_tokens_count(tokenizer, score):
 
 def test_sharded_rows_need_no_communication(tokenizer, score):
     tokens, lengths = Writer(tokenizer, byte_strings(tokenizer), seed=2).rows(16, 160)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    arguments = jax.device_put((tokens, lengths), rows)
-    compiled = score.lower(*arguments).compile()
-    program = compiled.as_text()
-    assert not any(name in program for name in ("all-reduce", "all-gather", "all-to-all"))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8))
+    arguments = jax.device_put((tokens, lengths), sharding.batch_sharding(mesh))
+    compiled = jax.jit(sharding.by_rows(score, mesh)).lower(*arguments).compile()
+    assert not hlo.Module(compiled.as_text()).collectives()
     out, alone = compiled(*arguments), score(tokens, lengths)
     for name in (*FORMATS, "box", "box_found"):
         np.testing.assert_array_equal(out[name], alone[name])

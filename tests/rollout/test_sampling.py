@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from lens_jax.rollout.sampling import GREEDY, Sampling, penalize, row_keys, sample
+from lens_jax.rollout.sampling import GREEDY, Sampling, penalize, row_keys, sample, top_k
 
 V, DRAWS = 12, 20000
 
@@ -55,6 +55,19 @@ def test_distribution(sampling):
     chi2 = ((counts - DRAWS * expected)[kept] ** 2 / (DRAWS * expected)[kept]).sum()
     freedom = kept.sum() - 1  # mean of chi2; its variance is twice that
     assert chi2 < freedom + 4 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_k_in_blocks(ties):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 40, 128 * 50)).astype(np.float32)
+    if ties:
+        logits = np.round(logits)
+    logits[0, :, 300:312] += 9.0  # all in one block
+    for k in (1, 7, 20):
+        ours, theirs = top_k(logits, k), jax.lax.top_k(logits, k)
+        jax.tree.map(np.testing.assert_array_equal, ours, tuple(theirs))
+    assert "gather" in str(jax.make_jaxpr(top_k, static_argnums=1)(logits, 20))
 
 
 def test_greedy_ignores_the_rest_and_ties_go_to_the_lower_id():

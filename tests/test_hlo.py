@@ -1,0 +1,104 @@
+"""Reading scheduled HLO."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from lens_jax import hlo
+
+# A loop of 5 trips over a cache [4, 1024] of which a row is read and one is updated; fast memory
+# is S(1).
+TEXT = """\
+HloModule example, is_scheduled=true
+
+%sliced (p0: f32[4,1024], p1: s32[]) -> f32[1,1024] {
+  %p0 = f32[4,1024]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %view = f32[4,1024]{1,0} bitcast(%p0)
+  ROOT %row = f32[1,1024]{1,0} dynamic-slice(%view, %p1, %zero), dynamic_slice_sizes={1,1024}
+}
+
+%updated (q0: f32[4,1024], q1: f32[1,1024], q2: s32[]) -> f32[4,1024] {
+  %q0 = f32[4,1024]{1,0} parameter(0)
+  %q1 = f32[1,1024]{1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  %none = s32[] constant(0)
+  ROOT %new = f32[4,1024]{1,0} dynamic-update-slice(%q0, %q1, %q2, %none)
+}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %z = f32[] add(%x, %y)
+}
+
+%body (state: (s32[], f32[4,1024])) -> (s32[], f32[4,1024]) {
+  %state = (s32[], f32[4,1024]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %cache = f32[4,1024]{1,0} get-tuple-element(%state), index=1
+  %fast = f32[1,1024]{1,0:T(1,128)S(1)} fusion(%cache, %i), kind=kLoop, calls=%sliced
+  %sum = f32[1,1024]{1,0} all-reduce(%fast), channel_id=1, to_apply=%add
+  %next = f32[4,1024]{1,0} fusion(%cache, %sum, %i), kind=kLoop, calls=%updated
+  %one = s32[] constant(1)
+  %after = s32[]{:T(128)S(6)} add(%i, %one)
+  ROOT %out = (s32[], f32[4,1024]{1,0}) tuple(%after, %next)
+}
+
+%condition (past: (s32[], f32[4,1024])) -> pred[] {
+  %past = (s32[], f32[4,1024]{1,0}) parameter(0)
+  %n = s32[] constant(5)
+  %j = s32[] get-tuple-element(%past), index=0
+  ROOT %go = pred[] compare(%j, %n), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[4,1024])) -> (s32[], f32[4,1024]) {
+  %a = (s32[], f32[4,1024]{1,0}) parameter(0)
+  ROOT %loop = (s32[], /*index=1*/f32[4,1024]{1,0}) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+def test_loops_collectives_and_traffic():
+    module = hlo.Module(TEXT)
+    (loop,) = module.loops()
+    assert module.trips(loop) == 5
+    assert [i.name for i in module.collectives()] == ["sum"]
+    row = 4 * 1024
+    # The slice is read (its result stays in fast memory), the sum written and read, the row
+    # written; and four scalars that the fusions and the counter read.
+    assert module.traffic("body") == row + row + (row + row) + 4 * 4
+    assert module.traffic() == 5 * module.traffic("body")
+
+
+def test_a_loop_that_the_data_end():
+    endless = TEXT.replace("direction=LT", "direction=NE")
+    module = hlo.Module(endless)
+    assert module.trips(module.loops()[0]) is None
+    assert module.traffic(unknown_trips=3) == 3 * module.traffic("body")
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("bf16[2,3]{1,0:T(8,128)(2,1)}", 12),
+        ("(f32[], pred[7]{0})", 11),
+        ("bf16[2,3]{1,0:T(8,128)(2,1)S(1)}", 0),
+        ("s4[10]{0}", 5),
+        ("token[]", 0),
+    ],
+)
+def test_sizes(shape, size):
+    assert hlo.main_memory(shape) == size
+
+
+def test_a_program_of_this_machine():
+    def run(x):
+        return lax.fori_loop(0, 7, lambda i, x: x @ x, x)
+
+    text = jax.jit(run).lower(jnp.eye(64)).compile().as_text()
+    module = hlo.Module(text)
+    (loop,) = module.loops()
+    assert module.trips(loop) == 7 and module.collectives() == []
+    assert module.traffic() >= 7 * 3 * 64 * 64 * 4
