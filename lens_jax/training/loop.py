@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from lens_jax import checkpoints, sharding
@@ -37,23 +36,14 @@ from lens_jax.data.sample import Source
 from lens_jax.data.sources import Joined, open_source, shapes
 from lens_jax.evaluation import Row, evaluate
 from lens_jax.inference import Generation, Lens
-from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Batch
-from lens_jax.models.lens import LensConfig, abstract, split_policy
+from lens_jax.models.lens import LensConfig
 from lens_jax.rewards import text_rewards
-from lens_jax.rewards.unified import UnifiedReward
-from lens_jax.rollout.sampler import rollout
-from lens_jax.rollout.sampling import Sampling
-from lens_jax.training import alignment, drawing, grpo, report
+from lens_jax.training import drawing, report
 from lens_jax.training.compilations import Compilations
 from lens_jax.training.metrics import StageLog
 from lens_jax.training.state import (
     TrainState,
-    among,
-    create,
-    make_optimizer,
-    make_schedule,
-    split,
 )
 
 POINTS = {"before": "before", "after_alignment": "after stage 1", "after_grpo": "after stage 2"}
@@ -98,8 +88,7 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
     if not _claim(directory, config):
         print(f"{directory} is finished: see {directory / 'report.html'}")
         return
-    precision = "highest" if config.precision == "float32" else "default"
-    with jax.default_matmul_precision(precision), Compilations() as compilations:
+    with programs.precision(config), Compilations() as compilations:
         job = _prepare(config, directory, start(), compilations)
         signal.signal(signal.SIGTERM, lambda *_: setattr(job, "stopping", True))
         score(job, "before")
@@ -119,16 +108,7 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
 def align(job: Run) -> None:
     """Stage 1: the context module learns to prompt SAM."""
     settings = job.config.alignment
-    definition, trained, frozen = split(nnx.merge(job.model, job.params), among(settings.trained))
-    schedule, optimizer = _optimizer(settings)
-    places = _places(job, trained, optimizer)
-    update = jax.jit(
-        alignment.make_update(
-            definition, optimizer, settings.accumulation_steps, stability=settings.stability
-        ),
-        donate_argnums=0,
-        out_shardings=(places, None),
-    )
+    stage = programs.build_alignment(job.config, job.mesh, nnx.merge(job.model, job.params))
 
     @jax.jit
     def tokens_read(batch: Batch):
@@ -136,88 +116,42 @@ def align(job: Run) -> None:
 
     def step(state: TrainState, batch: Batch):
         begin = time.perf_counter()
-        state, metrics = update(state, frozen, batch)
+        state, metrics = stage.update(state, stage.frozen, batch)
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - begin
         tokens = int(jax.device_get(tokens_read(batch)))
         return state, metrics | {"update_seconds": seconds, "tokens_per_second": tokens / seconds}
 
-    state = jax.jit(partial(create, optimizer=optimizer), out_shardings=places)(trained)
-    state = _train(job, "alignment", settings, state, step, schedule, first_sample=0)
-    job.params = nnx.State.merge(state.params, frozen)
+    state = stage.create(stage.trained)
+    state = _train(job, "alignment", settings, state, step, stage.schedule, first_sample=0)
+    job.params = nnx.State.merge(state.params, stage.frozen)
 
 
 def reinforce(job: Run) -> None:
     """Stage 2: GRPO from the rewards, with the segmentation loss."""
     config, settings = job.config, job.config.grpo
-    model = nnx.merge(job.model, job.params)
-    _, policy, rest = split_policy(model)
-    shapes_of_rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
-
-    def lighten(policy: nnx.State) -> nnx.State:
-        return jax.tree.map(lambda x: x.astype(_dtype(config)), policy)
-
-    # From the layout of training to that of sampling: light, and whole on every device.
-    relayout = jax.jit(lighten, out_shardings=sharding.replicated(job.mesh))
-    kl = settings.beta and settings.policy_weight
-    reference = jax.jit(lighten)(policy) if kl else None
-
-    definition, trained, frozen = split(model, among(settings.trained))
-    schedule, optimizer = _optimizer(settings)
-    weights = dataclasses.asdict(config.rewards)
-    read_text = sharding.by_rows(text_rewards(job.processor.tokenizer), job.mesh)
-    reward = UnifiedReward(read_text, **weights)
-    names = [field.name for field in dataclasses.fields(grpo.Objective)]
-    objective = grpo.Objective(**{name: getattr(settings, name) for name in names})
-    places = _places(job, trained, optimizer)
-    update = jax.jit(
-        grpo.make_update(
-            definition, shapes_of_rest, optimizer, reward, objective, settings.accumulation_steps
-        ),
-        donate_argnums=0,
-        out_shardings=(places, None),
-    )
-
-    sample = config.rollout
-    draw = partial(
-        rollout,
-        num_completions=settings.num_generations,
-        max_new_tokens=sample.max_new_tokens,
+    stage = programs.build_reinforcement(
+        config,
+        job.mesh,
+        nnx.merge(job.model, job.params),
+        read_text=text_rewards(job.processor.tokenizer),
         end_tokens=job.lens.generation.end_tokens,
     )
-    temperatures = np.linspace(
-        sample.temperature, sample.final_temperature or sample.temperature, settings.steps
-    ).astype(np.float32)
-
-    # Each device samples its own prompts and stops when they have ended.
-    @jax.jit
-    @partial(
-        jax.shard_map,
-        mesh=job.mesh,
-        in_specs=(P(), sharding.BATCH, P()),
-        out_specs=sharding.BATCH,
-        check_vma=False,
-    )
-    def write(policy, batch: Batch, index):
-        model = nnx.merge(job.model, policy, shapes_of_rest)
-        key = jax.random.fold_in(jax.random.key(config.seed), index)
-        sampling = Sampling(jnp.asarray(temperatures)[index], sample.top_k, sample.top_p)
-        embedded = model.embed(batch.prompts)
-        return draw(model, batch.prompts, embedded, batch.sample_id, key, sampling=sampling)
-
-    base = jax.block_until_ready(relayout(policy)) if sample.policy == "base" else None
+    reference = stage.lighten(stage.policy) if stage.needs_reference else None
+    base = None
+    if config.rollout.policy == "base":
+        base = jax.block_until_ready(stage.relayout(stage.policy))
 
     def step(state: TrainState, batch: Batch):
         times, index = [time.perf_counter()], int(jax.device_get(state.step))
         policy = base
         if policy is None:
-            policy = relayout(split_policy(nnx.merge(definition, state.params, frozen))[1])
-            jax.block_until_ready(policy)
+            policy = jax.block_until_ready(stage.relayout(stage.policy_of(state)))
         times.append(time.perf_counter())
-        written = jax.block_until_ready(write(policy, batch, state.step))
+        written = jax.block_until_ready(stage.write(policy, batch, state.step))
         del policy  # the update needs its memory
         times.append(time.perf_counter())
-        state, metrics = update(state, frozen, reference, batch, written)
+        state, metrics = stage.update(state, stage.frozen, reference, batch, written)
         metrics = jax.device_get(metrics)
         times.append(time.perf_counter())
         tokens = metrics["completion_length"] * written.lengths.size
@@ -227,14 +161,14 @@ def reinforce(job: Run) -> None:
             "rollout_seconds": rolled,
             "update_seconds": updated,
             "tokens_per_second": tokens / (times[-1] - times[0]),
-            "temperature": temperatures[index],
+            "temperature": stage.temperatures[index],
         }
 
     # Stage 2 goes on in the data where stage 1 stopped: no scene is needed twice.
     first = config.alignment.steps * config.alignment.batch_size
-    state = jax.jit(partial(create, optimizer=optimizer), out_shardings=places)(trained)
-    state = _train(job, "grpo", settings, state, step, schedule, first_sample=first)
-    job.params = nnx.State.merge(state.params, frozen)
+    state = stage.create(stage.trained)
+    state = _train(job, "grpo", settings, state, step, stage.schedule, first_sample=first)
+    job.params = nnx.State.merge(state.params, stage.frozen)
 
 
 def _train(
@@ -319,29 +253,6 @@ def _ahead(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Iterator[tuple[Batch,
             yield batch
 
 
-def _places(job: Run, trained: nnx.State, optimizer) -> TrainState:
-    """Where each array of a training state lies, moments with their parameters.
-
-    Updates must be told: left alone, the compiler may lay out the new state otherwise, which copies
-    what was donated and compiles the second step again.
-    """
-    shapes = jax.eval_shape(partial(create, optimizer=optimizer), trained)
-    return sharding.shardings(shapes, job.mesh, kv_heads=job.lens.config.mllm.num_kv_heads)
-
-
-def _optimizer(settings: Any):
-    schedule = make_schedule(
-        settings.schedule, settings.learning_rate, settings.warmup_steps, settings.steps
-    )
-    return schedule, make_optimizer(
-        schedule,
-        b1=settings.b1,
-        b2=settings.b2,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-    )
-
-
 # ---- around the stages ---------------------------------------------------------------------------
 
 
@@ -361,10 +272,6 @@ def _claim(directory: Path, config: RunConfig) -> bool:
     directory.mkdir(parents=True, exist_ok=True)
     file.write_text(dump_yaml(config))
     return True
-
-
-def _dtype(config: RunConfig):
-    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.precision]
 
 
 def _prepare(config: RunConfig, directory: Path, start: Path, compilations: Compilations) -> Run:
@@ -389,14 +296,7 @@ def _prepare(config: RunConfig, directory: Path, start: Path, compilations: Comp
     if config.model.context_positions:
         start_config["context_positions"] = config.model.context_positions
     lens_config = LensConfig.from_dict(start_config)
-    dtype, head_dims = _dtype(config), lens_config.head_dims
-    try:
-        attention = Attention.choose(config.attention, mesh, dtype=dtype, head_dims=head_dims)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    definition, state = nnx.split(
-        abstract(lens_config, dtype=dtype, remat=config.remat, attention=attention)
-    )
+    definition, state = nnx.split(programs.abstract_model(config, lens_config, mesh))
     places = sharding.shardings(state, mesh, kv_heads=lens_config.mllm.num_kv_heads)
     nnx.replace_by_pure_dict(state, params)
     state = jax.device_put(state, places)
