@@ -39,7 +39,7 @@ from lens_jax.inference import Generation, Lens
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig
 from lens_jax.rewards import text_rewards
-from lens_jax.training import drawing, report
+from lens_jax.training import drawing, programs, report
 from lens_jax.training.compilations import Compilations
 from lens_jax.training.metrics import StageLog
 from lens_jax.training.state import (
