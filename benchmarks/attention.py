@@ -8,7 +8,6 @@ libtpu, whose compiler runs on any machine; nothing is executed, and no time is 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,24 +16,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# libtpu reads these when it is loaded: no TPU is here to be asked, and others may compile as well.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import common
 from lens_jax.models.attention import Attention
-
-CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
 def cases(size: common.Size) -> Iterator[tuple[str, Any, tuple[int, int, int, int], bool]]:
@@ -84,13 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--size", choices=common.SIZES, default="3b", help="Default: 3b.")
-    flags.add_argument("--chip", choices=CHIPS, default="v5e", help="Default: v5e.")
+    flags.add_argument("--chip", choices=common.CHIPS, default="v5e", help="Default: v5e.")
     flags.add_argument("--rows", type=int, default=4, help="Prompts a chip (default 4).")
     flags.add_argument("--json", type=Path, help="File for {name: {ours, theirs, ratio, unit}}.")
     options = flags.parse_args(argv)
-    device = topologies.get_topology_desc(
-        platform="tpu", topology_name=CHIPS[options.chip]
-    ).devices[0]
+    device = common.chip(options.chip)
     rows = {}
     for name, *case in cases(common.SIZES[options.size]):
         ours, theirs = (

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import time
 import zlib
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import topologies
 from jaxtyping import Float
 
 from lens_jax.data.images import arrange_windows, window_layout
@@ -25,6 +27,8 @@ from lens_jax.models.sam.config import Sam2Config
 
 SizeName = Literal["tiny", "small", "3b"]
 Device = Literal["cpu", "gpu"]
+# Kinds of TPU that can be compiled for, each with its smallest slice.
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +222,19 @@ def use(device: Device) -> None:
     """Chooses JAX's platform; before anything is computed."""
     # Otherwise an installed libtpu looks for its chips first.
     jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
+
+
+def chip(name: str) -> jax.Device:
+    """A TPU of this kind to compile for. None need be there, only libtpu."""
+    use("cpu")
+    # libtpu reads these when it is loaded: nothing to ask about, and not the only process.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[name]).devices[0]
 
 
 def parameters(model: LensModel, seed: int = 0, dtype: Any = jnp.float32) -> nnx.State:

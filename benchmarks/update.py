@@ -7,7 +7,6 @@ sides must agree before anything is timed.
     python benchmarks/update.py --size small --device cpu --json update.json
 """
 
-import argparse
 import functools
 import os
 import sys
@@ -307,19 +306,13 @@ def agree(first: dict[str, tuple[float, float]], tolerance: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=common.SIZES, default="small", help="Default: small.")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="Default: cpu.")
+    parser = common.parser(__doc__, repeats=5)
     parser.add_argument(
         "--completion", type=int, help="Tokens of a completion (default: the size's, 40 at small)."
     )
-    parser.add_argument("--repeats", type=int, default=5, help="Rounds of all sides (default 5).")
     parser.add_argument(
         "--attention", choices=("sdpa", "eager"), default="sdpa", help="PyTorch's (default sdpa)."
     )
-    parser.add_argument("--json", type=Path, help="File for {name: {ours, theirs, ratio, unit}}.")
     arguments = parser.parse_args(argv)
     # PyTorch shares the device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

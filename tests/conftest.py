@@ -1,11 +1,15 @@
-"""The platform of every test: eight virtual CPU devices, exact float32, compiled programs kept."""
+"""The platform of every test: eight virtual CPU devices, exact float32, compiled programs kept.
+
+Tests compile much and compute little: XLA optimizes nothing that takes long.
+"""
 
 import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 ).strip()
 
 import jax

@@ -7,7 +7,6 @@ leftmost match; the numbers it stands between are the last four that were read.
 """
 
 import dataclasses
-import functools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -27,7 +26,9 @@ from lens_jax.rewards.automaton import (
     SPACE,
     SYMBOLS,
     Alphabet,
+    Automaton,
     Chars,
+    Decoder,
     Many,
     Maybe,
     compile_decoder,
@@ -50,6 +51,8 @@ OPENERS = "[("
 OTHER = "x"  # stands for characters that have no place in a box
 # A number is kept as mantissa x 10^exponent; with a ninth digit the mantissa is full.
 _FULL = 10**8
+# What a character does to the present number: 4 bits of digit + 1, and one bit each for these.
+_MINUS, _POINT, _COMMA, _FRESH = range(4, 8)
 _EXACT = 10  # 10^10 is the last power of ten that float32 holds exactly
 
 
@@ -57,7 +60,7 @@ class BoxState(NamedTuple):
     """What is known of N texts so far; -1 axes are N."""
 
     decoder: Int[Array, "N"]
-    form: Int[Array, "F N"]  # states of the forms' automata
+    forms: Int[Array, "N"]  # the state of all forms' automata at once
     mantissa: Int[Array, "4 N"]  # the last four numbers, the present one last
     exponent: Int[Array, "4 N"]
     sign: Int[Array, "N"]  # of the present number
@@ -103,32 +106,16 @@ class BoxReader:
         values = [Chars(frozenset(c for c in DIGIT.points if _value(c) == v)) for v in range(10)]
         patterns = [(Many(ANY), form) for form in FORMS]
         alphabet = Alphabet(patterns, apart=values)
-        silent = len(alphabet)  # the class of no character
+        self._decoder = _pack_decoder(compile_decoder(alphabet), silent=len(alphabet))
+        self._forms = _product([compile_pattern(pattern, alphabet) for pattern in patterns])
 
-        decoder = compile_decoder(alphabet)
-        states = np.arange(len(decoder.next_state))[:, None]
-        self._next = np.concatenate([decoder.next_state, states], axis=1)
-        quiet = np.full_like(states, SILENT)
-        self._first, self._second = (
-            np.where((table := np.concatenate([t, quiet], axis=1)) == SILENT, silent, table)
-            for t in (decoder.first, decoder.second)
-        )
-
-        automata = [compile_pattern(pattern, alphabet) for pattern in patterns]
-        size = max(len(a.accepts) for a in automata)
-        self._forms = np.zeros((len(FORMS), size, len(alphabet) + 1), np.int32)
-        self._accepts = np.zeros((len(FORMS), size), bool)
-        for i, automaton in enumerate(automata):
-            count = len(automaton.accepts)
-            self._forms[i, :count, :-1] = automaton.next_state
-            self._forms[i, :, -1] = np.arange(size)
-            self._accepts[i, :count] = automaton.accepts
-
-        self._digit = np.full(len(alphabet) + 1, -1)
+        effect = np.zeros(len(alphabet) + 1, np.int32)
         for value in range(10):
-            self._digit[alphabet[str(value)]] = value
-        self._minus, self._point, self._comma = (alphabet[char] for char in "-.,")
-        self._openers = [alphabet[char] for char in OPENERS]
+            effect[alphabet[str(value)]] = value + 1
+        for bit, char in enumerate("-.,", start=_MINUS):
+            effect[alphabet[char]] = 1 << bit
+        effect[[alphabet[char] for char in OPENERS + ","]] |= 1 << _FRESH
+        self._effect = effect
 
     @staticmethod
     def encode(strings: Sequence[str]) -> np.ndarray:
@@ -145,7 +132,7 @@ class BoxReader:
 
         return BoxState(
             decoder=full(),
-            form=full(len(FORMS)),
+            forms=full(),
             mantissa=full(4),
             exponent=full(4),
             sign=full(value=1),
@@ -203,36 +190,30 @@ class BoxReader:
         )
 
     def _read(self, state: BoxState, code: Int[Array, "N"]) -> BoxState:
-        after, first, second = (
-            jnp.asarray(table)[state.decoder, code]
-            for table in (self._next, self._first, self._second)
-        )
-        forms, accepts = jnp.asarray(self._forms), jnp.asarray(self._accepts)
-        i = jnp.arange(len(FORMS))[:, None]
-        form = forms[i, forms[i, state.form, first], second]
-        found = accepts[i, form] & (i < state.best)
-
-        now = found.any(0)
+        decoded = jnp.asarray(self._decoder)[state.decoder, code]
+        first, second = decoded >> 8 & 255, decoded & 255
+        forms = jnp.asarray(self._forms)
+        reached = forms[forms[state.forms, first] >> 2, second]
+        form, effect = reached & 3, jnp.asarray(self._effect)[second]
+        now = form < state.best
         best_mantissa = jnp.where(now, state.mantissa, state.best_mantissa)
         best_exponent = jnp.where(now, state.exponent, state.best_exponent)
-        best = jnp.where(now, jnp.argmax(found, 0), state.best)
 
         # A digit beyond the ninth only moves the point.
-        digit = jnp.asarray(self._digit)[second]
+        digit = (effect & 15) - 1
         present, scale = state.mantissa[3], state.exponent[3]
         full = jnp.abs(present) >= _FULL
         present = jnp.where((digit < 0) | full, present, 10 * present + state.sign * digit)
         scale = jnp.where(digit < 0, scale, scale + full - state.fraction)
-        comma = second == self._comma
-        fresh = comma | functools.reduce(jnp.logical_or, [second == c for c in self._openers])
+        minus, point, comma, fresh = (effect >> bit & 1 == 1 for bit in range(_MINUS, _FRESH + 1))
         return BoxState(
-            decoder=after,
-            form=form,
+            decoder=decoded >> 16,
+            forms=reached >> 2,
             mantissa=_append(state.mantissa, present, comma, fresh),
             exponent=_append(state.exponent, scale, comma, fresh),
-            sign=jnp.where(fresh, 1, jnp.where(second == self._minus, -1, state.sign)),
-            fraction=jnp.where(fresh, 0, jnp.where(second == self._point, 1, state.fraction)),
-            best=best,
+            sign=jnp.where(fresh, 1, jnp.where(minus, -1, state.sign)),
+            fraction=jnp.where(fresh, 0, jnp.where(point, 1, state.fraction)),
+            best=jnp.minimum(state.best, form),
             best_mantissa=best_mantissa,
             best_exponent=best_exponent,
         )
@@ -241,6 +222,43 @@ class BoxReader:
         found = state.best < len(FORMS)
         values = _decimal(state.best_mantissa, state.best_exponent)
         return jnp.where(found, values, 0.0).T, found
+
+
+def _pack_decoder(decoder: Decoder, silent: int) -> Int[np.ndarray, "D C"]:
+    """Next state, first and second character (`silent` for none) of each state and code, packed."""
+    states = np.arange(len(decoder.next_state))[:, None]
+    quiet = np.full_like(states, silent)
+
+    def table(columns: np.ndarray, nothing: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.where(columns == SILENT, silent, columns), nothing], axis=1)
+
+    first, second = table(decoder.first, quiet), table(decoder.second, quiet)
+    packed = table(decoder.next_state, states) << 16 | first << 8 | second
+    return packed.astype(np.int32)
+
+
+def _product(forms: Sequence[Automaton]) -> Int[np.ndarray, "S C"]:
+    """All forms as one automaton, silence its last class.
+
+    An entry is 4 x the next state + the first form that is then complete, 3 for none.
+    """
+    steps = [
+        np.concatenate([form.next_state, np.arange(len(form.accepts))[:, None]], axis=1)
+        for form in forms
+    ]
+    start = (0,) * len(forms)
+    places, rows = {start: 0}, []
+    for states in (queue := [start]):
+        reached = [step[state] for step, state in zip(steps, states, strict=True)]
+        complete = np.full(reached[0].shape, len(forms))
+        for i in reversed(range(len(forms))):
+            complete[forms[i].accepts[reached[i]]] = i
+        for place in (tuples := [*map(tuple, np.stack(reached, axis=1).tolist())]):
+            if place not in places:
+                places[place] = len(places)
+                queue.append(place)
+        rows.append(4 * np.array([places[place] for place in tuples]) + complete)
+    return np.array(rows, np.int32)
 
 
 def box_iou(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"]) -> Float[Array, "*N"]:

@@ -2,26 +2,15 @@
 
 import math
 import random
-import re
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.official_text import expected
 from lens_jax.rewards.automaton import byte_alphabet
 
-NUMBER = r"(-?\d+(?:\.\d+)?)"
-PAIR = rf"{NUMBER},\s*{NUMBER}"
-BOXES = [
-    rf"\[\s*{PAIR},\s*{PAIR}\s*\]",
-    rf"\(\s*{PAIR},\s*{PAIR}\s*\)",
-    rf"\(\s*{PAIR}\),\s*\(\s*{PAIR}\)",
-]
-THINK = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
-GROUNDING = (
-    r"<\|object_ref_start\|>.*?<\|object_ref_end\|><\|box_start\|>.*?<\|box_end\|><\|im_end\|>"
-)
 FORMATS = ("think_format", "grounding_format", "grounding_format_reasoning")
 
 PIECES = [
@@ -89,19 +78,6 @@ def large_vocabulary(size: int, seed: int = 0) -> list[bytes]:
         if len(token) > 1:
             tokens[token] = None
     return [*tokens]
-
-
-def expected(text: str) -> dict:
-    """What the official functions find, with the box as Python floats or None."""
-    clean = text.replace("<|endoftext|>", "")
-    matches = (re.search(form, clean) for form in BOXES)
-    match = next(filter(None, matches), None)
-    return {
-        "think_format": bool(THINK.match(text)),
-        "grounding_format": bool(re.match(GROUNDING, clean)),
-        "grounding_format_reasoning": bool(re.match(r"<think>.*?</think>\n" + GROUNDING, clean)),
-        "box": [float(number) for number in match.groups()] if match else None,
-    }
 
 
 def decode(tokenizer, ids) -> str:

@@ -13,42 +13,25 @@ from safetensors.numpy import save_file
 from lens_jax import checkpoints
 from lens_jax.models.lens import LensConfig
 from lens_jax.models.sam.config import SAM_PRESETS, SamConfig
-from tests import micro
+from tests import sam1
 from tests.golden import weights as golden
 from tools.convert_weights import WeightsError, from_torch, lens_table, parameter_shapes
 from tools.convert_weights.export import to_torch
-from tools.convert_weights.sam1 import HF_MATRIX_AGAIN, hf_source, original_encoder_name, table
+from tools.convert_weights.sam1 import HF_MATRIX_AGAIN, hf_source, original_encoder_name
 from tools.convert_weights.verify import verify
 
 GOLDEN = Path(os.environ.get("LENS_GOLDEN_DIR", Path(__file__).parents[1] / "golden" / "data"))
-CONFIG = micro.WITH_SAM1.sam
+CONFIG = sam1.CONFIG
 
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, np.ndarray]:
-    """A SAM 1 under its original names."""
-    rng = np.random.default_rng(0)
-    shapes = parameter_shapes(micro.WITH_SAM1)
-    return {
-        entry.source: np.float32(0.3)
-        * rng.standard_normal(entry.transform.source_shape(shapes[entry.target]), np.float32)
-        for entry in table(CONFIG).entries
-    }
+    return sam1.tensors()
 
 
 @pytest.fixture(scope="module")
 def mllm(tmp_path_factory) -> Path:
     return golden.write_mllm(GOLDEN, tmp_path_factory.mktemp("official") / "mllm")
-
-
-def write_original(directory: Path, tensors: dict, config: dict | None) -> Path:
-    """A state dict as Meta's files hold it, with sam_config.json beside it."""
-    directory.mkdir(exist_ok=True)
-    file = directory / "sam_vit_x.pth"
-    torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, file)
-    if config:
-        (directory / "sam_config.json").write_text(json.dumps(config))
-    return file
 
 
 def read_back(directory: Path) -> dict[str, np.ndarray]:
@@ -72,7 +55,7 @@ def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> N
 
 
 def test_the_original_file(mllm, tensors, tmp_path):
-    file = write_original(tmp_path / "sam", tensors, CONFIG.to_dict())
+    file = sam1.write_original(tmp_path / "sam", tensors, CONFIG.to_dict())
     from_torch(tmp_path / "out", mllm=mllm, sam=file)
     assert_same(read_back(tmp_path / "out"), tensors)
     assert checkpoints.read_config(tmp_path / "out")["sam"]["image_size"] == CONFIG.image_size
@@ -109,7 +92,7 @@ def test_inside_a_lens_checkpoint(tensors, tmp_path):
 @pytest.mark.parametrize("layout", ["lens", "hf"])
 def test_back_to_pytorch(mllm, tensors, tmp_path, layout):
     """And here again, without a bit's change; Hugging Face's directory is one of SamModel's."""
-    file = write_original(tmp_path / "sam", tensors, CONFIG.to_dict())
+    file = sam1.write_original(tmp_path / "sam", tensors, CONFIG.to_dict())
     from_torch(tmp_path / "ours", mllm=mllm, sam=file)
     to_torch(tmp_path / "ours", layout, tmp_path / "theirs")
     theirs = tmp_path / "theirs"
@@ -139,7 +122,7 @@ def test_published_sizes_are_told_by_shapes():
 
 def test_what_goes_wrong(mllm, tensors, tmp_path):
     def errors(tensors, config) -> list[str]:
-        file = write_original(tmp_path / "sam", tensors, config)
+        file = sam1.write_original(tmp_path / "sam", tensors, config)
         with pytest.raises(WeightsError) as caught:
             from_torch(tmp_path / "out", mllm=mllm, sam=file)
         assert not (tmp_path / "out").exists()

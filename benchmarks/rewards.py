@@ -1,0 +1,182 @@
+"""Text rewards on the device against Python's `re` on the host.
+
+The host fetches the tokens, decodes them, searches the texts as the official code does, and sends
+four arrays back. Both sides must find the same in every completion before anything is timed. The
+last row sets the rewards of one update's completions beside that update.
+
+    python benchmarks/rewards.py --size small --device cpu --json rewards.json
+
+With --chip they are compiled for a TPU instead (libtpu's compiler runs on any machine): nothing is
+timed, but the bytes that they move are counted.
+
+    python benchmarks/rewards.py --chip v5e
+"""
+
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Int
+from transformers import AutoTokenizer
+
+from benchmarks import common, update
+from benchmarks.official_text import expected
+from lens_jax import hlo
+from lens_jax.data.sources.shapes import all_sentences
+from lens_jax.models.inputs import Batch
+from lens_jax.models.lens import abstract, split_policy
+from lens_jax.rewards import text_rewards
+from lens_jax.rewards.sentence import TextRewards
+from lens_jax.training.state import among, split
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny" / "qwen2_5_vl"
+SHAPES = {"tiny": (16, 192), "small": (512, 768), "3b": (512, 768)}  # completions, tokens of each
+
+Arguments = tuple[Int[np.ndarray, "N T"], Int[np.ndarray, "N"]]
+
+
+def thoughts(encode: Callable[[str], list[int]], count: int, tokens: int) -> Arguments:
+    """Completions that think and answer, places among their words; one in four is malformed."""
+    rng = random.Random(0)
+    sentences = all_sentences()
+
+    def place() -> str:
+        x, y = rng.randrange(300), rng.randrange(300)
+        return f"({x}, {y}), ({x + rng.randrange(99)}, {y + rng.randrange(99)})"
+
+    def write(number: int) -> list[int]:
+        end = "<|box_end|>" if number % 4 else ""
+        answer = encode(
+            f"</think>\n<|object_ref_start|>{rng.choice(sentences)}<|object_ref_end|>"
+            f"<|box_start|>{place()}{end}<|im_end|>"
+        )
+        thought = encode("<think>")
+        while len(thought) + len(answer) < tokens:
+            aside = f", about {place()}" if rng.random() < 0.1 else ""
+            thought += encode(f" I see {rng.choice(sentences)}{aside}.")
+        return (thought[: max(0, tokens - len(answer))] + answer)[:tokens]
+
+    rows = np.array([write(number) for number in range(count)], np.int32)
+    return rows, np.full(count, tokens, np.int32)
+
+
+def digits(encode: Callable[[str], list[int]], count: int, tokens: int) -> Arguments:
+    """The hardest case: every token may belong to a box, so none can be passed over."""
+    rng = random.Random(0)
+    pieces = [encode(piece)[0] for piece in "[](),-.0123456789"]
+    rows = np.array([rng.choices(pieces, k=tokens) for _ in range(count)], np.int32)
+    return rows, np.full(count, tokens, np.int32)
+
+
+def on_host(tokenizer: Any, tokens: jax.Array, lengths: jax.Array) -> TextRewards:
+    """The rewards by Python's `re`, from the device and back to it."""
+    rows = zip(*jax.device_get((tokens, lengths)), strict=True)
+    texts = tokenizer.batch_decode(
+        [row[:length] for row, length in rows], clean_up_tokenization_spaces=False
+    )
+    found = [expected(text) for text in texts]
+    boxes = [row.pop("box") for row in found]
+    out = {name: np.array([row[name] for row in found]) for name in found[0]}
+    out["box"] = np.array([box or [0] * 4 for box in boxes], np.float32)
+    out["box_found"] = np.array([box is not None for box in boxes])
+    return jax.device_put(out)
+
+
+def agree(ours: TextRewards, theirs: TextRewards) -> None:
+    """Raises SystemExit unless both found the same."""
+    ours, theirs = jax.device_get((ours, theirs))
+    for name, values in theirs.items():
+        if not np.array_equal(ours[name], values):
+            raise SystemExit(f"error: {name} differs between the sides; nothing is timed")
+    counts = {name: int(values.sum()) for name, values in theirs.items() if name != "box"}
+    print(f"of {len(theirs['box'])} completions:", *(f"{n} {name}," for name, n in counts.items()))
+
+
+def one_update(size: common.Size) -> Callable[[], Any]:
+    """One update of this size, whose own rewards are given and cost nothing."""
+    config = size.config()
+    inputs, rollout = common.random_inputs(size), update.random_rollout(size, size.completion)
+    earned = np.random.default_rng(2).random(rollout.lengths.shape, np.float32)
+    program = update.updates(config, size.dtype, update.given(earned))
+    model = abstract(config, dtype=size.dtype)
+    nnx.update(model, common.parameters(model))
+    _, trained, frozen = split(model, among(update.GRPOConfig().trained))
+    reference = jax.tree.map(lambda x: x.astype(size.dtype), split_policy(model)[1])
+    batch = Batch(inputs.prompts, inputs.targets, np.arange(size.groups, dtype=np.int32))
+    return update.JaxSide(program.ours, trained, frozen, reference, batch, rollout).step
+
+
+def measure(size: common.SizeName, repeats: int) -> dict[str, common.Comparison]:
+    """Rows of the table."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    score = jax.jit(text_rewards(tokenizer))
+    rows = {}
+    count, tokens = SHAPES[size]
+    for name, make in {"thoughts": thoughts, "digits and brackets": digits}.items():
+        arguments = jax.device_put(make(encode, count, tokens))
+        sides = {
+            "ours": lambda arguments=arguments: score(*arguments),
+            "theirs": lambda arguments=arguments: on_host(tokenizer, *arguments),
+        }
+        agree(*(side() for side in sides.values()))
+        seconds = common.interleaved(sides, repeats)
+        rows[f"{count} x {tokens} tokens, {name}"] = common.faster(**seconds)
+
+    model = common.SIZES[size]
+    arguments = jax.device_put(thoughts(encode, model.groups * model.group, model.reasoning))
+    with jax.default_matmul_precision("highest" if size != "3b" else "default"):
+        seconds = common.interleaved(
+            {"ours": lambda: score(*arguments), "theirs": one_update(model)}, repeats
+        )
+    share = f"{model.groups} x {model.group} x {model.reasoning} tokens, and an update"
+    return rows | {share: common.faster(**seconds)}
+
+
+def compiled(chip: str, count: int, tokens: int) -> None:
+    """Prints what the rewards move on a TPU of this kind."""
+    score = text_rewards(AutoTokenizer.from_pretrained(TOKENIZER))
+    place = SingleDeviceSharding(common.chip(chip))
+    shapes = (
+        jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
+        for shape in [(count, tokens), (count,)]
+    )
+    module = hlo.Module(jax.jit(score).lower(*shapes).compile().as_text())
+    fixed, each = module.traffic(unknown_trips=0), module.traffic(unknown_trips=1)
+    print(f"{count} completions of {tokens} tokens, compiled for {chip}, HBM traffic:")
+    print(f"  outside of loops: {fixed / (count * tokens):8.2f} bytes a token")
+    print(f"  one turn of all loops: {(each - fixed) / count:8.2f} bytes a completion")
+    most = (fixed + tokens * (each - fixed)) / (count * tokens)
+    print(f"  if every token counts: {most:8.2f} bytes a token, the most there can be")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = common.parser(__doc__, repeats=9)
+    flags.add_argument("--chip", choices=common.CHIPS, help="Compile for this TPU instead.")
+    options = flags.parse_args(argv)
+    if options.chip:
+        compiled(options.chip, *SHAPES[options.size])
+        return 0
+    common.use(options.device)
+    rows = measure(options.size, options.repeats)
+    common.report(
+        f"text rewards on the device (ours) and on the host, size {options.size}, {options.device}",
+        rows,
+        options.json,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
