@@ -6,6 +6,7 @@ the run that fits a laptop.
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import sys
@@ -126,8 +127,9 @@ class StageConfig:
     """Parts that train (visual, language, context, sam_encoder, sam_decoder); others are frozen."""
     batch_size: PositiveInt = 64
     """Prompts an update."""
-    accumulation_steps: PositiveInt = 1
-    """Portions the batch is cut into; gradients are summed."""
+    per_device_batch_size: PositiveInt | None = None
+    """Prompts that a device (a group of `tensor` devices) works on at once, at most: the batch is
+    cut into as many portions, one after another, and their gradients are summed. null: all."""
     learning_rate: PositiveFloat = 3e-6
     """Peak learning rate."""
     schedule: Schedule = "linear"
@@ -142,6 +144,12 @@ class StageConfig:
     """AdamW: decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this global norm."""
+
+    def portions(self, parts: int) -> int:
+        """How many equal portions a batch comes in that `parts` (mesh data x fsdp) share."""
+        share = self.batch_size // parts
+        at_once = min(share, self.per_device_batch_size or share)
+        return next(n for n in range(-(-share // at_once), share + 1) if share % n == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +212,9 @@ class RolloutConfig:
     """1: off."""
     max_new_tokens: PositiveInt = 768
     """A completion is cut here."""
+    completion_tokens: tuple[PositiveInt, ...] = ()
+    """Buckets: the update reads completions padded to the smallest of these that holds the longest
+    one, or to max_new_tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,11 +394,6 @@ def validate(config: RunConfig) -> None:
         stage: StageConfig = getattr(config, name)
         if stage.steps and not stage.trained:
             raise ConfigError(f"{name}.trained is empty: name a part, or set {name}.steps to 0")
-        if stage.batch_size % stage.accumulation_steps:
-            raise ConfigError(
-                f"{name}.accumulation_steps {stage.accumulation_steps} does not divide "
-                f"{name}.batch_size {stage.batch_size}"
-            )
     if config.grpo.steps:
         _validate_grpo(config)
     for key in ("windows", "prompt_tokens", "answer_tokens", "canvas"):
@@ -440,16 +446,24 @@ def _validate_grpo(config: RunConfig) -> None:
             )
 
 
+def batch_rows(config: RunConfig) -> int:
+    """The largest number that divides the batches of every stage that runs; 0 if none does."""
+    stages = (config.alignment, config.grpo)
+    return math.gcd(*(stage.batch_size for stage in stages if stage.steps))
+
+
 def check_batches(config: RunConfig, data: int, fsdp: int) -> None:
     """Raises ConfigError when a batch does not divide over the mesh axes `data` x `fsdp`."""
-    for name in ("alignment", "grpo"):
-        stage: StageConfig = getattr(config, name)
-        portion = stage.batch_size // stage.accumulation_steps
-        if stage.steps and portion % (data * fsdp):
+    sizes = {
+        f"{name}.batch_size": getattr(config, name).batch_size
+        for name in ("alignment", "grpo")
+        if getattr(config, name).steps
+    }
+    for name, size in (sizes | {"data.eval_batch_size": config.data.eval_batch_size}).items():
+        if size % (data * fsdp):
             raise ConfigError(
-                f"{name}.batch_size {stage.batch_size} / {name}.accumulation_steps "
-                f"{stage.accumulation_steps} = {portion} prompts do not divide over "
-                f"mesh.data {data} x mesh.fsdp {fsdp} = {data * fsdp} parts"
+                f"{name} {size} does not divide over mesh.data {data} x mesh.fsdp {fsdp} = "
+                f"{data * fsdp} parts"
             )
 
 

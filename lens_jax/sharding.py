@@ -51,15 +51,22 @@ LOGICAL = {
 MIN_SHARDED_ELEMENTS = 2**18
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    rows: int | None = None,
+) -> Mesh:
     """The mesh a config names, or the best one for the devices present.
 
     That is `fsdp` over all of them: it divides the batch as `data` does and large parameters too.
+    If batches of `rows` do not divide by so many, `tensor` takes the factor that is too much.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: getattr(config, axis) for axis in AXES}
     if all(size is None for size in sizes.values()):
-        sizes["fsdp"] = len(devices)
+        sizes["fsdp"] = math.gcd(len(devices), rows or 0)
+        sizes["tensor"] = len(devices) // sizes["fsdp"]
     shape = tuple(size or 1 for size in sizes.values())
     named = " x ".join(f"mesh.{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
     wanted = math.prod(shape)
@@ -113,6 +120,20 @@ def shardings(tree: Any, mesh: Mesh, *, kv_heads: int = 1, **options: Any) -> An
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def sampling_shardings(tree: Any, mesh: Mesh, *, kv_heads: int = 1) -> Any:
+    """The layout of sampling: cut over `tensor` alone, whole on every part of `data` and `fsdp`."""
+
+    def gather(place: NamedSharding) -> NamedSharding:
+        return NamedSharding(mesh, P(*(axis if axis == "tensor" else None for axis in place.spec)))
+
+    return jax.tree.map(gather, shardings(tree, mesh, kv_heads=kv_heads))
+
+
+def num_parts(mesh: Mesh) -> int:
+    """How many parts batches come in."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

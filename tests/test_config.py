@@ -91,7 +91,6 @@ def test_values_have_their_types(file):
         (["--rollout.top_k", "1"], "rollout.top_k 1 is greedy"),
         (["--rollout.top_p", "0"], "rollout.top_p 0.0 is greedy"),
         (["--rollout.final_temperature", "0"], "rollout.final_temperature: expected a number"),
-        (["--grpo.batch_size", "6", "--grpo.accumulation_steps", "4"], "4 does not divide"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, says, file, capsys):
@@ -172,10 +171,29 @@ def test_differences_name_the_keys():
 
 
 def test_batches_that_do_not_divide_name_axis_and_number():
-    config = configs.load(["--grpo.batch_size", "12", "--grpo.accumulation_steps", "2"])
-    with pytest.raises(ConfigError, match=r"grpo\.batch_size 12 .* = 6 .* mesh\.data 2 .* = 4"):
+    config = configs.load(["--grpo.batch_size", "6"])
+    with pytest.raises(ConfigError, match=r"grpo\.batch_size 6 .* mesh\.data 2 .* = 4 parts"):
         configs.check_batches(config, data=2, fsdp=2)
     configs.check_batches(config, data=2, fsdp=1)
+    config = configs.load(["--data.eval_batch_size", "3"])
+    with pytest.raises(ConfigError, match=r"data\.eval_batch_size 3 "):
+        configs.check_batches(config, data=2, fsdp=1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "at_once", "parts", "portions"),
+    [
+        (64, None, 16, 1),
+        (64, 1, 16, 4),
+        (64, 3, 16, 2),
+        (64, 8, 16, 1),
+        (12, 2, 2, 3),
+        (10, 4, 1, 5),
+    ],
+)
+def test_portions_hold_at_most_what_a_device_may(batch, at_once, parts, portions):
+    stage = configs.GRPOConfig(batch_size=batch, per_device_batch_size=at_once)
+    assert stage.portions(parts) == portions
 
 
 def test_help_teaches_by_example(capsys):

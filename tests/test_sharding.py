@@ -24,6 +24,10 @@ def test_no_mesh_named_takes_every_device():
     assert dict(sharding.make_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     assert one.size == 1
+    # Batches that do not divide leave a factor to `tensor`.
+    for rows, fsdp in ((64, 8), (4, 4), (6, 2), (3, 1)):
+        shape = {"data": 1, "fsdp": fsdp, "tensor": 8 // fsdp}
+        assert dict(sharding.make_mesh(MeshConfig(), rows=rows).shape) == shape
 
 
 def test_named_axes_leave_the_others_at_one():
@@ -92,6 +96,16 @@ def test_shardings_of_a_training_state():
             lambda x: x.sharding.spec, tree
         )
         assert state[0].count.sharding.is_fully_replicated
+
+
+def test_sampling_gathers_all_but_tensor():
+    mesh = mesh_of(fsdp=4, tensor=2)
+    tree = {"language": {"q_proj": {"kernel": jnp.zeros((2048, 256))}, "norm": jnp.zeros(64)}}
+    places = sharding.sampling_shardings(tree, mesh)
+    assert places["language"]["q_proj"]["kernel"].spec == P(None, "tensor")
+    assert places["language"]["norm"].is_fully_replicated
+    whole = sharding.sampling_shardings(tree, mesh_of(fsdp=8))
+    assert all(place.is_fully_replicated for place in jax.tree.leaves(whole))
 
 
 def test_one_device_cuts_nothing():

@@ -151,16 +151,19 @@ def per_device(function: Callable, mesh: Mesh | None, *, kv_heads: int) -> Calla
     """
     if mesh is None or mesh.size == 1:
         return function
-    # Inside of another shard_map, such as the rollout's, arrays are a device's own already.
-    if set(mesh.axis_names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+    # Inside of another shard_map, such as the rollout's, rows are a device's own already.
+    context = jax.sharding.get_abstract_mesh()
+    axes = set(mesh.axis_names) - set(context.manual_axes)
+    if not axes:
         return function
-    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
-    rows = ("data", "fsdp")
+    rows = tuple(axis for axis in ("data", "fsdp") if axis in axes) or None
+    heads = "tensor" if "tensor" in axes and kv_heads % mesh.shape["tensor"] == 0 else None
     tokens = P(rows, None, heads)
     return jax.shard_map(
         function,
-        mesh=mesh,
+        mesh=None if context.manual_axes else mesh,
         in_specs=(tokens, tokens, tokens, P(rows)),
         out_specs=tokens,
+        axis_names=axes,
         check_vma=False,
     )

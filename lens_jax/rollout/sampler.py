@@ -49,6 +49,7 @@ def generate(
     end_tokens: Sequence[int] | Int[Array, "E"],
     sampling: Sampling,
     limit: Int[Array, "B"] | None = None,
+    together: Sequence[str] = (),
 ) -> tuple[Rollout, PromptCache, CompletionCache]:
     """Draws `num_completions` (G) completions of at most `max_new_tokens` (T) tokens a prompt.
 
@@ -60,6 +61,8 @@ def generate(
     Args:
         end_tokens: each of them ends a completion; the first one pads it. May be traced.
         limit: cuts each prompt's completions short of T; at least 1. May be traced.
+        together: mesh axes of the surrounding shard_map whose devices stop at the same step, as
+            they must if a step holds collectives.
     """
     language = model.language
     b, p = prompts.tokens.shape
@@ -92,16 +95,17 @@ def generate(
         return out, seen
 
     def step(state):
-        index, cache, out, seen = state
+        index, cache, out, seen, _ = state
         token = lax.dynamic_index_in_dim(out.tokens, index, axis=2, keepdims=False)
         embedded = language.embed_tokens(token)
         position = prompts.next_position + index
         hidden, cache = language.decode(embedded, position, index, prompt_cache, cache)
-        return index + 1, cache, *write(hidden, index + 1, out, seen)
+        out, seen = write(hidden, index + 1, out, seen)
+        return index + 1, cache, out, seen, unfinished(index + 1, out)
 
-    def unfinished(state):
-        index, _, out, _ = state
-        return ~jnp.all(out.ended | (index + 1 >= limit)[:, None])
+    def unfinished(index, out):
+        here = ~jnp.all(out.ended | (index + 1 >= limit)[:, None])
+        return lax.pmax(here.astype(jnp.int32), together) > 0 if together else here
 
     seen = None
     if penalty != 1.0:
@@ -118,6 +122,8 @@ def generate(
     )
     start = jnp.broadcast_to(last, (*shape, last.shape[-1]))
     cache = language.empty_cache(*shape, max_new_tokens)
-    state = jnp.int32(0), cache, *write(start, jnp.int32(0), empty, seen)
-    _, cache, out, _ = lax.while_loop(unfinished, step, state)
+    first = jnp.int32(0)
+    out, seen = write(start, first, empty, seen)
+    state = first, cache, out, seen, unfinished(first, out)
+    _, cache, out, _, _ = lax.while_loop(lambda state: state[-1], step, state)
     return out, prompt_cache, cache

@@ -25,6 +25,7 @@ from lens_jax.config import (
     ConfigError,
     DataConfig,
     RunConfig,
+    batch_rows,
     check_batches,
     differences,
     dump_yaml,
@@ -37,7 +38,7 @@ from lens_jax.data.sources import Joined, open_source, shapes
 from lens_jax.evaluation import Row, evaluate
 from lens_jax.inference import Generation, Lens
 from lens_jax.models.inputs import Batch
-from lens_jax.models.lens import LensConfig
+from lens_jax.models.lens import LensConfig, LensModel
 from lens_jax.rewards import text_rewards
 from lens_jax.training import drawing, programs, report
 from lens_jax.training.compilations import Compilations
@@ -72,6 +73,15 @@ class Run:
     lens: Lens
     compilations: Compilations
     stopping: bool = False
+
+    def shapes(self) -> LensModel:
+        """The model without its parameters."""
+        return nnx.merge(self.model, jax.eval_shape(lambda: self.params))
+
+    def release(self) -> nnx.State:
+        """The parameters, for a stage that sets them anew: nothing else holds on to them."""
+        params, self.params, self.lens.state = self.params, None, None
+        return params
 
 
 def run(config: RunConfig, start: Callable[[], Path]) -> None:
@@ -108,7 +118,8 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
 def align(job: Run) -> None:
     """Stage 1: the context module learns to prompt SAM."""
     settings = job.config.alignment
-    stage = programs.build_alignment(job.config, job.mesh, nnx.merge(job.model, job.params))
+    stage = programs.build_alignment(job.config, job.mesh, job.shapes())
+    trained, frozen = stage.split(job.release())
 
     @jax.jit
     def tokens_read(batch: Batch):
@@ -116,15 +127,15 @@ def align(job: Run) -> None:
 
     def step(state: TrainState, batch: Batch):
         begin = time.perf_counter()
-        state, metrics = stage.update(state, stage.frozen, batch)
+        state, metrics = stage.update(state, frozen, batch)
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - begin
         tokens = int(jax.device_get(tokens_read(batch)))
         return state, metrics | {"update_seconds": seconds, "tokens_per_second": tokens / seconds}
 
-    state = stage.create(stage.trained)
+    state = stage.create(trained)
     state = _train(job, "alignment", settings, state, step, stage.schedule, first_sample=0)
-    job.params = nnx.State.merge(state.params, stage.frozen)
+    job.params = nnx.State.merge(state.params, frozen)
 
 
 def reinforce(job: Run) -> None:
@@ -133,25 +144,32 @@ def reinforce(job: Run) -> None:
     stage = programs.build_reinforcement(
         config,
         job.mesh,
-        nnx.merge(job.model, job.params),
+        job.shapes(),
         read_text=text_rewards(job.processor.tokenizer),
         end_tokens=job.lens.generation.end_tokens,
     )
-    reference = stage.lighten(stage.policy) if stage.needs_reference else None
+    trained, frozen = stage.split(job.release())
+    policy = stage.policy(trained, frozen)
+    reference = stage.lighten(policy) if stage.needs_reference else None
     base = None
     if config.rollout.policy == "base":
-        base = jax.block_until_ready(stage.relayout(stage.policy))
+        base = jax.block_until_ready(stage.relayout(policy))
+    del policy
+
+    longest_of = jax.jit(jnp.max, out_shardings=sharding.replicated(job.mesh))
 
     def step(state: TrainState, batch: Batch):
         times, index = [time.perf_counter()], int(jax.device_get(state.step))
         policy = base
         if policy is None:
-            policy = jax.block_until_ready(stage.relayout(stage.policy_of(state)))
+            policy = jax.block_until_ready(stage.relayout(stage.policy(state.params, frozen)))
         times.append(time.perf_counter())
         written = jax.block_until_ready(stage.write(policy, batch, state.step))
         del policy  # the update needs its memory
+        longest = int(jax.device_get(longest_of(written.lengths)))
+        written = stage.trim(written, min(n for n in stage.completion_tokens if n >= longest))
         times.append(time.perf_counter())
-        state, metrics = stage.update(state, stage.frozen, reference, batch, written)
+        state, metrics = stage.update(state, frozen, reference, batch, written)
         metrics = jax.device_get(metrics)
         times.append(time.perf_counter())
         tokens = metrics["completion_length"] * written.lengths.size
@@ -166,9 +184,9 @@ def reinforce(job: Run) -> None:
 
     # Stage 2 goes on in the data where stage 1 stopped: no scene is needed twice.
     first = config.alignment.steps * config.alignment.batch_size
-    state = stage.create(stage.trained)
+    state = stage.create(trained)
     state = _train(job, "grpo", settings, state, step, stage.schedule, first_sample=first)
-    job.params = nnx.State.merge(state.params, stage.frozen)
+    job.params = nnx.State.merge(state.params, frozen)
 
 
 def _train(
@@ -276,7 +294,7 @@ def _claim(directory: Path, config: RunConfig) -> bool:
 
 def _prepare(config: RunConfig, directory: Path, start: Path, compilations: Compilations) -> Run:
     """Mesh, data and model."""
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, rows=batch_rows(config))
     check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
     data = config.data
     data_dir = Path(data.data_dir or directory / "data")

@@ -1,7 +1,7 @@
 """The compiled programs of a run, with the shardings they run under.
 
 The loop calls them; launch/compile.py compiles the same ones for slices that are not there. So
-models come as arrays or as shapes, and nothing is computed here.
+the model is one of shapes, and nothing is computed here.
 """
 
 import dataclasses
@@ -54,14 +54,20 @@ def abstract_model(config: RunConfig, shapes: LensConfig, mesh: Mesh) -> LensMod
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What both stages have: the model in two, and where a training state comes from."""
+    """What both stages have: the model's shapes in two, and where a training state comes from."""
 
     definition: nnx.GraphDef
+    parts: Sequence[str]
+    """Those that train."""
     trained: nnx.State
     frozen: nnx.State
     schedule: optax.Schedule
     create: Callable[[nnx.State], TrainState]
-    """The first state, from `trained`."""
+    """The first state, from the trained parameters, which are donated."""
+
+    def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
+        """All parameters of a model in two: trained, and frozen."""
+        return split(nnx.merge(self.definition, params), among(self.parts))[1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +84,6 @@ class Reinforcement(Stage):
 
     temperatures: np.ndarray
     """Of each step's rollout, float32 [steps]."""
-    policy: nnx.State
-    """The part of the model that reads and writes text, as the stage finds it."""
     needs_reference: bool
     lighten: Callable[[nnx.State], nnx.State]
     """The policy in the precision of matrix products: the reference."""
@@ -87,12 +91,16 @@ class Reinforcement(Stage):
     """The same from the layout of training to that of sampling."""
     write: Callable[[nnx.State, Batch, jax.Array], Rollout]
     """`(policy, batch, step)`: completions."""
+    completion_tokens: tuple[int, ...]
+    """Buckets of the completions that an update reads, ascending; the last is the limit."""
+    trim: Callable[[Rollout, int], Rollout]
+    """To one of these; it is compiled for each."""
     update: grpo.Update
     """`(state, frozen, reference, batch, rollout) -> (state, metrics)`; the state is donated."""
 
-    def policy_of(self, state: TrainState) -> nnx.State:
-        """`policy`, with a state's parameters."""
-        return split_policy(nnx.merge(self.definition, state.params, self.frozen))[1]
+    def policy(self, trained: nnx.State, frozen: nnx.State) -> nnx.State:
+        """The part of the model that reads and writes text."""
+        return split_policy(nnx.merge(self.definition, trained, frozen))[1]
 
 
 def build_alignment(config: RunConfig, mesh: Mesh, model: LensModel) -> Alignment:
@@ -100,7 +108,10 @@ def build_alignment(config: RunConfig, mesh: Mesh, model: LensModel) -> Alignmen
     settings = config.alignment
     parts, optimizer, places = _stage(settings, mesh, model)
     update = alignment.make_update(
-        parts["definition"], optimizer, settings.accumulation_steps, stability=settings.stability
+        parts["definition"],
+        optimizer,
+        settings.portions(sharding.num_parts(mesh)),
+        stability=settings.stability,
     )
     update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
     return Alignment(**parts, update=update)
@@ -121,8 +132,9 @@ def build_reinforcement(
         end_tokens: each ends a completion.
     """
     settings, sample = config.grpo, config.rollout
-    _, policy, rest = split_policy(model)
+    definition, policy, rest = split_policy(model)
     shapes_of_rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
+    kv_heads = model.config.mllm.num_kv_heads
     dtype = _dtype(config)
 
     def lighten(policy: nnx.State) -> nnx.State:
@@ -136,20 +148,23 @@ def build_reinforcement(
         optimizer,
         reward,
         _objective(settings),
-        settings.accumulation_steps,
+        settings.portions(sharding.num_parts(mesh)),
     )
     temperatures = np.linspace(
         sample.temperature, sample.final_temperature or sample.temperature, settings.steps
     ).astype(np.float32)
-    definition = nnx.split(model)[0]
+    # Each part of the mesh samples its own prompts and stops when they have ended. Only where
+    # `tensor` cuts the policy does the compiler place collectives, and then all stop together.
+    alone = mesh.shape["tensor"] == 1
+    manual = sharding.AXES if alone else sharding.BATCH[0]
 
-    # Each device samples its own prompts and stops when they have ended.
     @jax.jit
     @partial(
         jax.shard_map,
         mesh=mesh,
         in_specs=(P(), sharding.BATCH, P()),
         out_specs=sharding.BATCH,
+        axis_names=set(manual),
         check_vma=False,
     )
     def write(policy, batch: Batch, index):
@@ -164,17 +179,29 @@ def build_reinforcement(
             max_new_tokens=sample.max_new_tokens,
             end_tokens=end_tokens,
             sampling=Sampling(jnp.asarray(temperatures)[index], sample.top_k, sample.top_p),
+            together=() if alone else manual,
+        )
+
+    limit = sample.max_new_tokens
+    buckets = {n for n in sample.completion_tokens if n < limit} | {limit}
+
+    @partial(jax.jit, static_argnums=1)
+    def trim(written: Rollout, length: int) -> Rollout:
+        return written.replace(
+            tokens=written.tokens[..., :length], log_probs=written.log_probs[..., :length]
         )
 
     return Reinforcement(
         **parts,
         temperatures=temperatures,
-        policy=policy,
         needs_reference=bool(settings.beta and settings.policy_weight),
-        lighten=jax.jit(lighten),
-        # Light, and whole on every device.
-        relayout=jax.jit(lighten, out_shardings=sharding.replicated(mesh)),
+        lighten=jax.jit(lighten, out_shardings=sharding.shardings(policy, mesh, kv_heads=kv_heads)),
+        relayout=jax.jit(
+            lighten, out_shardings=sharding.sampling_shardings(policy, mesh, kv_heads=kv_heads)
+        ),
         write=write,
+        completion_tokens=tuple(sorted(buckets)),
+        trim=trim,
         update=jax.jit(update, donate_argnums=0, out_shardings=(places, None)),
     )
 
@@ -203,10 +230,11 @@ def _stage(
     places = sharding.shardings(shapes, mesh, kv_heads=model.config.mllm.num_kv_heads)
     parts = dict(
         definition=definition,
+        parts=settings.trained,
         trained=trained,
         frozen=frozen,
         schedule=schedule,
-        create=jax.jit(start, out_shardings=places),
+        create=jax.jit(start, donate_argnums=0, out_shardings=places),
     )
     return parts, optimizer, places
 

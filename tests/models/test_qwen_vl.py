@@ -17,7 +17,7 @@ from transformers import (
 
 from lens_jax import checkpoints
 from lens_jax.models.lens import abstract, split_policy
-from lens_jax.models.qwen_vl.config import QwenVLConfig
+from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
 from lens_jax.models.qwen_vl.head import logits
 from lens_jax.models.qwen_vl.language import LanguageModel
 from lens_jax.models.qwen_vl.vision import VisionTower
@@ -199,6 +199,7 @@ def test_published_shapes(size):
     assert mllm.head_dim == 128 and sum(mllm.mrope_section) == 64
     assert mllm.vision.window_patches == 64 and mllm.vision.patch_dim == 1176
     assert parameters(mllm) == count
+    assert mllm == PRESETS.get(f"Qwen2.5-VL-{size}-Instruct", mllm)
 
 
 QWEN2_SIZES = {  # hidden, MLP, layers, heads, KV heads, vocabulary, tied, parameters
@@ -249,6 +250,7 @@ def test_published_shapes_of_qwen2(size):
     assert mllm.vision.full_attention_blocks == tuple(range(32))
     assert mllm.vision.window_patches == 64 and mllm.vision.patch_dim == 1176
     assert parameters(mllm) == QWEN2_SIZES[size][-1]
+    assert mllm == PRESETS.get(f"Qwen2-VL-{size}-Instruct", mllm)
 
 
 @pytest.mark.parametrize("size", ["2B", "7B"])

@@ -167,3 +167,47 @@ def _vision(family: Family, vision: Mapping[str, Any], width: int) -> VisionConf
         merge_size=vision.get("spatial_merge_size", 2),
         **own,
     )
+
+
+_QWEN2_5_VL_3B = QwenVLConfig(
+    hidden_size=2048,
+    intermediate_size=11008,
+    num_layers=36,
+    num_heads=16,
+    num_kv_heads=2,
+    vocab_size=151936,
+    rope_theta=1e6,
+    mrope_section=(16, 24, 24),
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    image_token_id=151655,
+    vision=VisionConfig(
+        family="qwen2_5_vl",
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        out_hidden_size=2048,
+        full_attention_blocks=(7, 15, 23, 31),
+    ),
+)
+# What LENS is trained from, by the names they are published under.
+PRESETS = {
+    "Qwen2.5-VL-3B-Instruct": _QWEN2_5_VL_3B,
+    "Qwen2-VL-2B-Instruct": dataclasses.replace(
+        _QWEN2_5_VL_3B,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_layers=28,
+        num_heads=12,
+        vision=VisionConfig(
+            family="qwen2_vl",
+            depth=32,
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_heads=16,
+            out_hidden_size=1536,
+            full_attention_blocks=tuple(range(32)),
+        ),
+    ),
+}
