@@ -21,7 +21,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
+
+from lens_jax import processes
 
 MANIFEST = "manifest.json"
 CONFIG = "lens_config.json"
@@ -60,39 +63,48 @@ class CheckpointError(Exception):
 # --- manifest -------------------------------------------------------------------------------------
 
 
-def write_manifest(directory: Path) -> None:
-    """Writes size and SHA-256 of every file under `directory`, atomically."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+def write_manifest(directory: str | os.PathLike[str], score: float | None = None) -> None:
+    """Writes size and SHA-256 of every file under `directory`, atomically.
+
+    `score`, how good what the checkpoint holds is, goes with it.
+    """
+    directory = _path(directory)
+    files = sorted(_files(directory), key=str)
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_sha256, files))
     entries = {
-        file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
+        file.relative_to(directory).as_posix(): {"bytes": file.stat().length, "sha256": digest}
         for file, digest in zip(files, digests, strict=True)
     }
     unfinished = directory / f".{MANIFEST}"
     with unfinished.open("w") as f:
-        json.dump({"files": entries}, f, indent=1)
+        scored = {} if score is None else {"score": score}
+        json.dump({**scored, "files": entries}, f, indent=1)
         f.flush()
-        os.fsync(f.fileno())
-    unfinished.rename(directory / MANIFEST)
+        with contextlib.suppress(AttributeError, OSError):  # remote files have no descriptor
+            os.fsync(f.fileno())
+    unfinished.replace(directory / MANIFEST)
 
 
-def check_manifest(directory: Path) -> str | None:
+def check_manifest(directory: str | os.PathLike[str]) -> str | None:
     """The first thing wrong with a checkpoint's files, in words, or None. Extra files may be."""
+    directory = _path(directory)
     manifest = directory / MANIFEST
-    if not manifest.is_file():
+    if not manifest.exists():
         return f"it has no {MANIFEST}: it was not written to its end"
     try:
         entries = json.loads(manifest.read_text())["files"]
         expected = {name: (int(e["bytes"]), str(e["sha256"])) for name, e in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    if not expected:
+        return f"{MANIFEST} lists no files"
     for name, (size, _) in expected.items():
         file = directory / name
-        if not file.is_file():
+        if not file.exists():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if file.stat().length != size:
+            return f"{name} has {file.stat().length} bytes instead of {size}"
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda name: _sha256(directory / name), expected)
         for (name, (_, sha256)), digest in zip(expected.items(), digests, strict=True):
@@ -101,7 +113,22 @@ def check_manifest(directory: Path) -> str | None:
     return None
 
 
-def _sha256(file: Path) -> str:
+def _path(path: str | os.PathLike[str]) -> epath.Path:
+    """A local path made absolute, or a remote one (gs://bucket/name) as it is."""
+    remote = "://" in os.fspath(path)
+    return epath.Path(path) if remote else epath.Path(Path(path).absolute())
+
+
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+    """All files under a directory, manifests apart."""
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            yield from _files(entry)
+        elif entry.name not in (MANIFEST, f".{MANIFEST}"):
+            yield entry
+
+
+def _sha256(file: epath.Path) -> str:
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -110,17 +137,19 @@ def _sha256(file: Path) -> str:
 
 
 class TrainingCheckpoints:
-    """The checkpoints of one stage: `directory/<step>/`, the last `keep` of them.
+    """The checkpoints of one stage: `directory/<step>/`, the last `keep` and the `keep_best` best.
 
     A state is any pytree of arrays, typed random keys, ints and floats (parameters, optimizer
-    state, step, random key, data position). It is saved as a flat dict from path to leaf.
+    state, step, random key, data position). It is saved as a flat dict from path to leaf. Every
+    process of a run calls every method; each writes and reads what its devices hold, process 0
+    the rest. The directory may be remote (gs://bucket/name).
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int):
-        self.directory = Path(directory).absolute()
-        self.keep = keep
+    def __init__(self, directory: str | os.PathLike[str], keep: int, keep_best: int = 0):
+        self.directory = _path(directory)
+        self.keep, self.keep_best = keep, keep_best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: tuple[epath.Path, Future[None]] | None = None
 
     def steps(self) -> list[int]:
         """Steps with a directory, ascending; not all of them need be complete."""
@@ -128,49 +157,117 @@ class TrainingCheckpoints:
             return []
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Any, score: float | None = None) -> None:
         """Starts writing `state`; returns once its values are copied, so that they may be donated.
 
         Waits for the save before it, and raises what that one met. Checkpoints of this step or
         later belong to a course of training that has been left, and are removed.
+
+        Args:
+            score: of this state, for `keep_best`, the highest being best; None: never kept by it.
+
+        Raises:
+            CheckpointError: this checkpoint, or the one before it, could not be written.
         """
         self.wait()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for old in self.steps():
-            if old >= step:
-                shutil.rmtree(self.directory / str(old))
         target = self.directory / str(step)
         leaves = {
-            name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
+            name: np.asarray(jax.random.key_data(leaf)) if _is_key(leaf) else leaf
             for name, leaf in _flatten(state).items()
         }
-        response = ocp.save_async(target, leaves)
-        self._pending = self._thread.submit(self._finish, response, target)
+        try:
+            processes.by_main(lambda: self._make_room(step))
+            response = ocp.save_async(target, leaves)
+        except Exception as error:
+            raise self._failed(target, f"{error}") from error
+        self._pending = target, self._thread.submit(self._finish, response, target, score)
 
-    def _finish(self, response: ocp.AsyncResponse[None], target: Path) -> None:
+    def _make_room(self, step: int) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
+        for old in self.steps():
+            if old >= step:
+                self._remove(old)
+
+    def _finish(
+        self, response: ocp.AsyncResponse[None], target: epath.Path, score: float | None
+    ) -> None:
         response.result()
-        write_manifest(target)
-        complete = [s for s in self.steps() if (self.directory / str(s) / MANIFEST).is_file()]
-        for step in complete[: -self.keep]:
-            # Without its manifest a directory is no checkpoint, however far its removal gets.
-            (self.directory / str(step) / MANIFEST).unlink()
-            shutil.rmtree(self.directory / str(step))
+        if not processes.is_main():
+            return
+        write_manifest(target, score)
+        complete = {s: self._score(s) for s in self.steps()}
+        complete = {s: score for s, score in complete.items() if score is not None}
+        scored = sorted((score, s) for s, score in complete.items() if score > -math.inf)
+        best = [s for _, s in scored[::-1][: self.keep_best]]
+        for step in list(complete)[: -self.keep]:
+            if step not in best:
+                self._remove(step)
+
+    def _score(self, step: int) -> float | None:
+        """Of a complete checkpoint, -inf without one; None if it is not complete."""
+        try:
+            manifest = json.loads((self.directory / str(step) / MANIFEST).read_text())
+            return float(manifest.get("score", -math.inf))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    def _remove(self, step: int) -> None:
+        # Without its manifest a directory is no checkpoint, however far its removal gets.
+        (self.directory / str(step) / MANIFEST).unlink(missing_ok=True)
+        (self.directory / str(step)).rmtree()
+
+    def _remove_unfinished(self) -> None:
+        """Removes what saves that were killed or failed have left."""
+        if self.directory.is_dir():
+            for entry in self.directory.iterdir():
+                if ".orbax-checkpoint-tmp" in entry.name:
+                    entry.rmtree()
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises if it failed."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        """Returns when the last save is on disk.
+
+        Raises:
+            CheckpointError: it could not be written, by whichever process.
+        """
+        if self._pending is None:
+            return
+        (target, pending), self._pending = self._pending, None
+        error = pending.exception()
+        reasons = processes.gather(error and (f"{error}" or type(error).__name__))
+        reason = next(filter(None, reasons), None)
+        if reason is not None:
+            raise self._failed(target, reason) from error
+
+    def _failed(self, target: epath.Path, reason: str) -> "CheckpointError":
+        """What to say about a checkpoint that could not be written; makes room."""
+        if processes.is_main():
+            with contextlib.suppress(OSError):
+                self._remove_unfinished()
+        kept = [step for step in self.steps() if self._score(step) is not None]
+        last = f"the last one is {self.directory / str(kept[-1])}" if kept else "there is none yet"
+        return CheckpointError(
+            f"checkpoint {target} could not be written, {last}: {' '.join(reason.split())}"
+        )
 
     def latest(self) -> int | None:
         """The last complete step. Names every half-written or damaged one that it passes over."""
         self.wait()
+        return processes.by_main(self._latest)
+
+    def _latest(self) -> int | None:
         for step in reversed(self.steps()):
             trouble = check_manifest(self.directory / str(step))
             if trouble is None:
                 return step
             log.warning("checkpoint %s is left out: %s", self.directory / str(step), trouble)
         return None
+
+    def best(self) -> int | None:
+        """The complete step with the highest score, the later one of equals; None without any."""
+        scores = {step: self._score(step) for step in self.steps()}
+        scored = [step for step, score in scores.items() if score not in (None, -math.inf)]
+        return max(scored, key=lambda step: (scores[step], step), default=None)
 
     def restore(self, step: int, like: Any) -> Any:
         """The state saved at `step` (from `latest`, which verifies it) in the structure of `like`.
@@ -181,7 +278,7 @@ class TrainingCheckpoints:
         """
         directory = self.directory / str(step)
         wanted = _flatten(like)
-        if not (directory / MANIFEST).is_file():
+        if not (directory / MANIFEST).exists():
             raise CheckpointError(f"{directory} is not a checkpoint")
         saved = ocp.metadata(directory).metadata
         missing = sorted(wanted.keys() - saved.keys())
@@ -202,6 +299,17 @@ class TrainingCheckpoints:
             for name, leaf in wanted.items()
         ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def params(self, step: int) -> dict[str, np.ndarray]:
+        """The trained parameters of a `TrainState`, alone: by path, layers stacked."""
+        directory, prefix = self.directory / str(step), "state/params/"
+        trouble = check_manifest(directory)
+        if trouble is not None:
+            raise CheckpointError(f"{directory} is no checkpoint: {trouble}")
+        saved = ocp.metadata(directory).metadata
+        wanted = {name: leaf for name, leaf in saved.items() if name.startswith(prefix)}
+        loaded = _load(directory, {n: np.empty(x.shape, x.dtype) for n, x in wanted.items()})
+        return {n.removeprefix(prefix).removesuffix("/value"): x for n, x in loaded.items()}
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -247,14 +355,15 @@ def unstack(nested: Mapping[Any, Any]) -> Iterator[tuple[str, np.ndarray]]:
     `("language/layers/0/q_proj/kernel", [D, H])` and so on; names outside `STACKED` are the path.
     """
     for name, leaf in _flatten(nested).items():
-        array = np.asarray(leaf)
+        if jax.process_count() == 1:
+            leaf = np.asarray(leaf)
         prefix = _stacked_prefix(name)
         if prefix is None:
-            yield name, array
+            yield name, processes.whole(leaf)
         else:
             rest = name.removeprefix(prefix + "/")
-            for i in range(array.shape[0]):
-                yield f"{prefix}/{i}/{rest}", array[i]
+            for i in range(leaf.shape[0]):
+                yield f"{prefix}/{i}/{rest}", processes.whole(leaf[i])
 
 
 def stack(flat: Mapping[str, Any]) -> dict[Any, Any]:
@@ -274,6 +383,8 @@ def save_pretrained(
 ) -> None:
     """Writes a pretrained checkpoint: `lens_config.json`, `params/`, processor files, manifest.
 
+    Of several processes all call it, with the same tensors; process 0 writes.
+
     Args:
       directory: must not exist yet, or be empty. It appears only when everything is written.
       params: name -> tensor, one a layer (`unstack`). An iterable is consumed as it is written, in
@@ -284,6 +395,8 @@ def save_pretrained(
     with new_directory(directory) as unfinished:
         items = params.items() if isinstance(params, Mapping) else params
         _write_params(unfinished / PARAMS, items)
+        if not processes.is_main():
+            return
         if files_from is not None:
             copy_processor_files(files_from, unfinished)
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -294,20 +407,32 @@ def save_pretrained(
 def new_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """A hidden directory beside `directory`, to be filled; it takes that name when all went well.
 
+    Of several processes all get the same one.
+
     Raises:
       CheckpointError: `directory` exists already and is not empty.
     """
     directory = Path(directory).absolute()
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise CheckpointError(f"{directory} exists already: remove it or name another directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        yield unfinished
+
+    def begin() -> str:
+        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+            raise CheckpointError(
+                f"{directory} exists already: remove it or name another directory"
+            )
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent)
+
+    def end() -> None:
         unfinished.chmod(0o755)
         unfinished.rename(directory)
+
+    unfinished = Path(processes.by_main(begin))
+    try:
+        yield unfinished
+        processes.by_main(end)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if processes.is_main():
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
@@ -456,6 +581,13 @@ def _read(
         yield from load()
 
 
+def layer_of(name: str) -> tuple[str, int | None]:
+    """The path in memory of a tensor on disk, and its layer there if it is one of a stack."""
+    prefix = _stacked_prefix(name)
+    match = re.fullmatch(r"(\d+)/(.+)", name.removeprefix(f"{prefix}/")) if prefix else None
+    return (name, None) if match is None else (f"{prefix}/{match[2]}", int(match[1]))
+
+
 def _stacked_prefix(name: str) -> str | None:
     return next((p for p in STACKED if name.startswith(p + "/")), None)
 
@@ -465,12 +597,11 @@ def _groups(names: Iterable[str]) -> dict[str, list[str]]:
     layers: dict[str, dict[int, str]] = {}
     groups: dict[str, list[str]] = {}
     for name in names:
-        prefix = _stacked_prefix(name)
-        match = re.fullmatch(r"(\d+)/(.+)", name.removeprefix(f"{prefix}/")) if prefix else None
-        if match is None:
+        path, layer = layer_of(name)
+        if layer is None:
             groups[name] = [name]
         else:
-            layers.setdefault(f"{prefix}/{match[2]}", {})[int(match[1])] = name
+            layers.setdefault(path, {})[layer] = name
     depth = {
         p: 1 + max((max(m) for n, m in layers.items() if n.startswith(p)), default=-1)
         for p in STACKED

@@ -118,6 +118,23 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of a run, one a host, which all run the same command. On a TPU slice they find
+    each other; elsewhere each is told where process 0 is, how many there are, and which it is."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, any free port; null: found on TPU slices, one process elsewhere."""
+    processes: PositiveInt | None = None
+    """How many there are, with coordinator."""
+    process_id: NonNegativeInt | None = None
+    """Which one this is, from 0, with coordinator; the only key that differs between them."""
+    join_timeout: PositiveInt = 300
+    """Seconds to wait at the start until all have come."""
+    heartbeat_timeout: PositiveInt = 30
+    """Seconds without a sign of life after which a process counts as dead; the others then end."""
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """What both stages have: what trains, AdamW (eps 1e-8), its schedule, and the batch."""
 
@@ -246,6 +263,14 @@ class CheckpointConfig:
     """Steps between two."""
     keep: PositiveInt = 2
     """The newest ones that are kept, a stage."""
+    keep_best: NonNegativeInt = 0
+    """The best ones by best_by that are kept besides, a stage."""
+    best_by: Literal["reward", "box_iou", "mask_iou", "loss"] = "reward"
+    """Number of metrics.jsonl, averaged since the checkpoint before; of loss the lowest is best.
+    A stage without it (stage 1 has mask_iou and loss) keeps none by it."""
+    directory: str | None = None
+    """Where they go, DIRECTORY/<stage>/<step>/, gs://BUCKET/NAME for example; null:
+    RUN_DIR/checkpoints."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +290,9 @@ class RunConfig:
     remat: Literal["none", "dots", "full"] = "dots"
     """What layers compute again in the backward pass to save memory: nothing, all but matrix
     products, or everything. Gradients stay the same."""
+    max_skipped: PositiveInt = 10
+    """Stop after this many updates in a row that a loss or gradient which is not finite left out,
+    with a checkpoint of the state before them."""
     samples: NonNegativeInt = 12
     """Held-out expressions shown in samples/ and report.html."""
     model: ModelConfig = ModelConfig()
@@ -275,10 +303,17 @@ class RunConfig:
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+    def lens_config(self, start: dict[str, Any]) -> dict[str, Any]:
+        """lens_config.json of the model that a run makes, from that of the one it starts with."""
+        positions = self.model.context_positions
+        changed = {"context_positions": positions} if positions else {}
+        return start | changed | {"max_new_tokens": self.rollout.max_new_tokens}
 
 
-# Where a run writes and whether it may continue: no part of what it computes.
-PLACES = ("run_dir", "resume")
+# Keys and sections that say where a run computes and writes, not what: free to change on resuming.
+PLACES = ("run_dir", "resume", "mesh", "checkpoint", "distributed")
 
 _EPILOG = """\
 example:
@@ -376,9 +411,9 @@ def dump_yaml(config: RunConfig) -> str:
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
-    """Dotted keys in which two runs differ, apart from where they write."""
+    """Dotted keys in which two runs differ, apart from where they compute and write."""
     left, right = _leaves(_plain(a)), _leaves(_plain(b))
-    return [key for key in left if left[key] != right[key] and key not in PLACES]
+    return [key for key in left if left[key] != right[key] and key.split(".")[0] not in PLACES]
 
 
 def validate(config: RunConfig) -> None:
@@ -399,6 +434,7 @@ def validate(config: RunConfig) -> None:
     for key in ("windows", "prompt_tokens", "answer_tokens", "canvas"):
         if not getattr(config.data, key):
             raise ConfigError(f"data.{key} is empty: give at least one bucket")
+    _validate_distributed(config.distributed)
 
 
 def _validate_data(data: DataConfig) -> None:
@@ -412,6 +448,24 @@ def _validate_data(data: DataConfig) -> None:
     for dataset in data.mixture or (data.dataset,):
         if data.curriculum and not dataset.startswith("refcoco"):
             raise ConfigError(f"data.curriculum: {dataset} has no refs, only RefCOCO's sets do")
+
+
+def _validate_distributed(distributed: DistributedConfig) -> None:
+    keys = ("coordinator", "processes", "process_id")
+    values = {f"distributed.{key}": getattr(distributed, key) for key in keys}
+    missing = [key for key, value in values.items() if value is None]
+    if len(missing) in (1, 2):
+        raise ConfigError(f"{' and '.join(missing)} missing: the three go together {list(values)}")
+    if missing:
+        return
+    host, _, port = distributed.coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"distributed.coordinator {distributed.coordinator}: expected HOST:PORT")
+    if distributed.process_id >= distributed.processes:
+        raise ConfigError(
+            f"distributed.process_id {distributed.process_id} is none of "
+            f"{distributed.processes} processes: they count from 0"
+        )
 
 
 def _validate_grpo(config: RunConfig) -> None:

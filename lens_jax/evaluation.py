@@ -5,9 +5,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
+from lens_jax import processes
 from lens_jax.data.images import upsample_logits
 from lens_jax.data.pipeline import Evaluation, EvaluationRow
 from lens_jax.inference import Lens
@@ -50,7 +52,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Decodes every expression greedily; returns the scores and one row for each, in order.
 
-    `show` is called with each row, what was asked, and the predicted mask at original size.
+    `show` is called with each row, what was asked, and the predicted mask at original size. Of
+    several processes each decodes, scores and shows its share; all return the whole.
     """
     start = time.perf_counter()
     format_name = "think_format" if data.reasoning else "grounding_format"
@@ -80,8 +83,21 @@ def evaluate(
             rows.append(row)
             if show is not None:
                 show(row, asked, mask)
+    rows = _of_all_processes(rows)
     scores = {"dataset": dataset, "split": split, **summarize(rows)}
     return scores | {"seconds": round(time.perf_counter() - start, 2)}, rows
+
+
+def _of_all_processes(rows: list[Row]) -> list[Row]:
+    """Everyone's rows, each once, in order."""
+    if jax.process_count() == 1:
+        return rows
+    merged = {}
+    for part in processes.gather([dataclasses.asdict(row) for row in rows]):
+        for row in part:
+            row["box"] = row["box"] and tuple(row["box"])
+            merged[row["number"]] = Row(**row)
+    return [merged[number] for number in sorted(merged)]
 
 
 def summarize(rows: list[Row]) -> dict[str, Any]:

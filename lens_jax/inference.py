@@ -242,7 +242,8 @@ class Lens:
         """Completes a prepared batch and draws the masks; greedy by default.
 
         `limit` holds how many tokens each completion may have, if that is less than the
-        checkpoint's max_new_tokens.
+        checkpoint's max_new_tokens. Where several processes share the mesh, each gives and gets
+        its own rows (`sharding.share`).
         """
         if sampling is None:
             penalty = self.generation.repetition_penalty
@@ -267,7 +268,7 @@ class Lens:
             hidden = read(self.state, prompts, embedded, tokens, lengths)
         _, logits = draw(self.state, prompts, hidden)
         text = dict(self._read_text(tokens, lengths))
-        tokens, lengths, ended, logits, text = jax.device_get(
+        tokens, lengths, ended, logits, text = self._take(
             (tokens, lengths, written.ended[:, 0], logits, text)
         )
         box, found = text.pop("box"), text.pop("box_found")
@@ -309,4 +310,7 @@ class Lens:
     def _place(self, batch):
         if self.mesh is None:
             return batch
-        return jax.device_put(batch, sharding.batch_sharding(self.mesh))
+        return sharding.global_batch(batch, self.mesh)
+
+    def _take(self, batch):
+        return jax.device_get(batch) if self.mesh is None else sharding.own_rows(batch, self.mesh)

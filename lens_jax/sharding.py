@@ -7,16 +7,18 @@ rule vanishes.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lens_jax.checkpoints import STACKED
 from lens_jax.config import ConfigError, MeshConfig
+from lens_jax.models.inputs import Share
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -61,17 +63,28 @@ def make_mesh(
 
     That is `fsdp` over all of them: it divides the batch as `data` does and large parameters too.
     If batches of `rows` do not divide by so many, `tensor` takes the factor that is too much.
+    Between slices, whose network is slow, lies `data` alone: a gradient a step crosses it.
     """
     devices = jax.devices() if devices is None else list(devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes = {axis: getattr(config, axis) for axis in AXES}
     if all(size is None for size in sizes.values()):
-        sizes["fsdp"] = math.gcd(len(devices), rows or 0)
-        sizes["tensor"] = len(devices) // sizes["fsdp"]
+        chips = len(devices) // slices
+        sizes["data"] = slices
+        sizes["fsdp"] = math.gcd(chips, (rows or 0) // slices)
+        sizes["tensor"] = chips // sizes["fsdp"]
     shape = tuple(size or 1 for size in sizes.values())
     named = " x ".join(f"mesh.{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
     wanted = math.prod(shape)
-    if wanted > len(devices) or (jax.process_count() > 1 and wanted != len(devices)):
+    whole = jax.process_count() > 1 or slices > 1
+    if wanted > len(devices) or (whole and wanted != len(devices)):
         raise ConfigError(f"{named} = {wanted} devices, but {len(devices)} are present")
+    if shape[0] % slices:
+        raise ConfigError(f"{named}: mesh.data must be a multiple of {slices}, the slices present")
+    if slices > 1:
+        within = (shape[0] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices[:wanted])
 
 
@@ -114,12 +127,16 @@ def parameter_spec(
 def shardings(tree: Any, mesh: Mesh, *, kv_heads: int = 1, **options: Any) -> Any:
     """A NamedSharding for every leaf (array, ShapeDtypeStruct) of parameters or training state."""
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-        spec = parameter_spec(name, np.shape(leaf), mesh, kv_heads=kv_heads, **options)
-        return NamedSharding(mesh, spec)
+        return place(name, np.shape(leaf), mesh, kv_heads=kv_heads, **options)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def place(path: str, shape: Sequence[int], mesh: Mesh, **options: Any) -> NamedSharding:
+    """Where the parameter at `path` lies; arguments of `parameter_spec`."""
+    return NamedSharding(mesh, parameter_spec(path, shape, mesh, **options))
 
 
 def sampling_shardings(tree: Any, mesh: Mesh, *, kv_heads: int = 1) -> Any:
@@ -153,7 +170,50 @@ def by_rows(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return jax.shard_map(function, mesh=mesh, in_specs=BATCH, out_specs=BATCH, check_vma=False)
 
 
+def share(mesh: Mesh) -> Share:
+    """The rows of a batch that this process's devices hold, as `Pipeline` takes it.
+
+    Which these are, the mesh alone decides: it may put devices of one process anywhere, and along
+    `tensor` several processes hold the same rows.
+    """
+    count = num_parts(mesh)
+    held = {
+        place for place, device in _rows_of(mesh) if device.process_index == jax.process_index()
+    }
+    return Share() if len(held) == count else Share(tuple(sorted(held)), count)
+
+
 def global_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays from the rows (numpy, [b, ...]) that this process has read."""
-    place = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+    """Global arrays from the rows (numpy, [b, ...]) that this process has read: its `share`."""
+    place, own = batch_sharding(mesh), share(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        size = len(x) // len(own.parts)
+
+        def rows(index: tuple[slice, ...]) -> np.ndarray:
+            part, rest = divmod(index[0].start or 0, size)
+            first = own.parts.index(part) * size + rest
+            return x[first : first + len(range(*index[0].indices(size * own.count)))]
+
+        return jax.make_array_from_callback((size * own.count, *x.shape[1:]), place, rows)
+
+    return jax.tree.map(put, batch)
+
+
+def own_rows(batch: Any, mesh: Mesh) -> Any:
+    """The inverse of `global_batch`: the rows (numpy) of this process's `share`."""
+
+    def take(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        x = jax.device_put(x, batch_sharding(mesh))
+        parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])
+
+    return jax.tree.map(take, batch)
+
+
+def _rows_of(mesh: Mesh) -> Iterator[tuple[int, jax.Device]]:
+    """For every device, which part of a batch it holds."""
+    parts = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    return ((part, device) for part, row in enumerate(parts) for device in row)

@@ -61,6 +61,11 @@ def test_values_have_their_types(file):
     hash(config)  # frozen all the way down
 
 
+def processes(coordinator, count, number):
+    values = {"coordinator": coordinator, "processes": count, "process_id": number}
+    return [str(x) for key, value in values.items() for x in (f"--distributed.{key}", value)]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -69,6 +74,14 @@ def test_values_have_their_types(file):
         (["--grpo.steps", "many"], "grpo.steps: expected a whole number of at least 0, got many"),
         (["--grpo.steps", "3.5"], "grpo.steps: expected a whole number of at least 0, got 3.5"),
         (["--mesh.data", "0"], "mesh.data: expected a whole number of at least 1, got 0"),
+        (["--max_skipped", "0"], "max_skipped: expected a whole number of at least 1"),
+        (["--checkpoint.best_by", "speed"], "checkpoint.best_by: expected one of reward, box_iou"),
+        (
+            ["--distributed.coordinator", "host:1", "--distributed.processes", "2"],
+            "distributed.process_id missing",
+        ),
+        (processes("host", 2, 0), "distributed.coordinator host: expected HOST:PORT"),
+        (processes("host:1", 2, 2), "distributed.process_id 2 is none of 2 processes"),
         (["--precision", "int8"], "precision: expected one of float32, bfloat16, got int8"),
         (["--data.max_bad", "1.5"], "data.max_bad: expected a number from 0 to 1"),
         (["--data.canvas", "[[112]]"], "data.canvas"),
@@ -163,6 +176,9 @@ def test_differences_name_the_keys():
         a,
         run_dir="elsewhere",
         resume="never",
+        mesh=configs.MeshConfig(fsdp=4),
+        checkpoint=configs.CheckpointConfig(every=7, directory="gs://bucket/run"),
+        distributed=configs.DistributedConfig("host:1", 2, 1),
         seed=a.seed + 1,
         grpo=dataclasses.replace(a.grpo, beta=0.5),
     )

@@ -1,5 +1,7 @@
 """The mesh and the table of parameters, on eight virtual devices."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from lens_jax import sharding
 from lens_jax.config import ConfigError, MeshConfig
+from lens_jax.models.inputs import Share
+from tests import tpu
 
 
 def mesh_of(data=1, fsdp=1, tensor=1):
@@ -28,6 +32,21 @@ def test_no_mesh_named_takes_every_device():
     for rows, fsdp in ((64, 8), (4, 4), (6, 2), (3, 1)):
         shape = {"data": 1, "fsdp": fsdp, "tensor": 8 // fsdp}
         assert dict(sharding.make_mesh(MeshConfig(), rows=rows).shape) == shape
+
+
+def test_between_slices_lies_data_alone():
+    devices = tpu.devices("v5e:2x2", slices=2)
+    for config, shape in (
+        (MeshConfig(), (2, 4, 1)),
+        (MeshConfig(data=4, tensor=2), (4, 1, 2)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+    ):
+        mesh = sharding.make_mesh(config, devices)
+        assert tuple(mesh.shape.values()) == shape
+        for half in np.split(mesh.devices, 2):
+            assert len({device.slice_index for device in half.flat}) == 1
+    with pytest.raises(ConfigError, match=r"mesh\.data must be a multiple of 2, the slices"):
+        sharding.make_mesh(MeshConfig(fsdp=8), devices)
 
 
 def test_named_axes_leave_the_others_at_one():
@@ -120,8 +139,29 @@ def test_batches_lie_over_data_and_fsdp(axes):
     batch = sharding.global_batch({"x": rows, "id": np.arange(16)}, mesh)
     assert [s.data.shape for s in batch["x"].addressable_shards] == [(2, 3)] * 8
     np.testing.assert_array_equal(batch["x"], rows)
+    assert sharding.share(mesh) == Share()
+    np.testing.assert_array_equal(sharding.own_rows(batch, mesh)["x"], rows)
     weights = jax.device_put(jnp.ones((3, 5)), sharding.replicated(mesh))
     gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w))))
     np.testing.assert_allclose(
         gradient(weights, batch["x"]), gradient(np.ones((3, 5)), rows), rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_process_reads_what_its_devices_hold(monkeypatch):
+    """Wherever the mesh puts them; along `tensor` several processes may hold the same rows."""
+
+    class Device:
+        def __init__(self, process):
+            self.process_index = process
+
+    def share(processes, tensor, own):
+        devices = np.array([Device(process) for process in processes]).reshape(1, -1, tensor)
+        shape = dict(zip(sharding.AXES, devices.shape, strict=True))
+        monkeypatch.setattr(jax, "process_index", lambda: own)
+        return sharding.share(SimpleNamespace(devices=devices, shape=shape))
+
+    assert [share((0, 0, 1, 1), 1, i) for i in range(2)] == [Share((0, 1), 4), Share((2, 3), 4)]
+    assert [share((0, 1, 1, 0), 1, i) for i in range(2)] == [Share((0, 3), 4), Share((1, 2), 4)]
+    assert [share((0, 1, 2, 3), 2, i).parts for i in range(4)] == [(0,), (0,), (1,), (1,)]
+    assert [share((0, 1), 2, i) for i in range(2)] == [Share(), Share()]

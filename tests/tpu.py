@@ -18,12 +18,13 @@ _ENVIRONMENT = {
 }
 
 
-def devices(topology: str = "v5e:2x2") -> list[jax.Device]:
-    """The chips of a slice. Skips the test that calls it where libtpu is missing."""
+def devices(topology: str = "v5e:2x2", slices: int = 1) -> list[jax.Device]:
+    """The chips of some slices. Skips the test that calls it where libtpu is missing."""
     pytest.importorskip("libtpu", reason="libtpu, which holds the compiler, is not installed")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    options = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
 def compile_for_one(function, *arguments, topology: str = "v5e:2x2"):

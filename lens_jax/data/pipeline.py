@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from lens_jax.data import images, prompts
 from lens_jax.data.sample import Sample, SampleError, Source
-from lens_jax.models.inputs import Batch, Prompts, Targets
+from lens_jax.models.inputs import Batch, Prompts, Share, Targets
 
 log = logging.getLogger("lens_jax")
 
@@ -347,19 +347,19 @@ class Order:
 
 
 class _Rows:
-    """Which global sample numbers a process holds: of every batch, its contiguous share."""
+    """Which global sample numbers a process holds: of every batch, its share."""
 
-    def __init__(self, batch_size: int, process_index: int, process_count: int):
-        if batch_size % process_count:
-            raise ValueError(
-                f"a batch of {batch_size} does not divide over {process_count} processes"
-            )
-        self.batch_size, self.local_size = batch_size, batch_size // process_count
-        self.offset = process_index * self.local_size
+    def __init__(self, batch_size: int, share: Share):
+        if batch_size % share.count:
+            raise ValueError(f"a batch of {batch_size} does not divide over {share.count} parts")
+        self.batch_size, self.parts = batch_size, share.parts
+        self.part_size = batch_size // share.count
+        self.local_size = self.part_size * len(share.parts)
 
     def number(self, local: int) -> int:
         batch, row = divmod(local, self.local_size)
-        return batch * self.batch_size + self.offset + row
+        part, place = divmod(row, self.part_size)
+        return batch * self.batch_size + self.parts[part] * self.part_size + place
 
 
 class Pipeline:
@@ -373,7 +373,7 @@ class Pipeline:
     A `Joined` source with `weights` is drawn from in their proportion, exactly and evenly, each
     part by its own permutations; otherwise every sample comes once before any comes again.
 
-    With more than one process every batch takes the largest buckets, because a process does not
+    A process that holds a part of each batch pads it to the largest buckets, because it does not
     see the sizes of the others' rows.
 
     Args:
@@ -382,6 +382,7 @@ class Pipeline:
         weights: how often each part of the source is drawn from, up to a factor.
         shuffle: False keeps the source's order, as a curriculum asks for.
         start: number of the first sample.
+        share: of each batch, what this process reads.
         num_threads: batches prepared at the same time.
         prefetch: batches kept ready.
     """
@@ -398,15 +399,14 @@ class Pipeline:
         shuffle: bool = True,
         reasoning: bool = False,
         start: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = Share(),  # noqa: B008 (frozen)
         num_threads: int = 2,
         prefetch: int = 4,
     ):
         if len(source) == 0:
             raise ValueError("the training split is empty")
         self.source, self.processor, self.seed = source, processor, seed
-        self.buckets = buckets.largest() if process_count > 1 else buckets
+        self.buckets = buckets if share.whole else buckets.largest()
         self.reasoning = reasoning
         self.batch_size = batch_size
         self.position = start
@@ -415,7 +415,7 @@ class Pipeline:
         sizes = [len(source)] if weights is None else [len(part) for part in source.sources]
         self._order = Order(sizes, seed, weights=weights or (1.0,), shuffle=shuffle)
         self._reported: set[int] = set()
-        rows = _Rows(batch_size, process_index, process_count)
+        rows = _Rows(batch_size, share)
         batches = (
             grain.MapDataset.range(sys.maxsize // batch_size - start)
             .map(lambda local: self._example(start + rows.number(local)))
@@ -517,24 +517,29 @@ class Evaluation:
         limit: int | None = None,
         max_length: int | None = None,
         reasoning: bool = False,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = Share(),  # noqa: B008 (frozen)
         num_threads: int = 2,
         prefetch: int = 4,
     ):
         self.source, self.processor = source, processor
-        self.buckets = buckets.largest() if process_count > 1 else buckets
+        self.buckets = buckets if share.whole else buckets.largest()
         self.max_length, self.reasoning = max_length, reasoning
         items = [(i, j) for i, n in enumerate(source.num_expressions) for j in range(n)]
         self._items = items[:limit]
         if not self._items:
             raise ValueError("the evaluation split is empty")
-        self._rows = _Rows(batch_size, process_index, process_count)
+        self._rows = _Rows(batch_size, share)
         self._options = grain.ReadOptions(num_threads, prefetch)
 
     @property
     def num_expressions(self) -> int:
         return len(self._items)
+
+    def expression(self, number: int) -> tuple[Sample, str]:
+        """Expression `number` of the evaluation, with its sample."""
+        item, sentence = self._items[number]
+        sample = self.source[item]
+        return sample, sample.expressions[sentence]
 
     def __len__(self) -> int:
         return -(-len(self._items) // self._rows.batch_size)

@@ -1,5 +1,7 @@
 """What a model is fed: one prompt a row, static shapes, padding marked by lengths and masks."""
 
+import dataclasses
+
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -49,3 +51,15 @@ class Batch:
     prompts: Prompts
     targets: Targets
     sample_id: Int[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of a global batch that one process holds: these of its `count` equal parts."""
+
+    parts: tuple[int, ...] = (0,)
+    count: int = 1
+
+    @property
+    def whole(self) -> bool:
+        return len(self.parts) == self.count

@@ -4,9 +4,14 @@ Everything that a run is lies in its directory (see the README). A run that was 
 its last complete checkpoint; what it had already evaluated is not evaluated again.
 """
 
+import base64
+import contextlib
 import dataclasses
 import json
+import logging
+import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +25,9 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from lens_jax import checkpoints, sharding
+from lens_jax import checkpoints, processes, sharding
 from lens_jax.config import (
+    CheckpointConfig,
     ConfigError,
     DataConfig,
     RunConfig,
@@ -51,8 +57,15 @@ POINTS = {"before": "before", "after_alignment": "after stage 1", "after_grpo": 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
+log = logging.getLogger("lens_jax")
+
+
 class Stopped(Exception):
     """The run was asked to stop; the text says where it can go on."""
+
+
+class NotFinite(Exception):
+    """Too many updates in a row were left out; the text says what was saved."""
 
 
 @dataclasses.dataclass
@@ -72,7 +85,7 @@ class Run:
     held_out: Evaluation
     lens: Lens
     compilations: Compilations
-    stopping: bool = False
+    stopping: threading.Event
 
     def shapes(self) -> LensModel:
         """The model without its parameters."""
@@ -93,14 +106,17 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
     Raises:
         ConfigError: the directory holds another run, or the configuration does not fit.
         Stopped: after SIGTERM, with everything saved.
+        NotFinite: after `max_skipped` updates in a row that were left out, with everything saved.
+        CheckpointError: the last checkpoint of a stage or before a stop could not be written.
     """
     directory = Path(config.run_dir)
-    if not _claim(directory, config):
-        print(f"{directory} is finished: see {directory / 'report.html'}")
+    if not processes.by_main(lambda: _claim(directory, config)):
+        _say(f"{directory} is finished: see {directory / 'report.html'}")
         return
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     with programs.precision(config), Compilations() as compilations:
-        job = _prepare(config, directory, start(), compilations)
-        signal.signal(signal.SIGTERM, lambda *_: setattr(job, "stopping", True))
+        job = _prepare(config, directory, start(), compilations, stopping)
         score(job, "before")
         if config.alignment.steps:
             align(job)
@@ -109,7 +125,13 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
             reinforce(job)
             score(job, "after_grpo")
         finish(job)
-    print(compilations)
+    _say(compilations)
+
+
+def _say(text: Any) -> None:
+    """Prints, once for all processes."""
+    if processes.is_main():
+        print(text)
 
 
 # ---- the stages ----------------------------------------------------------------------------------
@@ -201,13 +223,15 @@ def _train(
 ) -> TrainState:
     """Steps from the last complete checkpoint of the stage to its end."""
     config = job.config
+    place = config.checkpoint.directory or job.directory / "checkpoints"
     store = checkpoints.TrainingCheckpoints(
-        job.directory / "checkpoints" / stage, keep=config.checkpoint.keep
+        f"{place}/{stage}", config.checkpoint.keep, config.checkpoint.keep_best
     )
-    key, done, position = jax.random.key(config.seed), store.latest() or 0, first_sample
+    key, done = jax.random.key(config.seed), store.latest() or 0
+    at = {"position": first_sample, "bad_samples": 0, "skipped_in_row": 0}
     if done:
-        saved = store.restore(done, {"state": state, "position": position, "key": key})
-        state, position = saved["state"], int(saved["position"])
+        saved = store.restore(done, {"state": state, "key": key} | at)
+        state, at = saved["state"], {name: int(saved[name]) for name in at}
     if done == settings.steps:
         return state
     pipeline = Pipeline(
@@ -219,38 +243,91 @@ def _train(
         weights=config.data.mixture_weights or None,
         shuffle=config.data.curriculum is None,
         reasoning=config.data.reasoning,
-        start=position,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        start=at["position"],
+        share=sharding.share(job.mesh),
     )
     batches = _ahead(pipeline, job.mesh)
-    with StageLog(job.directory, stage, steps=settings.steps, step=done) as log:
+    bad_before, skipped = at["bad_samples"], int(jax.device_get(state.skipped))
+    scores: list[float] = []  # since the last checkpoint
+
+    def save(step: int, *, must: bool) -> None:
+        """A checkpoint that cannot be written ends the run only if it `must` be."""
+        value = float(np.mean(scores))
+        scores.clear()
+        try:
+            store.wait()  # for the one before: its failure does not cost this one
+        except checkpoints.CheckpointError as error:
+            _warn("%s. Training goes on.", error)
+        try:
+            store.save(step, {"state": state, "key": key} | at, _score(config.checkpoint, value))
+            if must:
+                store.wait()
+        except checkpoints.CheckpointError as error:
+            if must:
+                raise
+            _warn("%s. Training goes on.", error)
+
+    with contextlib.ExitStack() as stack:
+        if processes.is_main():
+            rows = StageLog(job.directory, stage, steps=settings.steps, step=done)
+            stack.enter_context(rows)
         for index in range(done, settings.steps):
-            batch, upcoming, count = next(batches)
+            batch, upcoming, bad = next(batches)
             compiled = job.compilations.count
             # What a step needs is on device already: a hidden transfer would be a mistake.
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, batch)
-            seen = upcoming - position
+            (bad,) = processes.total(bad)
+            in_row = at["skipped_in_row"] + 1 if metrics["skipped_updates"] > skipped else 0
+            skipped = metrics["skipped_updates"]
+            at = {"position": upcoming, "bad_samples": bad_before + bad, "skipped_in_row": in_row}
             metrics |= {
                 "learning_rate": float(schedule(index)),
-                "bad_samples": count,
+                "bad_samples": at["bad_samples"],
                 "compilations": job.compilations.count - compiled,
             }
-            log.write(index + 1, metrics)
-            if count > max(1.0, config.data.max_bad * seen):
+            if processes.is_main():
+                rows.write(index + 1, metrics)
+            if in_row:
+                ids = list(range(upcoming - settings.batch_size, upcoming))
+                left_out = "%s step %d is left out: loss or gradient is not finite; sample ids %s"
+                _warn(left_out, stage, index + 1, ids)
+            scores.append(metrics.get(config.checkpoint.best_by, math.nan))
+            seen = upcoming - first_sample
+            if at["bad_samples"] > max(1.0, config.data.max_bad * seen):
                 raise ConfigError(
-                    f"{count} of {seen} samples could not be read, more than data.max_bad "
-                    f"{config.data.max_bad} allows; the log names them"
+                    f"{at['bad_samples']} of {seen} samples could not be read, more than "
+                    f"data.max_bad {config.data.max_bad} allows; the log names them"
                 )
-            last = index + 1 == settings.steps
-            if last or job.stopping or (index + 1) % config.checkpoint.every == 0:
-                store.save(index + 1, {"state": state, "position": upcoming, "key": key})
-            if job.stopping:
-                store.wait()
+            (stopping,) = processes.total(job.stopping.is_set())
+            hopeless = in_row >= config.max_skipped
+            if hopeless:
+                at["skipped_in_row"] = 0  # so that whoever goes on has as many tries
+            ends = index + 1 == settings.steps or stopping or hopeless
+            if ends or (index + 1) % config.checkpoint.every == 0:
+                save(index + 1, must=ends)
+            if hopeless:
+                raise NotFinite(
+                    f"{stage} step {index + 1}: loss or gradient was not finite {in_row} times in "
+                    f"a row (max_skipped); parameters as they were before are saved in "
+                    f"{store.directory / str(index + 1)}"
+                )
+            if stopping:
                 raise Stopped(f"stopped after {stage} step {index + 1}; saved in {store.directory}")
-    store.wait()
     return state
+
+
+def _warn(text: str, *values: Any) -> None:
+    """Warns, once for all processes."""
+    if processes.is_main():
+        log.warning(text, *values)
+
+
+def _score(checkpoint: CheckpointConfig, value: float) -> float | None:
+    """Of a checkpoint, from its mean of `best_by`."""
+    if not math.isfinite(value):
+        return None
+    return -value if checkpoint.best_by == "loss" else value
 
 
 def _ahead(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Iterator[tuple[Batch, int, int]]:
@@ -288,11 +365,24 @@ def _claim(directory: Path, config: RunConfig) -> bool:
             )
         return not (directory / "report.html").exists()
     directory.mkdir(parents=True, exist_ok=True)
-    file.write_text(dump_yaml(config))
+    _write(file, dump_yaml(config))
     return True
 
 
-def _prepare(config: RunConfig, directory: Path, start: Path, compilations: Compilations) -> Run:
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all, whenever the process is killed."""
+    unfinished = file.with_name(f".{file.name}")
+    unfinished.write_text(text)
+    unfinished.replace(file)
+
+
+def _prepare(
+    config: RunConfig,
+    directory: Path,
+    start: Path,
+    compilations: Compilations,
+    stopping: threading.Event,
+) -> Run:
     """Mesh, data and model."""
     mesh = sharding.make_mesh(config.mesh, rows=batch_rows(config))
     check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
@@ -300,7 +390,7 @@ def _prepare(config: RunConfig, directory: Path, start: Path, compilations: Comp
     data_dir = Path(data.data_dir or directory / "data")
     if data.shapes.train_scenes:
         scenes = {"train": data.shapes.train_scenes, data.eval_split: data.shapes.eval_scenes}
-        shapes.write_refcoco(data_dir, scenes, data.shapes.seed)
+        processes.by_main(lambda: shapes.write_refcoco(data_dir, scenes, data.shapes.seed))
     buckets = Buckets(data.prompt_tokens, data.windows, data.canvas, data.answer_tokens)
     try:
         train_source = _train_source(data, data_dir)
@@ -308,16 +398,13 @@ def _prepare(config: RunConfig, directory: Path, start: Path, compilations: Comp
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
-    start_config, params = checkpoints.load_pretrained(start, dtype=jnp.float32)
-    params.pop("unused", None)
-    start_config["max_new_tokens"] = config.rollout.max_new_tokens
-    if config.model.context_positions:
-        start_config["context_positions"] = config.model.context_positions
+    start_config = config.lens_config(checkpoints.read_config(start))
     lens_config = LensConfig.from_dict(start_config)
     definition, state = nnx.split(programs.abstract_model(config, lens_config, mesh))
-    places = sharding.shardings(state, mesh, kv_heads=lens_config.mllm.num_kv_heads)
+    place = partial(sharding.place, mesh=mesh, kv_heads=lens_config.mllm.num_kv_heads)
+    _, params = checkpoints.load_pretrained(start, dtype=jnp.float32, sharding=place)
+    params.pop("unused", None)
     nnx.replace_by_pure_dict(state, params)
-    state = jax.device_put(state, places)
 
     processor = Processor.from_pretrained(start)
     generation = dataclasses.replace(
@@ -341,9 +428,11 @@ def _prepare(config: RunConfig, directory: Path, start: Path, compilations: Comp
             buckets=buckets,
             limit=data.eval_limit,
             reasoning=data.reasoning,
+            share=sharding.share(mesh),
         ),
         lens=Lens(definition, state, processor, generation, mesh),
         compilations=compilations,
+        stopping=stopping,
     )
 
 
@@ -365,28 +454,28 @@ def _train_source(data: DataConfig, data_dir: Path) -> Source:
 def score(job: Run, point: str) -> None:
     """Evaluates on the held-out split, once: evaluation.json, a file of rows, sample pictures."""
     file = job.directory / "evaluation.json"
-    scores = json.loads(file.read_text()) if file.exists() else {}
+    scores = processes.by_main(lambda: json.loads(file.read_text()) if file.exists() else {})
     if point in scores:
         return
     job.lens.state = job.params
     total = job.held_out.num_expressions
     shown = {round(i) for i in np.linspace(0, total - 1, min(job.config.samples, total))}
+    masks = {}
 
-    def show(row: Row, asked: EvaluationRow, mask: np.ndarray) -> None:
-        if row.number not in shown:
-            return
-        size = asked.sample.image.shape[:2]
-        box = job.processor.box_to_pixels(row.box, size) if row.box else None
-        answer = drawing.Answer(POINTS[point], row.completion, box, mask, row.box_iou, row.iou)
-        sample = asked.sample
-        drawing.add_panel(
-            job.directory / "samples" / f"{row.number:05d}.png",
-            sample.image,
-            asked.expression,
-            sample.box,
-            sample.mask,
-            answer,
-        )
+    def batches(data):
+        for batch in tqdm(
+            data,
+            desc=f"evaluating {POINTS[point]}",
+            unit="batch",
+            disable=not processes.is_main(),
+        ):
+            if processes.total(job.stopping.is_set())[0]:
+                raise Stopped(f"stopped while evaluating; {job.directory} goes on from there")
+            yield batch
+
+    def show(row: Row, _: EvaluationRow, mask: np.ndarray) -> None:
+        if row.number in shown:
+            masks[row.number] = base64.b64encode(np.packbits(mask)).decode()
 
     data = job.config.data
     scores[point], rows = evaluate(
@@ -394,26 +483,47 @@ def score(job: Run, point: str) -> None:
         job.held_out,
         dataset=data.dataset,
         split=data.eval_split,
-        progress=partial(tqdm, desc=f"evaluating {POINTS[point]}", unit="batch"),
+        progress=batches,
         show=show,
     )
-    folder = job.directory / "evaluation"
-    folder.mkdir(exist_ok=True)
-    lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows]
-    (folder / f"{point}.jsonl").write_text("".join(lines))
-    file.write_text(json.dumps(scores, indent=2) + "\n")
+    masks = dict(item for part in processes.gather(list(masks.items())) for item in part)
+    if processes.is_main():
+        for number, mask in sorted(masks.items()):
+            _show(job, point, rows[number], np.frombuffer(base64.b64decode(mask), np.uint8))
+        folder = job.directory / "evaluation"
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows]
+        _write(folder / f"{point}.jsonl", "".join(lines))
+        _write(file, json.dumps(scores, indent=2) + "\n")
     boxes = scores[point]["box_iou"]
-    print(
+    _say(
         f"{POINTS[point]}: {'' if boxes is None else f'box IoU {boxes:.3f}, '}"
         f"gIoU {scores[point]['giou']:.3f}, cIoU {scores[point]['ciou']:.3f} "
         f"on {len(rows)} held-out expressions"
     )
 
 
+def _show(job: Run, point: str, row: Row, packed: np.ndarray) -> None:
+    """A sample picture with an answer; the mask's bits are packed."""
+    sample, expression = job.held_out.expression(row.number)
+    size = sample.image.shape[:2]
+    mask = np.unpackbits(packed, count=math.prod(size)).reshape(size).astype(bool)
+    box = job.processor.box_to_pixels(row.box, size) if row.box else None
+    answer = drawing.Answer(POINTS[point], row.completion, box, mask, row.box_iou, row.iou)
+    drawing.add_panel(
+        job.directory / "samples" / f"{row.number:05d}.png",
+        sample.image,
+        expression,
+        sample.box,
+        sample.mask,
+        answer,
+    )
+
+
 def finish(job: Run) -> None:
     """Writes the trained model as a pretrained checkpoint, and the report."""
     final = job.directory / "final"
-    if not final.exists():
+    if not processes.by_main(final.exists):
 
         def params():
             yield from checkpoints.unstack(nnx.to_pure_dict(job.params))
@@ -422,5 +532,5 @@ def finish(job: Run) -> None:
                     yield name, value
 
         checkpoints.save_pretrained(final, params(), job.start_config, files_from=job.start)
-    report.write(job.directory)
-    print(f"{final}: the trained model\n{job.directory / 'report.html'}: the report")
+    processes.by_main(lambda: str(report.write(job.directory)))
+    _say(f"{final}: the trained model\n{job.directory / 'report.html'}: the report")

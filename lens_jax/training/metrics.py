@@ -37,6 +37,15 @@ METRICS = (
     "update_seconds",
     "tokens_per_second",
 )
+# What depends on the machine and the hour; all else is the same whenever a run is repeated.
+TIMINGS = (
+    "relayout_seconds",
+    "rollout_seconds",
+    "update_seconds",
+    "tokens_per_second",
+    "compilations",
+    "seconds",
+)
 _COUNTS = ("skipped_updates", "bad_samples")
 _FILE = "metrics.jsonl"
 

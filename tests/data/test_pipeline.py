@@ -14,6 +14,7 @@ from lens_jax.data.pipeline import Buckets, Evaluation, Order, Pipeline, Process
 from lens_jax.data.sample import Sample, SampleError
 from lens_jax.data.sources import Joined
 from lens_jax.data.sources.refcoco import RefCoco
+from lens_jax.models.inputs import Share
 from tests.data.conftest import TINY
 
 BUCKETS = Buckets(
@@ -123,7 +124,7 @@ def test_position_resumes_on_any_number_of_processes(processor, tokenizer, threa
     first = make(processor)
     assert take(first, 2, tokenizer) == expected[:2]
     shares = [
-        make(processor, start=first.position, process_index=i, process_count=2, num_threads=threads)
+        make(processor, start=first.position, share=Share((i,), 2), num_threads=threads)
         for i in range(2)
     ]
     batches = [list(itertools.islice(share, 4)) for share in shares]
@@ -132,8 +133,15 @@ def test_position_resumes_on_any_number_of_processes(processor, tokenizer, threa
         assert joined == expected[2 + k]
         ids = np.concatenate([part.sample_id for part in parts])
         assert ids.tolist() == list(range(8 + 4 * k, 12 + 4 * k))
-    with pytest.raises(ValueError, match="3 processes"):
-        make(processor, process_count=3)
+    with pytest.raises(ValueError, match="3 parts"):
+        make(processor, share=Share((0,), 3))
+
+
+def test_a_process_may_hold_any_parts_of_a_batch(processor, tokenizer):
+    """As the devices of a mesh lie: the rows of each part in their order, parts in theirs."""
+    whole = take(make(processor), 3, tokenizer)
+    share = take(make(processor, share=Share((1, 3), 4)), 3, tokenizer)
+    assert share == [[rows[1], rows[3]] for rows in whole]
 
 
 def test_bad_samples_are_replaced_and_counted(processor, tokenizer):
@@ -227,7 +235,7 @@ def test_evaluation_sees_every_expression_once(processor, tokenizer):
     for count in (1, 2):
         seen = []
         shares = [
-            Evaluation(source, processor, 4, buckets=BUCKETS, process_index=i, process_count=count)
+            Evaluation(source, processor, 4, buckets=BUCKETS, share=Share((i,), count))
             for i in range(count)
         ]
         assert {len(share) for share in shares} == {4} and shares[0].num_expressions == 15

@@ -1,41 +1,19 @@
 """A whole run on random weights: what it writes, what it refuses, and that resuming is exact."""
 
+import errno
 import json
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 
 from launch import train
 from lens_jax import checkpoints
 from lens_jax.training import metrics
-
-
-def arguments(checkpoint, data_dir, run_dir, **more):
-    flags = {
-        "run_dir": run_dir,
-        "model.checkpoint": checkpoint,
-        "data.data_dir": data_dir,
-        "data.shapes.train_scenes": 0,
-        # Golden's tokenizer spells words out, and its windows are four times smaller.
-        "data.prompt_tokens": "[256]",
-        "data.windows": "[4]",
-        "data.answer_tokens": "[96]",
-        "data.eval_limit": 3,
-        "data.eval_batch_size": 2,
-        "samples": 2,
-        "alignment.steps": 2,
-        "alignment.batch_size": 2,
-        "grpo.steps": 3,
-        "grpo.batch_size": 2,
-        "grpo.num_generations": 2,
-        "rollout.max_new_tokens": 8,
-        "checkpoint.every": 1,
-        "mesh.data": 1,
-        "remat": "full",
-    } | more
-    return [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
+from tests.launch.runs import arguments
+from tools import export_checkpoint, kill_test
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +57,23 @@ def test_stages_train_what_they_should(whole, checkpoint):
     for name in before:
         if name.startswith(("unused/", "sam/image_encoder/", "sam/no_mem_embed")):
             assert name not in moved
+
+
+def test_a_checkpoint_becomes_a_pretrained_directory(whole, tmp_path, capsys):
+    """The last one is the trained model; one of stage 1 holds what stage 2 began with."""
+    final = dict(checkpoints.iterate_params(whole / "final"))
+    for stage, step in (("grpo", "last"), ("alignment", "2")):
+        flags = ["--run_dir", whole, "--output", tmp_path / stage, "--stage", stage, "--step", step]
+        assert export_checkpoint.main([str(flag) for flag in flags]) == 0
+        assert checkpoints.read_config(tmp_path / stage) == checkpoints.read_config(whole / "final")
+        exported = dict(checkpoints.iterate_params(tmp_path / stage))
+        assert exported.keys() == final.keys()
+        same = {name for name in final if np.array_equal(exported[name], final[name])}
+        assert (same == final.keys()) == (stage == "grpo")
+    flags = ["--run_dir", whole, "--output", tmp_path / "best", "--step", "best"]
+    flags += ["--stage", "alignment"]  # which has no reward
+    assert export_checkpoint.main([str(flag) for flag in flags]) == 2
+    assert "holds no best checkpoint" in capsys.readouterr().err
 
 
 def test_options_of_stage_2(checkpoint, data_dir, tmp_path):
@@ -129,18 +124,64 @@ def test_a_stopped_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, mo
     monkeypatch.setattr(metrics.StageLog, "write", write)
     assert train.main(arguments(checkpoint, data_dir, directory)) == 0
 
-    changing = {
-        *("relayout_seconds", "rollout_seconds", "update_seconds", "tokens_per_second"),
-        "compilations",
-    }
-    kept = [
-        [{k: v for k, v in row.items() if k not in changing} for row in metrics.read(run)]
-        for run in (whole, directory)
-    ]
-    assert kept[0] == kept[1]
-    ours, theirs = (dict(checkpoints.iterate_params(r / "final")) for r in (directory, whole))
-    for name in theirs:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert kill_test.compare(whole, directory) == []
+
+
+def test_a_killed_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, monkeypatch):
+    """SIGKILL while a checkpoint is written, and between two: the short form of the tool."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    victim = kill_test.Victim(tmp_path / "run", arguments(checkpoint, data_dir, "")[2:])
+    kills = [victim.kill("save", 1, 0.01), victim.kill("step", 2, 0.0)]
+    assert None not in kills, victim.directory.with_suffix(".log").read_text()
+    assert all(kill.step - kill.saved <= 2 for kill in kills)
+    assert train.main(arguments(checkpoint, data_dir, tmp_path / "run")) == 0
+    assert kill_test.compare(whole, tmp_path / "run") == []
+    # It would say so.
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    (tmp_path / "run" / "metrics.jsonl").write_text(rows.replace('"loss": ', '"loss": 1', 1))
+    assert kill_test.compare(whole, tmp_path / "run") == ["metrics.jsonl: alignment step 1"]
+
+
+STAGE_1 = {"alignment.warmup_steps": 0, "grpo.steps": 0}
+
+
+def test_updates_that_are_never_finite_stop_the_run(checkpoint, data_dir, tmp_path, capfd, caplog):
+    """A learning rate that breaks the weights in the first step."""
+    flags = STAGE_1 | {"alignment.steps": 9, "alignment.learning_rate": 1e30, "max_skipped": 3}
+    argv = arguments(checkpoint, data_dir, tmp_path, **flags, **{"checkpoint.every": 9})
+    assert train.main(argv) == 2
+    rows = metrics.read(tmp_path)
+    assert [row["skipped_updates"] for row in rows] == [0, 1, 2, 3]
+    assert "step 2 is left out: loss or gradient is not finite; sample ids [2, 3]" in caplog.text
+    err = capfd.readouterr().err
+    assert "error: alignment step 4: loss or gradient was not finite 3 times in a row" in err
+    # What was saved is what the last good update left; whoever goes on has as many tries.
+    store = checkpoints.TrainingCheckpoints(tmp_path / "checkpoints" / "alignment", keep=2)
+    assert store.steps() == [4] and store.latest() == 4
+    assert all(np.isfinite(value).all() for value in store.params(4).values())
+    assert train.main(argv) == 2
+    assert [row["step"] for row in metrics.read(tmp_path)] == list(range(1, 8))
+
+
+def test_a_full_disk(checkpoint, data_dir, tmp_path, monkeypatch, capfd, caplog):
+    """A checkpoint on the way may fail; without its last one a stage does not end."""
+    write, full = checkpoints.write_manifest, {"1", "3"}
+
+    def write_manifest(directory, *score):
+        if directory.name in full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(directory))
+        write(directory, *score)
+
+    monkeypatch.setattr(checkpoints, "write_manifest", write_manifest)
+    argv = arguments(checkpoint, data_dir, tmp_path, **STAGE_1 | {"alignment.steps": 3})
+    assert train.main(argv) == 2
+    assert "alignment/1 could not be written, there is none yet" in caplog.text
+    assert "No space left on device" in caplog.text and "Training goes on." in caplog.text
+    err = capfd.readouterr().err
+    assert "alignment/3 could not be written, the last one is" in err and "alignment/2" in err
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
+    full.clear()
+    assert train.main(argv) == 0
 
 
 def test_finished_run(whole, checkpoint, data_dir, capsys):
