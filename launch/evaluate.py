@@ -31,7 +31,7 @@ COLUMNS = {
 
 def evaluate(
     checkpoint: Path,
-    dataset: Literal["refcoco", "refcoco+", "refcocog", "reason_seg", "grounding_suite"],
+    dataset: Literal["refcoco", "refcoco+", "refcocog", "reason_seg", "grounding_suite", "folder"],
     split: str,
     data_dir: Path,
     reasoning: bool = False,
@@ -47,9 +47,9 @@ def evaluate(
     Args:
         checkpoint: A pretrained checkpoint, such as runs/tiny/final.
         dataset: The data set.
-        split: train, val, testA, testB; test for refcocog and reason_seg. grounding_suite is one
-            file, whatever the name.
-        data_dir: The folder that holds refer_seg/, reason_seg/ReasonSeg/, or
+        split: train, val, testA, testB; test for refcocog and reason_seg; any that a manifest
+            names. grounding_suite is one file, whatever the name.
+        data_dir: The folder that holds refer_seg/, reason_seg/ReasonSeg/, manifest.jsonl, or
             GroundingSuite-Eval.jsonl and coco/unlabeled2017/.
         reasoning: Ask for a line of thought before the answer.
         batch_size: Expressions decoded together.

@@ -28,7 +28,7 @@ from jsonargparse.typing import (
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 
 Schedule = Literal["constant", "linear", "cosine"]
-Dataset = Literal["refcoco", "refcoco+", "refcocog", "reason_seg", "grounding_suite"]
+Dataset = Literal["refcoco", "refcoco+", "refcocog", "reason_seg", "grounding_suite", "folder"]
 Part = Literal["visual", "language", "context", "sam_encoder", "sam_decoder"]
 
 
@@ -69,11 +69,11 @@ class DataConfig:
     """What a run trains and evaluates on, and the static shapes its batches are padded to."""
 
     dataset: Dataset = "refcoco"
-    """Data set, in its original layout; refcoco, refcoco+, refcocog, reason_seg or
-    grounding_suite."""
+    """Data set, in its original layout: refcoco, refcoco+, refcocog, reason_seg, grounding_suite;
+    or folder, one of your own (docs/own_data.md)."""
     data_dir: str | None = None
-    """The folder that holds refer_seg/, reason_seg/ReasonSeg/ or GroundingSuite-Eval.jsonl; null:
-    the generated set's place inside the run."""
+    """The folder that holds refer_seg/, reason_seg/ReasonSeg/, GroundingSuite-Eval.jsonl or
+    manifest.jsonl; null: the generated set's place inside the run."""
     split: str = "train"
     """The split trained on."""
     mixture: tuple[Dataset, ...] = ()

@@ -16,6 +16,7 @@ from PIL import Image
 from lens_jax import checkpoints, sharding
 from lens_jax.data.images import upsample_logits
 from lens_jax.data.pipeline import Buckets, Processor
+from lens_jax.data.sample import to_rgb
 from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, abstract
@@ -207,21 +208,21 @@ class Lens:
         """Segments one picture for each prompt.
 
         Args:
-            images: PIL images or uint8 arrays [H, W, 3].
+            images: PIL images or uint8 arrays [H, W, 3]. PIL images are turned upright as their
+                EXIF orientation says; masks and boxes lie on the upright picture.
             prompts: bare expressions; the checkpoint's template goes around them.
             reasoning: ask for a line of thought before the answer.
             temperature: 0 is greedy; above, completions are drawn.
             seed: of the draw; a completion depends on it and on its place in the batch.
         """
+        images = [to_rgb(i) if isinstance(i, Image.Image) else i for i in images]
         inputs = self._prompts(images, prompts, reasoning)
         sampling = Sampling(temperature=temperature) if temperature else None
         ids = np.arange(len(prompts), dtype=np.int32)
         responses = self.respond(inputs, ids, seed=seed, sampling=sampling)
         results = []
         for i, image in enumerate(images):
-            size = (
-                (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
-            )
+            size = image.shape[:2]
             low = responses.mask_logits[i]
             box = None
             if responses.box_found[i]:

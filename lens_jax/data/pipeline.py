@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from lens_jax.data import images, prompts
-from lens_jax.data.sample import Sample, SampleError, Source
+from lens_jax.data.sample import Sample, SampleError, Source, to_rgb
 from lens_jax.models.inputs import Batch, Prompts, Share, Targets
 
 log = logging.getLogger("lens_jax")
@@ -159,7 +159,7 @@ class Processor:
             ValueError: the picture is more than 200 times as long as wide.
         """
         if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("RGB"))
+            image = to_rgb(image)
         image_size = (image.shape[0], image.shape[1])
         picture = image
         if longest_side is not None:
@@ -195,12 +195,12 @@ class Processor:
             longest_side=sample.longest_side,
             antialias=sample.antialias,
         )
-        box = (0, 0, 0, 0)
+        box = None
         if sample.box is not None:
             box = prompts.box_to_text(sample.box, prompt.image_size, prompt.coordinate_scale)
         return Example(
             prompt=prompt,
-            box=np.array(box, np.float32),
+            box=np.array(box or (0, 0, 0, 0), np.float32),
             mask=sample.mask,
             answer=self.encoder.answer(expression, box),
         )

@@ -25,6 +25,7 @@ ANSWER = (
     "<|object_ref_start|>{question}.<|object_ref_end|>"
     "<|box_start|>({0},{1}),({2},{3})<|box_end|><|im_end|>"
 )
+NO_TARGET = "<|object_ref_start|>{question}.<|object_ref_end|><|im_end|>"
 IMAGE_TOKEN = "<|image_pad|>"
 COORDINATES = ("qwen2p5vl", "qwen2vl")
 
@@ -97,13 +98,15 @@ class PromptEncoder:
         image = np.full(num_image_tokens, self.image_token_id, np.int32)
         return np.concatenate([head, image, self._tail(expression, reasoning)]), len(head)
 
-    def answer(self, expression: str, box: Sequence[int]) -> Int[np.ndarray, "T"]:
+    def answer(self, expression: str, box: Sequence[int] | None) -> Int[np.ndarray, "T"]:
         """The teacher-forced answer's tokens, end token included; `box` as the text writes it."""
         return self.encode(answer_text(expression, box))
 
 
-def answer_text(expression: str, box: Sequence[int]) -> str:
-    """Stage 1's answer; `box` is xyxy in the text's own coordinates."""
+def answer_text(expression: str, box: Sequence[int] | None) -> str:
+    """Stage 1's answer; `box` is xyxy in the text's own coordinates, None for no target."""
+    if box is None:
+        return NO_TARGET.replace("{question}", expression)
     return ANSWER.replace("{question}", "\0").format(*box).replace("\0", expression)
 
 

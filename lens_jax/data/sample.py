@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 class SampleError(Exception):
@@ -16,7 +16,8 @@ class SampleError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """`box` is xyxy in pixels of `image`, None where the data set has none.
+    """`box` is xyxy in pixels of `image`, None where the data set has none; together with an empty
+    mask that says that nothing in the picture is meant.
 
     The last two say how a data set's pictures are prepared: the language model's is first resized
     to a `longest_side` (None: it is not), and SAM's is resized with or without `antialias`.
@@ -49,15 +50,36 @@ class Source(Protocol):
 
 
 def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes a picture to RGB.
+    """Decodes a picture to RGB, as `to_rgb` does.
 
     Raises:
         SampleError: the file is missing, damaged, or not a picture.
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return to_rgb(image)
     except FileNotFoundError:
         raise SampleError(f"{path}: no such picture") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise SampleError(f"{path}: not a readable picture ({error})") from error
+
+
+def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture as a viewer shows it: upright as its EXIF orientation says, the first frame of
+    several, what is transparent on white, 16-bit grey by its upper 8 bits.
+
+    Raises:
+        ValueError: pixels of 32 bits, whose range nothing tells, or none at all.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits; save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.asarray(image.convert("RGB"))
+    if not pixels.size:
+        raise ValueError(f"it has {image.width} x {image.height} pixels")
+    return pixels

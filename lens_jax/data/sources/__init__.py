@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lens_jax.data.sample import Sample, Source
+from lens_jax.data.sources.folder import Folder
 from lens_jax.data.sources.grounding_suite import GroundingSuite
 from lens_jax.data.sources.reason_seg import ReasonSeg
 from lens_jax.data.sources.refcoco import RefCoco
@@ -22,7 +23,8 @@ def open_source(
     """A split of a data set by its name.
 
     Args:
-        dataset: refcoco, refcoco+, refcocog, reason_seg or grounding_suite.
+        dataset: refcoco, refcoco+, refcocog, reason_seg, grounding_suite, or folder, a data set of
+            one's own.
         split: any for grounding_suite, which is one file.
         evaluation: ask as the official evaluation does, where that differs from training.
         official_masks: see `RefCoco`; the other data sets have no such masks.
@@ -34,6 +36,8 @@ def open_source(
         return ReasonSeg(data_dir, split, evaluation=evaluation)
     if dataset == "grounding_suite":
         return GroundingSuite(data_dir, evaluation=evaluation)
+    if dataset == "folder":
+        return Folder(data_dir, split)
     return RefCoco(data_dir, dataset, split, official_masks=official_masks)
 
 

@@ -1,0 +1,358 @@
+"""A data set of one's own: pictures and `manifest.jsonl`, one object a line (docs/own_data.md).
+
+    {"image": "photos/a.jpg", "expressions": ["the left cup"], "mask": "masks/a.png"}
+
+`mask` (a PNG, 0 is background), `polygons`, `rle` and `box` say where the object is; what is
+missing is derived. A key of these with null, and no other, says that nothing in the picture is
+meant. `split` is train where it is missing.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from lens_jax.data.sample import Sample, SampleError, read_image
+
+FILE = "manifest.jsonl"
+SHAPES = ("mask", "polygons", "rle")  # of which a row has one at most
+KEYS = ("image", "expressions", *SHAPES, "box", "split")
+LONGEST = 10_000_000  # pixels along the edges of one polygon; pycocotools walks all of them
+
+
+class RowError(SampleError):
+    """A row that cannot be used. `kind` is what is wrong in two or three words."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the manifest, checked for types, before any file is opened.
+
+    `shape` is the value of the key `form`, one of SHAPES; both are None where there is but a box,
+    or where there is no target. `error` says why a line cannot be used; the rest is then empty.
+    """
+
+    line: int
+    split: str | None  # None: the line is too broken to say
+    image: str = ""
+    expressions: tuple[str, ...] = ()
+    form: str | None = None
+    shape: Any = None
+    box: tuple[float, ...] | None = None
+    unknown: tuple[str, ...] = ()
+    error: RowError | None = None
+
+
+class Folder:
+    """One split of the manifest, in its order.
+
+    A line that is broken counts as a sample with one sentence, of every split if its own cannot be
+    read, and raises when it is asked for: nothing gets lost unseen.
+
+    Args:
+        data_dir: the folder that holds manifest.jsonl.
+        split: any name that `split` of some row says.
+
+    Raises:
+        FileNotFoundError, ValueError: the file or the split is not there, or it is no text.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str = "train"):
+        self.data_dir = Path(data_dir)
+        rows = read_manifest(self.data_dir)
+        splits = sorted({row.split for row in rows if row.split is not None})
+        if split not in splits:
+            what = f"none of {', '.join(splits)}" if splits else "not there: no row has a split"
+            raise ValueError(f"split: {split!r} is {what} in {self.data_dir / FILE}")
+        self.rows = [row for row in rows if row.split in (split, None)]
+        self._numbers = {name: i for i, name in enumerate(dict.fromkeys(r.image for r in rows))}
+        self.num_expressions = [max(1, len(row.expressions)) for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        sample = read_row(self.data_dir, row)
+        return dataclasses.replace(sample, image_id=self._numbers[row.image])
+
+
+def read_manifest(data_dir: Path) -> list[Row]:
+    """All lines that are not empty. Raises FileNotFoundError or ValueError if there is none."""
+    file = data_dir / FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: data_dir must hold it, one object a line")
+    lines = file.read_bytes().split(b"\n")
+    rows = [parse(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ValueError(f"{file} is empty: give one JSON object a line")
+    return rows
+
+
+def parse(line: bytes, number: int) -> Row:
+    """A line of the manifest; what is wrong with it is in `error`."""
+    where = f"{FILE}, line {number}"
+    try:
+        content = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        return Row(number, None, error=RowError("not JSON", f"{where}: not JSON ({reason})"))
+    if not isinstance(content, dict):
+        return Row(number, None, error=RowError("not JSON", f"{where}: not a JSON object"))
+    split = content.get("split", "train")
+    if not _is_text(split):
+        error = RowError("wrong type", f"{where}: split must be a name, not {_short(split)}")
+        return Row(number, None, error=error)
+    try:
+        return _typed(content, number, split)
+    except RowError as error:
+        located = RowError(error.kind, f"{where}: {error}")
+        image = content.get("image")
+        return Row(number, split, image if _is_text(image) else "", error=located)
+
+
+def read_row(data_dir: Path, row: Row) -> Sample:
+    """Opens the files of a row and derives what it does not say.
+
+    Raises:
+        RowError: the row cannot be used.
+    """
+    if row.error is not None:
+        raise row.error
+    where = f"{data_dir / FILE}, line {row.line}"
+    path = data_dir / row.image
+    try:
+        image = read_image(path)
+    except SampleError as error:
+        raise RowError("unreadable picture", f"{where}: {error}") from error
+    size = (image.shape[0], image.shape[1])
+    if max(size) > 200 * min(size):
+        message = f"{path}: {size[1]} x {size[0]} pixels, more than 200 times as long as wide"
+        raise RowError("picture too long", f"{where}: {message}")
+    try:
+        mask = _mask(data_dir, row, size)
+        box = _box(row, mask)
+    except RowError as error:
+        raise RowError(error.kind, f"{where}: {error}") from error
+    return Sample(
+        image=image,
+        expressions=row.expressions,
+        mask=mask,
+        box=box,
+        ref_id=row.line,
+        image_id=row.line,
+        image_path=str(path),
+    )
+
+
+def mask_box(mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "4"]:
+    """xyxy around the pixels that are set, of which there must be one; the ends are exclusive."""
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float64)
+
+
+def decode_runs(rle: Any, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+    """The mask of a COCO run-length encoding, its counts numbers or compressed.
+
+    Unlike pycocotools, which trusts its input, it never reads or writes out of bounds.
+
+    Args:
+        size: (height, width) that it must be for.
+
+    Raises:
+        RowError: it is none, is for another size, or its counts do not add up to it.
+    """
+    try:
+        return _decode_runs(rle, size)
+    except ValueError as error:
+        raise RowError("broken mask", f"rle: {error}") from error
+
+
+def _decode_runs(rle: Any, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+    if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
+        raise ValueError('expected {"size": [height, width], "counts": ...}')
+    counts, (height, width) = rle["counts"], size
+    if rle["size"] != [height, width]:
+        raise _wrong_size(f"rle says {_short(rle['size'])} for [height, width], and", size)
+    if isinstance(counts, str | bytes):
+        counts = _decompressed(counts.encode() if isinstance(counts, str) else counts)
+    if not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
+        raise ValueError("counts must be whole numbers of at least 0, or a string")
+    if sum(counts) != height * width:
+        raise ValueError(f"counts add up to {sum(counts)} pixels instead of {height * width}")
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
+
+
+def _decompressed(text: bytes) -> list[int]:
+    """COCO's compressed counts: five bits a character, and differences to the count before last."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = character - 48
+        if not 0 <= bits < 64 or shift > 40:
+            raise ValueError("counts is no compressed run-length encoding")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("counts is cut off")
+    return counts
+
+
+def _typed(content: dict[str, Any], number: int, split: str) -> Row:
+    image, expressions = content.get("image"), content.get("expressions")
+    if not _is_text(image):
+        raise RowError("wrong type", "image must be the path of a picture, in Unicode")
+    if Path(image).is_absolute():
+        raise RowError("wrong type", f"image: {image} must be relative to the manifest's folder")
+    if not isinstance(expressions, list) or not expressions or not all(map(_is_text, expressions)):
+        raise RowError("wrong type", "expressions must be a list of one or more sentences")
+    given = [key for key in SHAPES if content.get(key) is not None]
+    if len(given) > 1:
+        raise RowError("two masks", f"give one of {' and '.join(given)}")
+    box = content.get("box")
+    if box is not None:
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            raise RowError("wrong type", f"box must be [x0, y0, x1, y1], not {_short(box)}")
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise RowError("empty box", f"box: {box} has no area; it is [x0, y0, x1, y1]")
+        box = tuple(map(float, box))
+    if not any(key in content for key in (*SHAPES, "box")):
+        message = 'give mask, polygons, rle or box, or "box": null if nothing is meant'
+        raise RowError("no mask, no box", message)
+    form = given[0] if given else None
+    shape = content[form] if form else None
+    if form == "mask" and (not _is_text(shape) or Path(shape).is_absolute()):
+        raise RowError(
+            "wrong type", f"mask must be the relative path of a PNG, not {_short(shape)}"
+        )
+    unknown = tuple(key for key in content if key not in KEYS)
+    return Row(number, split, image, tuple(expressions), form, shape, box, unknown)
+
+
+def _mask(data_dir: Path, row: Row, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+    height, width = size
+    if row.form is None:
+        mask = np.zeros(size, bool)
+        if row.box is None:
+            return mask
+        # Pixels whose centre is inside.
+        x0, y0, x1, y1 = (max(0, math.ceil(v - 0.5)) for v in row.box)
+        mask[y0:y1, x0:x1] = True
+        if not mask.any():
+            raise RowError("outside", f"box: {list(row.box)} holds no pixel of {width} x {height}")
+        return mask
+    if row.form == "mask":
+        mask = _read_mask(data_dir / row.shape, size)
+    elif row.form == "polygons":
+        mask = _draw(row.shape, size)
+    else:
+        mask = decode_runs(row.shape, size)
+    if not mask.any():
+        raise RowError("empty mask", f'{row.form} is empty; "mask": null says nothing is meant')
+    return mask
+
+
+def _box(row: Row, mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "4"] | None:
+    if row.box is None:
+        return mask_box(mask) if mask.any() else None
+    height, width = mask.shape
+    box = np.clip(row.box, 0, [width, height, width, height])
+    around = mask_box(mask)
+    if (np.minimum(box, around)[2:] <= np.maximum(box, around)[:2]).any():
+        raise RowError("box off mask", f"box: {list(row.box)} does not touch the {row.form}")
+    return box
+
+
+def _wrong_size(what: str, size: tuple[int, int]) -> RowError:
+    return RowError(
+        "mask size",
+        f"{what} its picture has {size[1]} x {size[0]} pixels (upright as its EXIF says)",
+    )
+
+
+def _read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+    """Every pixel that is not 0 (in any channel) nor transparent."""
+    try:
+        with Image.open(path) as image:
+            if image.size != size[::-1]:
+                raise _wrong_size(f"{path} has {image.width} x {image.height} pixels,", size)
+            if image.format == "JPEG":
+                raise RowError("broken mask", f"{path}: JPEG blurs masks; save it as PNG")
+            if image.mode in ("LA", "PA", "RGBA"):
+                *channels, alpha = image.convert("RGBA").split()
+                pixels = np.stack([np.asarray(c) for c in channels], -1)
+                return pixels.any(-1) & (np.asarray(alpha) > 0)
+            pixels = np.asarray(image)
+    except RowError:
+        raise
+    except FileNotFoundError:
+        raise RowError("no mask file", f"{path}: no such mask") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise RowError("broken mask", f"{path}: not a readable mask ({error})") from error
+    return pixels.any(-1) if pixels.ndim == 3 else pixels != 0
+
+
+def _draw(polygons: Any, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+    """The union of polygons, painted as COCO does; their edges may leave the picture."""
+    if not isinstance(polygons, list) or not polygons:
+        raise RowError("wrong type", "polygons must be a list of lists [x, y, x, y, ...]")
+    parts = [_corners(polygon) for polygon in polygons]
+    for corners in parts:
+        if (np.abs(corners) > 2 * max(size)).any():
+            raise RowError("outside", f"polygons: a corner at {_farthest(corners)} is far outside")
+        if np.abs(np.diff(corners, axis=0)).sum() > LONGEST:
+            raise RowError("broken mask", "polygons: a polygon runs to and fro too often")
+    runs = coco_mask.frPyObjects([corners.ravel().tolist() for corners in parts], *size)
+    return coco_mask.decode(coco_mask.merge(runs)) > 0
+
+
+def _farthest(corners: Float[np.ndarray, "N 2"]) -> list[float]:
+    return corners[np.abs(corners).max(1).argmax()].tolist()
+
+
+def _corners(polygon: Any) -> Float[np.ndarray, "N 2"]:
+    flat = polygon
+    if isinstance(polygon, list) and polygon and isinstance(polygon[0], list):
+        if not all(isinstance(point, list) and len(point) == 2 for point in polygon):
+            raise RowError("wrong type", "polygons: a corner must be [x, y]")
+        flat = [value for point in polygon for value in point]
+    if not isinstance(flat, list) or not all(map(_is_number, flat)):
+        raise RowError("wrong type", f"polygons: expected [x, y, x, y, ...], not {_short(polygon)}")
+    if len(flat) < 6 or len(flat) % 2:
+        raise RowError("wrong type", f"polygons: {len(flat)} numbers are not 3 or more corners")
+    return np.array(flat, np.float64).reshape(-1, 2)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string that is not blank and that can be written as UTF-8."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_number(value: Any) -> bool:
+    # Larger ones have no place in a picture, and integers may have thousands of digits.
+    return type(value) in (int, float) and -1e9 < value < 1e9
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
