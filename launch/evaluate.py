@@ -31,7 +31,9 @@ COLUMNS = {
 
 def evaluate(
     checkpoint: Path,
-    dataset: Literal["refcoco", "refcoco+", "refcocog", "reason_seg", "grounding_suite", "folder"],
+    dataset: Literal[
+        "refcoco", "refcoco+", "refcocog", "refclef", "reason_seg", "grounding_suite", "folder"
+    ],
     split: str,
     data_dir: Path,
     reasoning: bool = False,

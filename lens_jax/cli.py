@@ -41,7 +41,9 @@ class Parser(jsonargparse.ArgumentParser):
     """Raises UsageError, one line, where argparse would print its usage and exit."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(_explain(message, [f"--{key}" for key in vars(self.get_defaults())]))
+        raise UsageError(
+            _explain(message, [f"--{key.rstrip('_')}" for key in vars(self.get_defaults())])
+        )
 
 
 def run(
@@ -59,6 +61,11 @@ def run(
         allow_abbrev=False,
     )
     parser.add_function_arguments(command, as_group=False, as_positional=False)
+    for action in list(parser._actions):  # a parameter from_ is the flag --from
+        flag = f"--{action.dest.rstrip('_')}"
+        if action.dest.endswith("_"):
+            action.option_strings = [flag]
+            parser._option_string_actions[flag] = action
     try:
         options = parser.parse_args(None if argv is None else list(argv)).as_dict()
     except UsageError as error:
@@ -121,13 +128,13 @@ def _explain(message: str, flags: Iterable[str]) -> str:
     """jsonargparse's message as one line that names the flag and what it should be."""
     message = " ".join(message.split())
     if required := re.search(r"arguments are required: (.+)", message):
-        return "give " + ", ".join(f"--{name}" for name in required[1].split(", "))
+        return "give " + ", ".join(f"--{name.rstrip('_')}" for name in required[1].split(", "))
     if unknown := re.search(r"unrecognized arguments: (.+)", message):
         return f"unknown: {unknown[1]} " + _nearest(unknown[1].split()[0].split("=")[0], flags)
     wrong = re.search(r'key "(?P<key>\w+)": (?P<why>.+)', message)
     if not wrong:
         return message
-    key, why = wrong["key"], wrong["why"]
+    key, why = wrong["key"].rstrip("_"), wrong["why"]
     value: Any = re.search(r"(?:Got value|Given value): (.+)", why)
     given = f", got {value[1]}" if value else ""
     if choices := re.search(r"typing\.Literal\[(.+?)\]", why):

@@ -28,7 +28,9 @@ from jsonargparse.typing import (
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 
 Schedule = Literal["constant", "linear", "cosine"]
-Dataset = Literal["refcoco", "refcoco+", "refcocog", "reason_seg", "grounding_suite", "folder"]
+Dataset = Literal[
+    "refcoco", "refcoco+", "refcocog", "refclef", "reason_seg", "grounding_suite", "folder"
+]
 Part = Literal["visual", "language", "context", "sam_encoder", "sam_decoder"]
 
 
@@ -69,8 +71,8 @@ class DataConfig:
     """What a run trains and evaluates on, and the static shapes its batches are padded to."""
 
     dataset: Dataset = "refcoco"
-    """Data set, in its original layout: refcoco, refcoco+, refcocog, reason_seg, grounding_suite;
-    or folder, one of your own (docs/own_data.md)."""
+    """Data set, in its original layout: refcoco, refcoco+, refcocog, refclef, reason_seg or
+    grounding_suite; or folder, one of your own (docs/own_data.md)."""
     data_dir: str | None = None
     """The folder that holds refer_seg/, reason_seg/ReasonSeg/, GroundingSuite-Eval.jsonl or
     manifest.jsonl; null: the generated set's place inside the run."""
@@ -446,7 +448,7 @@ def _validate_data(data: DataConfig) -> None:
     if len(set(data.mixture)) != len(data.mixture):
         raise ConfigError("data.mixture names a data set twice: raise its weight instead")
     for dataset in data.mixture or (data.dataset,):
-        if data.curriculum and not dataset.startswith("refcoco"):
+        if data.curriculum and not dataset.startswith("ref"):
             raise ConfigError(f"data.curriculum: {dataset} has no refs, only RefCOCO's sets do")
 
 

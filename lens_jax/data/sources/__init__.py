@@ -23,8 +23,8 @@ def open_source(
     """A split of a data set by its name.
 
     Args:
-        dataset: refcoco, refcoco+, refcocog, reason_seg, grounding_suite, or folder, a data set of
-            one's own.
+        dataset: refcoco, refcoco+, refcocog, refclef, reason_seg, grounding_suite, or folder, one's
+            own.
         split: any for grounding_suite, which is one file.
         evaluation: ask as the official evaluation does, where that differs from training.
         official_masks: see `RefCoco`; the other data sets have no such masks.

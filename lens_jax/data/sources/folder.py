@@ -94,15 +94,15 @@ def read_manifest(data_dir: Path) -> list[Row]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: data_dir must hold it, one object a line")
     lines = file.read_bytes().split(b"\n")
-    rows = [parse(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [parse(line, number, file) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ValueError(f"{file} is empty: give one JSON object a line")
     return rows
 
 
-def parse(line: bytes, number: int) -> Row:
-    """A line of the manifest; what is wrong with it is in `error`."""
-    where = f"{FILE}, line {number}"
+def parse(line: bytes, number: int, file: Path = Path(FILE)) -> Row:
+    """A line of the manifest; what is wrong with it is in `error`, which names `file`."""
+    where = f"{file}, line {number}"
     try:
         content = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (ValueError, RecursionError) as error:
@@ -160,6 +160,13 @@ def mask_box(mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "4"]:
     """xyxy around the pixels that are set, of which there must be one; the ends are exclusive."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float64)
+
+
+def polygon_corners(row: Row) -> Float[np.ndarray, "N 2"]:
+    """All corners (x, y) of a row's polygons. Raises RowError for what are no polygons."""
+    if not isinstance(row.shape, list) or not row.shape:
+        raise RowError("wrong type", "polygons must be a list of lists [x, y, x, y, ...]")
+    return np.concatenate([_corners(polygon) for polygon in row.shape])
 
 
 def decode_runs(rle: Any, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:

@@ -1,7 +1,8 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as REFER and LISA lay them out.
+"""RefCOCO, RefCOCO+, RefCOCOg and refCLEF as REFER and LISA lay them out.
 
     DATA_DIR/refer_seg/refcoco/{refs(unc).p, instances.json}
     DATA_DIR/refer_seg/images/mscoco/images/train2014/COCO_train2014_000000000009.jpg
+    DATA_DIR/refer_seg/images/saiapr_tc-12/00/images/25.jpg    refCLEF's
 
 A sample is a referred object with all its sentences.
 """
@@ -21,7 +22,7 @@ from pycocotools import mask as coco_mask
 from lens_jax.data.sample import Sample, SampleError, read_image
 
 # Who split the sentences: the file's name says it.
-SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
+SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "refclef": "unc"}
 # Where pictures lie: REFER's place, then shorter ones people use, then COCO's own beside refer_seg.
 IMAGE_FOLDERS = (
     "refer_seg/images/mscoco/images/train2014",
@@ -29,6 +30,7 @@ IMAGE_FOLDERS = (
     "coco/train2014",
     "train2014",
 )
+REFCLEF_FOLDERS = ("refer_seg/images/saiapr_tc-12", "saiapr_tc-12")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,8 @@ class RefCoco:
 
     Args:
         data_dir: the folder that holds `refer_seg/`.
-        dataset: refcoco, refcoco+ or refcocog.
-        split: train, val, testA and testB, or test for refcocog.
+        dataset: refcoco, refcoco+, refcocog or refclef.
+        split: train, val, testA and testB, or test for refcocog; refclef has a testC, too.
         official_masks: where an object's polygons overlap, count the overlap as background, as
             the official evaluation does.
 
@@ -66,22 +68,14 @@ class RefCoco:
         *,
         official_masks: bool = False,
     ):
-        if dataset not in SPLIT_BY:
-            raise ValueError(f"dataset: {dataset!r} is none of {', '.join(SPLIT_BY)}")
-        self.official_masks = official_masks
-        folder = Path(data_dir) / "refer_seg" / dataset
-        refs_file = folder / f"refs({SPLIT_BY[dataset]}).p"
-        for file in (refs_file, folder / "instances.json"):
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{file} is missing: data_dir must hold refer_seg/ in REFER's layout"
-                )
-        refs = load_refs(refs_file)
-        splits = sorted({ref["split"] for ref in refs})
-        if split not in splits:
-            raise ValueError(f"split: {split!r} is none of {', '.join(splits)} of {refs_file}")
-        self.refs = _join(refs, split, folder / "instances.json")
-        folders = [Path(data_dir) / name for name in IMAGE_FOLDERS]
+        self.split, self.official_masks = split, official_masks
+        refs_file, refs = _read_refs(data_dir, dataset)
+        names = sorted({ref["split"] for ref in refs})
+        if split not in names:
+            raise ValueError(f"split: {split!r} is none of {', '.join(names)} of {refs_file}")
+        self.refs = _join(refs, split, refs_file.with_name("instances.json"))
+        places = REFCLEF_FOLDERS if dataset == "refclef" else IMAGE_FOLDERS
+        folders = [Path(data_dir) / name for name in places]
         self.image_folder = next((f for f in folders if f.is_dir()), folders[0])
         self.num_expressions = [len(ref.expressions) for ref in self.refs]
 
@@ -111,6 +105,28 @@ class RefCoco:
             image_id=ref.image_id,
             image_path=str(path),
         )
+
+
+def splits(data_dir: str | Path, dataset: str) -> list[str]:
+    """What splits a data set has; raises as `RefCoco` does."""
+    return sorted({ref["split"] for ref in _read_refs(data_dir, dataset)[1]})
+
+
+def _read_refs(data_dir: str | Path, dataset: str) -> tuple[Path, list[dict[str, Any]]]:
+    """A data set's refs file, and what is in it."""
+    if dataset not in SPLIT_BY:
+        raise ValueError(f"dataset: {dataset!r} is none of {', '.join(SPLIT_BY)}")
+    folder = Path(data_dir) / "refer_seg" / dataset
+    refs_file = folder / f"refs({SPLIT_BY[dataset]}).p"
+    for file in (refs_file, folder / "instances.json"):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing: data_dir must hold refer_seg/ in REFER's layout"
+            )
+    refs = load_refs(refs_file)
+    if not all(isinstance(ref.get("split"), str) for ref in refs):
+        raise ValueError(f"{refs_file}: not a refs file (a ref has no split)")
+    return refs_file, refs
 
 
 def summed_mask(segmentation: Any, height: int, width: int) -> UInt8[np.ndarray, "H W"]:
@@ -181,5 +197,9 @@ def _join(refs: list[dict[str, Any]], split: str, instances_file: Path) -> list[
         except KeyError as key:
             raise ValueError(
                 f"{instances_file}: ref {ref.get('ref_id')} refers to {key}, which is not there"
+            ) from None
+        except TypeError as error:
+            raise ValueError(
+                f"{instances_file}: ref {ref.get('ref_id')} is broken ({error})"
             ) from None
     return joined

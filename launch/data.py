@@ -1,0 +1,119 @@
+"""Data sets of one's own, checked and converted: `python launch/data.py --help`."""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse.typing import NonNegativeInt
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lens_jax import cli
+
+DESCRIPTION = """\
+A data set of your own is a folder with manifest.jsonl, one object a line (docs/own_data.md):
+  {"image": "photos/a.jpg", "expressions": ["the left cup"], "mask": "masks/a.png"}"""
+
+CHECK = """\
+  python launch/data.py check --data_dir my_data"""
+CONVERT = """\
+  python launch/data.py convert --from labelme --data_dir photos --output my_data
+  python launch/data.py convert --from refcoco --dataset refcocog --data_dir D --output my_data"""
+
+
+def check(data_dir: Path, page: Path | None = None, thumbnails: NonNegativeInt = 120) -> int:
+    """Reads every row of a data set of your own as training will, and says what is wrong.
+
+    A table counts rows by split, usable and unusable, and names each kind of problem with the first
+    row that has it. A page shows pictures with their masks and lists every row that cannot be used.
+    Exit code 2 if there are such rows; what is only to be looked at (duplicates, pictures in two
+    splits, boxes that do not fit their masks) leaves it at 0.
+
+    Args:
+        data_dir: The folder that holds manifest.jsonl.
+        page: Where to write the page; DATA_DIR/check.html without it.
+        thumbnails: Pictures on the page at most.
+    """
+    from lens_jax.data import checking
+
+    try:
+        bar = partial(tqdm, desc="checking", unit="row", dynamic_ncols=True)
+        report = checking.check(data_dir, bar)
+    except ValueError as error:
+        raise cli.UsageError(str(error)) from error
+    page = page or data_dir / "check.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(checking.page(report, thumbnails), encoding="utf-8")
+    counts = report.counts()
+    print(table([list(counts[0]), *(list(row.values()) for row in counts)]))
+    for title, problems in (("unusable", report.errors()), ("to look at", report.notes())):
+        if problems:
+            print("\n" + table([[title, "rows", "the first one"], *map(list, problems)]))
+    print(f"\npictures and all rows that cannot be used: {page}")
+    return 2 if report.unusable else 0
+
+
+def table(lines: Sequence[Sequence[Any]]) -> str:
+    """Rows as aligned text, numbers to the right; the last column is left as it is."""
+    text = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    numeric = [isinstance(cell, int) for cell in lines[-1]]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in text
+    )
+
+
+def convert(
+    from_: Literal["refcoco", "reason_seg", "coco", "labelme"],
+    data_dir: Path,
+    output: Path,
+    dataset: Literal["refcoco", "refcoco+", "refcocog", "refclef"] = "refcoco",
+) -> int:
+    """Writes a data set in another layout as one of your own: manifest.jsonl and pictures/.
+
+    Pictures are hard links to the originals where the file system allows it, else copies. Nothing
+    is left behind if it fails. What a manifest cannot say is left out, and counted by reason.
+
+    Args:
+        from_: The layout: REFER's refer_seg/, LISA's reason_seg/ReasonSeg/, COCO's .json files
+            with sentences or categories, or a folder of labelme's .json files.
+        data_dir: The folder that holds it.
+        output: The folder to write; must not exist yet, or be empty.
+        dataset: Which of the data sets in refer_seg/.
+    """
+    from lens_jax.data import conversion
+
+    try:
+        bar = partial(tqdm, desc="converting", unit="object", dynamic_ncols=True)
+        summary = conversion.convert(from_, data_dir, output, dataset=dataset, progress=bar)
+    except ValueError as error:
+        raise cli.UsageError(str(error)) from error
+    rows = sum(summary.rows.values())
+    left_out = sum(count for _, count, _ in summary.left_out)
+    lines = [["objects", "count"], *map(list, sorted(summary.rows.items()))]
+    lines += [["written", rows], ["left out", left_out], ["all", rows + left_out]]
+    print(table(lines))
+    if summary.left_out:
+        print(
+            "\n" + table([["left out", "objects", "the first one"], *map(list, summary.left_out)])
+        )
+    print(f"\n{rows:,} rows and {summary.pictures:,} pictures: {output}")
+    return 0 if rows else 2
+
+
+COMMANDS = {"check": (check, CHECK), "convert": (convert, CONVERT)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_one_of(COMMANDS, argv, prog="launch/data.py", description=DESCRIPTION)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""What is wrong with a data set of one's own: every row read as training reads it, and counted."""
+
+import base64
+import collections
+import dataclasses
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from lens_jax.data.sample import Sample
+from lens_jax.data.sources.folder import (
+    FILE,
+    Row,
+    RowError,
+    mask_box,
+    polygon_corners,
+    read_manifest,
+    read_row,
+)
+
+FIT = 0.7  # IoU that a given box has at least with its mask's own
+SLACK = 1.0  # pixels by which coordinates may leave the picture unremarked
+SIDE = 260  # pixels of a thumbnail's longer side
+TINT = np.array([0, 214, 255])
+LISTED = 500  # rows listed on the page for each kind of problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """One remark on one row: what it is in two or three words, and the whole of it."""
+
+    kind: str
+    text: str
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What was found about a row: `error` if it cannot be used, else what to look at.
+
+    `picture` and `target` are digests of the picture's file and of the mask.
+    """
+
+    row: Row
+    error: Note | None = None
+    notes: list[Note] = dataclasses.field(default_factory=list)
+    no_target: bool = False
+    picture: bytes = b""
+    target: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All rows of a manifest, in its order."""
+
+    data_dir: Path
+    verdicts: list[Verdict]
+
+    @property
+    def unusable(self) -> int:
+        return sum(verdict.error is not None for verdict in self.verdicts)
+
+    def counts(self) -> list[dict[str, Any]]:
+        """A row for each split and one for all: rows = usable + unusable; `no target`, `sentences`
+        and `pictures` are of the usable ones. A line too broken to name its split is under `?`."""
+        by_split = collections.defaultdict(list)
+        for verdict in self.verdicts:
+            by_split["?" if verdict.row.split is None else verdict.row.split].append(verdict)
+        table = [_count(split, by_split[split]) for split in sorted(by_split)]
+        return [*table, _count("all", self.verdicts)]
+
+    def errors(self) -> list[tuple[str, int, str]]:
+        """(kind, rows, the first one's text), the most frequent first; the rows add up to
+        `unusable`."""
+        return _tally([v.error] for v in self.verdicts if v.error is not None)
+
+    def notes(self) -> list[tuple[str, int, str]]:
+        """The same for what usable rows should be looked at for; a row may come under several."""
+        return _tally(v.notes for v in self.verdicts)
+
+
+def check(data_dir: Path, progress: Callable[..., Iterable] = lambda rows, **_: rows) -> Report:
+    """Reads every row of `data_dir`/manifest.jsonl, with as many threads as there are cores.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no manifest, or no row in it.
+    """
+    rows = read_manifest(data_dir)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        judged = pool.map(lambda row: _judge(data_dir, row), rows)
+        verdicts = list(progress(judged, total=len(rows)))
+    usable = [verdict for verdict in verdicts if verdict.error is None]
+    _compare_splits(usable)
+    _compare_sentences(usable)
+    return Report(data_dir, verdicts)
+
+
+def page(report: Report, thumbnails: int) -> str:
+    """A self-contained HTML page: the counts, the problems, and pictures with their masks.
+
+    Args:
+        thumbnails: how many at most; rows to look at come first, the rest is spread evenly.
+    """
+    usable = [verdict for verdict in report.verdicts if verdict.error is None]
+    noted = [verdict for verdict in usable if verdict.notes][: (thumbnails + 1) // 2]
+    others = [verdict for verdict in usable if not verdict.notes]
+    room = min(thumbnails - len(noted), len(others))
+    spread = [others[i * len(others) // room] for i in range(room)]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("checking.html").render(
+        data_dir=_printable(report.data_dir),
+        counts=report.counts(),
+        errors=report.errors(),
+        notes=report.notes(),
+        broken=[v for v in report.verdicts if v.error is not None][:LISTED],
+        more=max(0, report.unusable - LISTED),
+        noted=[(v, _thumbnail(report.data_dir, v.row)) for v in noted],
+        spread=[(v, _thumbnail(report.data_dir, v.row)) for v in spread],
+    )
+
+
+def _judge(data_dir: Path, row: Row) -> Verdict:
+    try:
+        sample = read_row(data_dir, row)
+        picture = hashlib.blake2b((data_dir / row.image).read_bytes(), digest_size=16).digest()
+    except RowError as error:
+        text = str(error).replace(str(data_dir / FILE), FILE, 1)
+        return Verdict(row, Note(error.kind, _printable(text)))
+    except OSError as error:
+        return Verdict(row, Note("unreadable picture", _printable(f"{_where(row)}: {error}")))
+    target = hashlib.blake2b(np.packbits(sample.mask).tobytes(), digest_size=16).digest()
+    notes = [
+        Note(kind, _printable(f"{_where(row)}: {text}")) for kind, text in _remarks(row, sample)
+    ]
+    return Verdict(row, None, notes, not sample.mask.any(), picture, target)
+
+
+def _remarks(row: Row, sample: Sample) -> Iterable[tuple[str, str]]:
+    """What a row says that may be a mistake."""
+    height, width = sample.mask.shape
+    corners = polygon_corners(row) if row.form == "polygons" else np.empty((0, 2))
+    if row.box is not None:
+        corners = np.concatenate([corners, np.reshape(row.box, (2, 2))])
+    over = np.maximum(corners - [width, height], -corners)
+    if over.size and over.max() > SLACK:
+        what = f"{row.form or 'box'} leaves the picture by {over.max():.1f} pixels and is cut off"
+        yield "outside the picture", what
+    if row.box is not None and row.form is not None:
+        fit = _box_iou(np.array(row.box), mask_box(sample.mask))
+        if fit < FIT:
+            yield "box against mask", f"box and {row.form} have an IoU of {fit:.2f}"
+    if row.unknown:
+        yield "keys not read", ", ".join(row.unknown)
+
+
+def _compare_splits(verdicts: Sequence[Verdict]) -> None:
+    """Notes pictures, told by their files' content, that several splits hold."""
+    splits = collections.defaultdict(dict)
+    for verdict in verdicts:
+        splits[verdict.picture].setdefault(verdict.row.split, verdict.row)
+    for verdict in verdicts:
+        for split, row in splits[verdict.picture].items():
+            if split != verdict.row.split:
+                text = f"{verdict.row.image} is in {verdict.row.split}, and in {split} (line "
+                note = Note("split leakage", f"{_where(verdict.row)}: {text}{row.line})")
+                verdict.notes.append(note)
+
+
+def _compare_sentences(verdicts: Sequence[Verdict]) -> None:
+    """Notes sentences that a split says twice about one picture, for one object or for two."""
+    said: dict[tuple, Verdict] = {}
+    for verdict in verdicts:
+        row, own = verdict.row, set()
+        for sentence in row.expressions:
+            words = " ".join(sentence.casefold().split())
+            key = (row.split, verdict.picture, words)
+            first = said.setdefault(key, verdict)
+            if first is verdict and key not in own:
+                own.add(key)
+                continue
+            same = first.target == verdict.target
+            kind = "duplicated" if same else "one sentence, two objects"
+            text = f"“{sentence}” stands in line {first.row.line} already"
+            note = Note(kind, f"{_where(row)}: {text}{'' if same else ', for another mask'}")
+            verdict.notes.append(note)
+
+
+def _count(split: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    usable = [verdict for verdict in verdicts if verdict.error is None]
+    return {
+        "split": split,
+        "rows": len(verdicts),
+        "usable": len(usable),
+        "unusable": len(verdicts) - len(usable),
+        "no target": sum(verdict.no_target for verdict in usable),
+        "sentences": sum(len(verdict.row.expressions) for verdict in usable),
+        "pictures": len({verdict.picture for verdict in usable}),
+    }
+
+
+def _tally(rows: Iterable[Sequence[Note]]) -> list[tuple[str, int, str]]:
+    found: dict[str, tuple[int, str]] = {}
+    for notes in rows:
+        for kind, text in {note.kind: note.text for note in reversed(notes)}.items():
+            count, first = found.get(kind, (0, text))
+            found[kind] = (count + 1, first)
+    return sorted(((kind, *rest) for kind, rest in found.items()), key=lambda row: -row[1])
+
+
+def _thumbnail(data_dir: Path, row: Row) -> str:
+    """The picture with mask and box as a data URI."""
+    sample = read_row(data_dir, row)
+    height, width = sample.mask.shape
+    scale = min(1.0, SIDE / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    pixels = np.asarray(Image.fromarray(sample.image).resize(size), np.float32)
+    grey = Image.fromarray(sample.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
+    share = np.asarray(grey, np.float32)[..., None] / 255 * 0.55
+    pixels = (pixels * (1 - share) + TINT * share).astype(np.uint8)
+    if sample.box is not None:
+        x0, y0, x1, y1 = np.round(sample.box * scale).astype(int)
+        x1, y1 = max(x0 + 1, x1) - 1, max(y0 + 1, y1) - 1
+        for edge in (np.s_[y0, x0 : x1 + 1], np.s_[y1, x0 : x1 + 1]):
+            pixels[edge] = TINT
+        for edge in (np.s_[y0 : y1 + 1, x0], np.s_[y0 : y1 + 1, x1]):
+            pixels[edge] = TINT
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _box_iou(a: np.ndarray, b: np.ndarray) -> float:
+    inner = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0).prod()
+    return float(inner / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner))
+
+
+def _where(row: Row) -> str:
+    return f"{FILE}, line {row.line}"
+
+
+def _printable(value: Any) -> str:
+    """Text that any terminal and file takes: bytes of paths that are no Unicode are escaped."""
+    return str(value).encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,136 @@
+"""The check of a data set of one's own: what it finds, that its counts add up, and its page."""
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lens_jax.data.checking import check, page
+
+BOX = [4, 3, 20, 15]
+
+
+def write(directory, *rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (directory / "manifest.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def row(image="a.png", *sentences, **keys):
+    return {"image": image, "expressions": list(sentences) or [f"it in {image}"], **keys}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """a.png, b.png and c.png, which differ, and copy.png, which is a.png under another name."""
+    for i, name in enumerate("abc"):
+        Image.new("RGB", (40, 30), (40 + 50 * i, 120, 90)).save(tmp_path / f"{name}.png")
+    (tmp_path / "copy.png").write_bytes((tmp_path / "a.png").read_bytes())
+    mask = np.zeros((30, 40), np.uint8)
+    mask[3:15, 4:20] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return tmp_path
+
+
+def kinds(verdict):
+    return [note.kind for note in verdict.notes]
+
+
+def test_a_good_data_set_has_no_remarks(pictures):
+    write(
+        pictures, row(box=BOX), row("b.png", mask="mask.png", split="val"), row("c.png", box=None)
+    )
+    report = check(pictures)
+    assert report.unusable == 0 and not report.errors() and not report.notes()
+    assert [list(c.values()) for c in report.counts()] == [
+        ["train", 2, 2, 0, 1, 2, 2],
+        ["val", 1, 1, 0, 0, 1, 1],
+        ["all", 3, 3, 0, 1, 3, 3],
+    ]
+
+
+def test_counts_add_up(pictures):
+    write(
+        pictures,
+        row(box=BOX),
+        "{",
+        row("missing.png", box=BOX, split="val"),
+        row("b.png", "x", "y", mask="mask.png", split="val"),
+        row("c.png", mask="none.png"),
+        row("c.png", mask="none.png", split="val"),
+        "",
+        "7",
+    )
+    report = check(pictures)
+    *splits, total = report.counts()
+    assert [c["split"] for c in splits] == ["?", "train", "val"]
+    for key in ("rows", "usable", "unusable", "no target", "sentences"):
+        assert total[key] == sum(c[key] for c in splits)
+    assert total["rows"] == 7 and total["usable"] == 2 and report.unusable == 5
+    assert all(c["rows"] == c["usable"] + c["unusable"] for c in report.counts())
+    assert sum(count for _, count, _ in report.errors()) == 5
+    first = {kind: (count, text) for kind, count, text in report.errors()}
+    assert first["not JSON"][0] == 2 and "line 2" in first["not JSON"][1]
+    assert first["no mask file"][0] == 2 and "none.png" in first["no mask file"][1]
+    assert first["unreadable picture"][0] == 1
+
+
+def test_what_is_to_be_looked_at(pictures):
+    polygon = [[-9, 3, 20, 3, 20, 15]]
+    write(
+        pictures,
+        row("a.png", "It", "it "),
+        row("a.png", "the cup", box=BOX),
+        row("a.png", "The  Cup", box=BOX),
+        row("copy.png", "the cup", box=[0, 0, 9, 9]),
+        row("copy.png", "other", box=BOX, split="val"),
+        row("b.png", "one", mask="mask.png", box=[4, 3, 20, 9]),
+        row("b.png", "two", polygons=polygon),
+        row("c.png", "three", box=BOX, colour="red", masks=3),
+        row("c.png", "three", box=BOX, split="val"),
+    )
+    report = check(pictures)
+    found = [kinds(verdict) for verdict in report.verdicts]
+    assert report.verdicts[0].error.kind == "no mask, no box"
+    assert found[1] == ["split leakage"]
+    assert found[2] == ["split leakage", "duplicated"]
+    assert found[3] == ["split leakage", "one sentence, two objects"]
+    assert found[4] == ["split leakage"]
+    assert found[5] == ["box against mask"]
+    assert found[6] == ["outside the picture"]
+    assert found[7] == ["keys not read", "split leakage"]
+    assert found[8] == ["split leakage"]
+    assert "IoU of 0.50" in report.verdicts[5].notes[0].text
+    assert "by 9.0 pixels" in report.verdicts[6].notes[0].text
+    assert report.verdicts[7].notes[0].text.endswith("line 8: colour, masks")
+    assert "copy.png is in val, and in train (line 2)" in report.verdicts[4].notes[0].text
+    assert dict((kind, count) for kind, count, _ in report.notes())["split leakage"] == 6
+
+
+def test_the_page_shows_masks_and_escapes_text(pictures):
+    write(
+        pictures,
+        row("a.png", "<script>alert(1)</script>", mask="mask.png"),
+        row("b.png", "a", "b", box=None),
+        row("none<b>.png", box=BOX),
+        row("c.png", "doubled", "doubled", box=BOX),
+    )
+    text = page(check(pictures), thumbnails=10)
+    assert "<script>" not in text and "&lt;script&gt;" in text and "none&lt;b&gt;.png" in text
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "(no target)" in text and "duplicated" in text
+    images = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
+    assert len(images) == 3
+    shown = {}
+    for image in images:
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB"), int)
+        assert picture.shape == (30, 40, 3)
+        shown[int(picture[25, 30, 0]) // 50] = picture
+    tinted = shown[0][9, 12] - shown[0][25, 30]
+    assert tinted[0] < -10 and tinted[2] > 50  # the mask of a.png
+    assert np.abs(shown[1] - shown[1][25, 30]).max() < 12  # no target
+    assert page(check(pictures), thumbnails=1).count("data:image") == 1
+    assert page(check(pictures), thumbnails=0).count("data:image") == 0

@@ -1,0 +1,100 @@
+"""The data commands: their tables, pages, exit codes and mistakes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch import data
+
+ROW = {"image": "a.png", "expressions": ["it"], "box": [4, 3, 20, 15]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes rows beside a picture a.png; returns data_dir."""
+    Image.fromarray(np.full((30, 40, 3), 90, np.uint8)).save(tmp_path / "a.png")
+
+    def write(*rows):
+        (tmp_path / "manifest.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        return str(tmp_path)
+
+    return write
+
+
+def test_check_prints_counts_and_writes_a_page(folder, tmp_path, capsys):
+    directory = folder(ROW, ROW | {"split": "val"}, ROW | {"image": "b.png"}, 3)
+    assert data.main(["check", "--data_dir", directory]) == 2
+    out = capsys.readouterr().out
+    assert re.search(r"^split +rows +usable +unusable +no target +sentences +pictures$", out, re.M)
+    assert re.search(r"^train +2 +1 +1 +0 +1 +1$", out, re.M)
+    assert re.search(r"^all +4 +2 +2 +0 +2 +1$", out, re.M)
+    assert re.search(r"^unreadable picture +1 +manifest\.jsonl, line 3: .*b\.png", out, re.M)
+    assert re.search(r"^split leakage +2 +manifest\.jsonl, line 1: ", out, re.M)
+    assert "no such picture" in (tmp_path / "check.html").read_text()
+    page = tmp_path / "pages" / "x.html"
+    directory = folder(ROW)
+    assert data.main(["check", "--data_dir", directory, "--page", str(page)]) == 0
+    assert "unusable" in capsys.readouterr().out and page.read_text().count("data:image") == 1
+
+
+def test_convert(tmp_path, capsys):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    shapes = [
+        {"label": "cup", "points": [[4, 3], [20, 3], [20, 15]]},
+        {"label": "way", "points": [[4, 3], [20, 3]], "shape_type": "line"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps({"imagePath": "a.png", "shapes": shapes}))
+    out = tmp_path / "out"
+    argv = ["convert", "--from", "labelme", "--data_dir", str(tmp_path), "--output", str(out)]
+    assert data.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^left out +1$", printed, re.M) and re.search(r"^all +2$", printed, re.M)
+    assert re.search(r"^a line +1 +.*a\.json: shape 1$", printed, re.M)
+    assert json.loads((out / "manifest.jsonl").read_text())["image"] == "pictures/a.png"
+    assert data.main(["check", "--data_dir", str(out)]) == 0
+    assert data.main(argv) == 2 and "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give a command"),
+        (["chek"], "did you mean check"),
+        (["check"], "give --data_dir"),
+        (["check", "--data_dir", "nowhere"], "nowhere/manifest.jsonl is missing"),
+        (["check", "--data_dir", "x", "--pages", "y"], "did you mean --page?"),
+        (["convert", "--data_dir", "x"], "give --from, --output"),
+        (
+            ["convert", "--from", "voc", "--data_dir", "x", "--output", "y"],
+            "--from: expected one of",
+        ),
+        (
+            ["convert", "--from", "coco", "--data_dir", "x", "--output", "y"],
+            "x holds no .json file",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, capsys):
+    assert data.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_an_empty_manifest_is_one_line(tmp_path, capsys):
+    (tmp_path / "manifest.jsonl").write_text("\n \n")
+    assert data.main(["check", "--data_dir", str(tmp_path)]) == 2
+    assert "manifest.jsonl is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["check", "--help"], ["convert", "--help"]])
+def test_help_has_examples(argv, capsys):
+    try:
+        assert data.main(argv) == 0
+    except SystemExit as exit:
+        assert exit.code == 0
+    out = capsys.readouterr().out
+    assert "python launch/data.py" in out or "expressions" in out
+    assert "--from_" not in out
