@@ -32,7 +32,14 @@ COLUMNS = {
 def evaluate(
     checkpoint: Path,
     dataset: Literal[
-        "refcoco", "refcoco+", "refcocog", "refclef", "reason_seg", "grounding_suite", "folder"
+        "refcoco",
+        "refcoco+",
+        "refcocog",
+        "refclef",
+        "reason_seg",
+        "grounding_suite",
+        "tfds_ref_coco",
+        "folder",
     ],
     split: str,
     data_dir: Path,
@@ -50,9 +57,9 @@ def evaluate(
         checkpoint: A pretrained checkpoint, such as runs/tiny/final.
         dataset: The data set.
         split: train, val, testA, testB; test for refcocog and reason_seg; any that a manifest
-            names. grounding_suite is one file, whatever the name.
-        data_dir: The folder that holds refer_seg/, reason_seg/ReasonSeg/, manifest.jsonl, or
-            GroundingSuite-Eval.jsonl and coco/unlabeled2017/.
+            names; CONFIG/SPLIT for tfds_ref_coco. grounding_suite is one file, whatever the name.
+        data_dir: The folder that holds refer_seg/, reason_seg/ReasonSeg/, ref_coco/,
+            manifest.jsonl, or GroundingSuite-Eval.jsonl and coco/unlabeled2017/.
         reasoning: Ask for a line of thought before the answer.
         batch_size: Expressions decoded together.
         limit: Score only so many expressions, the first ones.

@@ -29,7 +29,14 @@ DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 
 Schedule = Literal["constant", "linear", "cosine"]
 Dataset = Literal[
-    "refcoco", "refcoco+", "refcocog", "refclef", "reason_seg", "grounding_suite", "folder"
+    "refcoco",
+    "refcoco+",
+    "refcocog",
+    "refclef",
+    "reason_seg",
+    "grounding_suite",
+    "tfds_ref_coco",
+    "folder",
 ]
 Part = Literal["visual", "language", "context", "sam_encoder", "sam_decoder"]
 
@@ -71,11 +78,11 @@ class DataConfig:
     """What a run trains and evaluates on, and the static shapes its batches are padded to."""
 
     dataset: Dataset = "refcoco"
-    """Data set, in its original layout: refcoco, refcoco+, refcocog, refclef, reason_seg or
-    grounding_suite; or folder, one of your own (docs/own_data.md)."""
+    """Data set, in its original layout: refcoco, refcoco+, refcocog, refclef, reason_seg,
+    grounding_suite or tfds_ref_coco; or folder, one of your own (docs/own_data.md)."""
     data_dir: str | None = None
-    """The folder that holds refer_seg/, reason_seg/ReasonSeg/, GroundingSuite-Eval.jsonl or
-    manifest.jsonl; null: the generated set's place inside the run."""
+    """The folder that holds refer_seg/, reason_seg/ReasonSeg/, GroundingSuite-Eval.jsonl, ref_coco/
+    or manifest.jsonl; null: the generated set's place inside the run."""
     split: str = "train"
     """The split trained on."""
     mixture: tuple[Dataset, ...] = ()

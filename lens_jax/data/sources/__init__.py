@@ -10,6 +10,7 @@ from lens_jax.data.sources.folder import Folder
 from lens_jax.data.sources.grounding_suite import GroundingSuite
 from lens_jax.data.sources.reason_seg import ReasonSeg
 from lens_jax.data.sources.refcoco import RefCoco
+from lens_jax.data.sources.tfds_ref_coco import TfdsRefCoco
 
 
 def open_source(
@@ -23,8 +24,8 @@ def open_source(
     """A split of a data set by its name.
 
     Args:
-        dataset: refcoco, refcoco+, refcocog, refclef, reason_seg, grounding_suite, or folder, one's
-            own.
+        dataset: refcoco, refcoco+, refcocog, refclef, reason_seg, grounding_suite, tfds_ref_coco
+            or folder, one's own.
         split: any for grounding_suite, which is one file.
         evaluation: ask as the official evaluation does, where that differs from training.
         official_masks: see `RefCoco`; the other data sets have no such masks.
@@ -36,6 +37,8 @@ def open_source(
         return ReasonSeg(data_dir, split, evaluation=evaluation)
     if dataset == "grounding_suite":
         return GroundingSuite(data_dir, evaluation=evaluation)
+    if dataset == "tfds_ref_coco":
+        return TfdsRefCoco(data_dir, split)
     if dataset == "folder":
         return Folder(data_dir, split)
     return RefCoco(data_dir, dataset, split, official_masks=official_masks)
