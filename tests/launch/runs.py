@@ -52,8 +52,6 @@ def start(commands: Sequence[Sequence[str]], logs: Path, *, devices: int) -> lis
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        # One process compiles for all.
-        "JAX_SHARE_BINARY_BETWEEN_HOSTS": "true",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "PYTHONPATH": str(ROOT),
     }

@@ -11,7 +11,7 @@ import pytest
 
 from launch import train
 from lens_jax import checkpoints
-from lens_jax.training import metrics
+from lens_jax.training import loop, metrics
 from tests.launch.runs import arguments
 from tools import export_checkpoint, kill_test
 
@@ -105,9 +105,19 @@ def test_options_of_stage_2(checkpoint, data_dir, tmp_path):
 
 
 def test_a_stopped_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, monkeypatch):
-    """Stopped after the first step of each stage by the signal that clusters send."""
+    """Stopped in an evaluation, and after the first step of each stage, by the signal that
+    clusters send."""
     directory = tmp_path / "stopped"
-    write = metrics.StageLog.write
+    write, evaluate = metrics.StageLog.write, loop.evaluate
+
+    def evaluate_and_stop(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate_and_stop)
+    assert train.main(arguments(checkpoint, data_dir, directory)) == 0
+    assert not (directory / "evaluation.json").exists() and not metrics.read(directory)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
 
     def write_and_stop(self, step, values):
         if step == 1:

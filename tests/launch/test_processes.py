@@ -1,0 +1,104 @@
+"""Runs of several processes: who writes, who stops, and what happens when one dies."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from launch import train
+from lens_jax import checkpoints
+from lens_jax.training import metrics
+from tests.launch import runs
+
+STEPS = 40  # more than two processes get to
+SHORT = {
+    "alignment.steps": STEPS,
+    "alignment.learning_rate": 1e-4,
+    "alignment.batch_size": 4,
+    "data.eval_limit": 5,
+    "data.eval_batch_size": 4,
+    "grpo.steps": 0,
+    "precision": "float32",
+    "checkpoint.every": 1,
+    "distributed.heartbeat_timeout": 10,
+}
+
+
+@pytest.fixture
+def start(checkpoint, data_dir, tmp_path):
+    """Starts a run on two processes with two devices each."""
+    address = f"localhost:{runs.free_port()}"
+
+    def start(**flags):
+        common = (
+            SHORT | {"mesh.data": 2, "mesh.fsdp": 2, "distributed.coordinator": address} | flags
+        )
+        common |= {"distributed.processes": 2}
+        commands = [
+            (
+                "launch/train.py",
+                *runs.arguments(
+                    checkpoint,
+                    data_dir,
+                    tmp_path / "run",
+                    **common,
+                    **{"distributed.process_id": i},
+                ),
+            )
+            for i in range(2)
+        ]
+        return runs.start(commands, tmp_path / "log", devices=2)
+
+    return start
+
+
+def wait_for_rows(directory, count, running):
+    while len(metrics.read(directory)) < count:
+        assert all(process.poll() is None for process in running), said(directory)
+        time.sleep(0.05)
+
+
+def said(directory):
+    return [runs.log_of(directory.with_name("log"), i).read_text() for i in range(2)]
+
+
+@pytest.mark.nightly
+def test_two_processes_stop_together_and_end_with_each_other(start, checkpoint, data_dir, tmp_path):
+    directory = tmp_path / "run"
+
+    # A preemption notice to one of them stops both after the same step, with everything saved.
+    running = start()
+    wait_for_rows(directory, 2, running)
+    running[1].send_signal(signal.SIGTERM)
+    runs.finish(running, tmp_path / "log")
+    rows = metrics.read(directory)
+    store = checkpoints.TrainingCheckpoints(directory / "checkpoints" / "alignment", keep=2)
+    assert store.latest() == len(rows) < STEPS
+    assert "stopped after alignment step" in said(directory)[0]
+    assert "stopped" not in said(directory)[1]  # one of them speaks for both
+    scores = json.loads((directory / "evaluation.json").read_text())
+    assert scores["before"]["samples"] == 5
+    lines = (directory / "evaluation" / "before.jsonl").read_text().splitlines()
+    assert [json.loads(line)["number"] for line in lines] == list(range(5))
+    assert len(list((directory / "samples").glob("*.png"))) == 2
+
+    # One dies: the other ends within a minute and says which one it was.
+    running = start()
+    wait_for_rows(directory, len(rows) + 2, running)
+    running[1].kill()
+    begin = time.monotonic()
+    assert running[0].wait(60) != 0
+    assert time.monotonic() - begin < 60
+    assert "tasks are unhealthy (stopped sending heartbeats):\n1\n" in said(directory)[0]
+
+    # One process alone goes on from there, to the end.
+    done = store.latest()
+    assert done >= len(rows)
+    assert store.restore(done, {"position": 0}) == {"position": 4 * done}
+    argv = runs.arguments(checkpoint, data_dir, directory, **SHORT)
+    assert train.main(argv) == 0
+    rows = metrics.read(directory)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert np.isfinite([row["loss"] for row in rows]).all()

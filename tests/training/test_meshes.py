@@ -1,0 +1,63 @@
+"""Completions and masks are the same on every mesh as on one device."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from lens_jax import sharding
+from lens_jax.inference import Generation, Lens
+from tests import micro
+from tests.training import stages
+from tests.training.stages import MESHES, mesh_of
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+
+@pytest.fixture(autouse=True)
+def every_parameter_is_cut(monkeypatch):
+    monkeypatch.setitem(sharding.parameter_spec.__kwdefaults__, "min_elements", 0)
+
+
+def respond(mesh):
+    """Greedy completions of the batch, and their masks, as an evaluation has them."""
+    model, tokenizer, batch = stages.make_model(micro.CONFIG)
+    definition, params = nnx.split(model)
+    places = sharding.shardings(params, mesh, kv_heads=2)
+    cut = {axis for place in jax.tree.leaves(places) for axis in place.spec if axis}
+    assert cut == {axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1}
+    generation = Generation(end_tokens=tuple(range(0, 500, 9)), max_new_tokens=12)
+    params = stages.spread(params, places)
+    lens = Lens(definition, params, SimpleNamespace(tokenizer=tokenizer), generation, mesh)
+    return lens.respond(batch.prompts, batch.sample_id)
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    return jax.device_get(stages.sample(mesh_of(1, data=1)))
+
+
+@pytest.fixture(scope="module")
+def answered():
+    return respond(mesh_of(1, data=1))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_sampled_completions(sampled, mesh):
+    ours = jax.device_get(stages.sample(mesh_of(**MESHES[mesh])))
+    assert 1 < sampled.lengths.mean() < 12 and len(np.unique(sampled.lengths)) > 3
+    for name in ("tokens", "lengths", "ended"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(sampled, name), err_msg=name)
+    np.testing.assert_allclose(ours.log_probs, sampled.log_probs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_greedy_completions_and_masks(answered, mesh):
+    ours = respond(mesh_of(**MESHES[mesh]))
+    for name in ("tokens", "lengths", "ended", "box_found"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(answered, name), err_msg=name)
+    micro.close(ours.mask_logits, answered.mask_logits, 1e-4)
+    clear = np.abs(answered.mask_logits) > 1e-4
+    np.testing.assert_array_equal((ours.mask_logits > 0)[clear], (answered.mask_logits > 0)[clear])

@@ -1,0 +1,52 @@
+"""One process of several: an update of stage 2, sampled completions, a checkpoint.
+
+`python -m tests.training.worker FOLDER PROCESSES PROCESS_ID COORDINATOR [resume]`
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lens_jax import checkpoints, processes, sharding
+from lens_jax.config import DistributedConfig, MeshConfig
+from tests import micro
+from tests.training import stages
+
+# All four devices of however many processes; every parameter is cut.
+MESH = MeshConfig(data=2, fsdp=2)
+
+
+def work(folder: Path, resume: bool) -> dict[str, np.ndarray]:
+    """Everything that must not depend on the number of processes; by name."""
+    mesh = sharding.make_mesh(MESH, jax.devices()[:4])
+    stage = stages.make_stages(micro.CONFIG)["grpo"]
+    program = stages.Program(stage, mesh, 1, min_elements=0)
+    store = checkpoints.TrainingCheckpoints(folder / "checkpoints", keep=2)
+    position = 0
+    if resume:
+        saved = store.restore(store.latest(), {"state": program.state, "position": 0})
+        program.state, position = saved["state"], saved["position"]
+    metrics = program.step()
+    results = {f"metrics/{name}": value for name, value in metrics.items()}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(program.state):
+        results[f"state{jax.tree_util.keystr(path)}"] = processes.whole(leaf)
+    results["position"] = np.array(position)
+    if not resume:
+        store.save(1, {"state": program.state, "position": len(stage.data[0].sample_id)})
+        store.wait()
+    tokens = stages.sample(mesh)
+    results |= {f"sampled/{key}": processes.whole(x) for key, x in vars(tokens).items()}
+    return results
+
+
+def main(folder: str, count: str, process_id: str, coordinator: str, *resume: str) -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    processes.start(DistributedConfig(coordinator, int(count), int(process_id)))
+    results = work(Path(folder), bool(resume))
+    np.savez(Path(folder) / f"{count}.{process_id}.npz", **results)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
