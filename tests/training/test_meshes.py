@@ -44,7 +44,13 @@ def answered():
     return respond(mesh_of(1, data=1))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+# One that cuts everything always, the others by night: they are the same programs.
+SOME = [
+    name if name == "2x2x2" else pytest.param(name, marks=pytest.mark.nightly) for name in MESHES
+]
+
+
+@pytest.mark.parametrize("mesh", SOME)
 def test_sampled_completions(sampled, mesh):
     ours = jax.device_get(stages.sample(mesh_of(**MESHES[mesh])))
     assert 1 < sampled.lengths.mean() < 12 and len(np.unique(sampled.lengths)) > 3
@@ -53,7 +59,7 @@ def test_sampled_completions(sampled, mesh):
     np.testing.assert_allclose(ours.log_probs, sampled.log_probs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", SOME)
 def test_greedy_completions_and_masks(answered, mesh):
     ours = respond(mesh_of(**MESHES[mesh]))
     for name in ("tokens", "lengths", "ended", "box_found"):

@@ -81,8 +81,16 @@ def relative(got, want):
     return norm([a - b for a, b in zip(got, want, strict=True)]) / norm(want)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", ["alignment", "grpo"])
+# Stage 1 on two of them by night: stage 2 computes all that it does and more.
+UPDATES = [
+    pytest.param(name, mesh, marks=pytest.mark.nightly if rare else (), id=f"{name}-{mesh}")
+    for name in ("alignment", "grpo")
+    for mesh in MESHES
+    for rare in [name == "alignment" and mesh in ("8x1x1", "1x4x2")]
+]
+
+
+@pytest.mark.parametrize(("name", "mesh"), UPDATES)
 def test_update_on_a_mesh(stages, expected, name, mesh):
     """In two portions too: equal up to rounding, in place, compiled once; every array is cut."""
     metrics, gradients, params = expected[name]

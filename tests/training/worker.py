@@ -43,7 +43,8 @@ def work(folder: Path, resume: bool) -> dict[str, np.ndarray]:
 
 def main(folder: str, count: str, process_id: str, coordinator: str, *resume: str) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
-    processes.start(DistributedConfig(coordinator, int(count), int(process_id)))
+    patient = {"heartbeat_timeout": 300}  # compiling on a busy machine starves heartbeats
+    processes.start(DistributedConfig(coordinator, int(count), int(process_id), **patient))
     results = work(Path(folder), bool(resume))
     np.savez(Path(folder) / f"{count}.{process_id}.npz", **results)
 
