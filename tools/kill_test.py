@@ -8,6 +8,7 @@ while a checkpoint is being written.
 
 import dataclasses
 import json
+import os
 import random
 import signal
 import subprocess
@@ -66,8 +67,12 @@ class Victim:
         self.command += ["--run_dir", str(directory)]
 
     def start(self) -> subprocess.Popen:
+        # A cache of its own: kills may leave half of a compiled program in it.
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(self.directory.parent / "compiled")}
         with self.directory.with_suffix(".log").open("a") as output:
-            return subprocess.Popen(self.command, stdout=output, stderr=output, cwd=ROOT)
+            return subprocess.Popen(
+                self.command, stdout=output, stderr=output, cwd=ROOT, env=cache | os.environ
+            )
 
     def finish(self) -> None:
         if self.start().wait():
