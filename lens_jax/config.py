@@ -66,7 +66,7 @@ class ShapesConfig:
     """The generated data set: scenes of coloured shapes, written in RefCOCO's layout."""
 
     train_scenes: NonNegativeInt = 0
-    """Scenes for training; 0: data_dir holds a data set already."""
+    """Scenes for training, where data.dataset is refcoco; 0: data_dir holds a data set already."""
     eval_scenes: PositiveInt = 500
     """Held-out scenes."""
     seed: NonNegativeInt = 0
@@ -112,6 +112,11 @@ class DataConfig:
     canvas: tuple[tuple[PositiveInt, PositiveInt], ...] = ((640, 640),)
     """Buckets: [height, width] of the canvas that true masks lie on."""
     shapes: ShapesConfig = ShapesConfig()
+
+    @property
+    def generated(self) -> bool:
+        """Whether the run draws its data set, which is written as refcoco, itself."""
+        return self.shapes.train_scenes > 0 and "refcoco" in (self.dataset, *self.mixture)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,8 +437,10 @@ def validate(config: RunConfig) -> None:
             "no start weights: give model.checkpoint, or model.mllm and model.sam to convert"
         )
     _validate_data(config.data)
-    if config.data.data_dir is None and config.data.shapes.train_scenes == 0:
-        raise ConfigError("no data: give data.data_dir, or data.shapes.train_scenes to generate it")
+    if config.data.data_dir is None and not config.data.generated:
+        raise ConfigError(
+            "no data: give data.data_dir, or, to generate refcoco, data.shapes.train_scenes"
+        )
     for name in ("alignment", "grpo"):
         stage: StageConfig = getattr(config, name)
         if stage.steps and not stage.trained:

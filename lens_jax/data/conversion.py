@@ -12,9 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
-from pycocotools import mask as coco_mask
 
+from lens_jax.data.masks import encode_runs
 from lens_jax.data.sample import SampleError, read_image
 from lens_jax.data.sources import reason_seg, refcoco
 from lens_jax.data.sources.folder import FILE, parse
@@ -375,12 +374,6 @@ def _segmentation(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
             return {"rle": dict(parts[0])}
         return {"rle": encode_runs(refcoco.summed_mask(parts, *size) > 0)}
     return {"polygons": parts}
-
-
-def encode_runs(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
-    """COCO's compressed run-length encoding, as JSON holds it."""
-    runs = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(mask.shape), "counts": runs["counts"].decode("ascii")}
 
 
 def _split(*names: str) -> str:

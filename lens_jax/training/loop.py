@@ -388,7 +388,7 @@ def _prepare(
     check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
     data = config.data
     data_dir = Path(data.data_dir or directory / "data")
-    if data.shapes.train_scenes:
+    if data.generated:
         scenes = {"train": data.shapes.train_scenes, data.eval_split: data.shapes.eval_scenes}
         processes.by_main(lambda: shapes.write_refcoco(data_dir, scenes, data.shapes.seed))
     buckets = Buckets(data.prompt_tokens, data.windows, data.canvas, data.answer_tokens)

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from lens_jax.data.masks import decode_runs
 from lens_jax.data.pipeline import Buckets, Evaluation, Pipeline
 from lens_jax.data.sample import SampleError, read_image, to_rgb
 from lens_jax.data.sources import open_source
-from lens_jax.data.sources.folder import Folder, RowError, decode_runs
+from lens_jax.data.sources.folder import Folder, RowError
 
 WIDTH, HEIGHT = 40, 30
 MASK = np.zeros((HEIGHT, WIDTH), bool)

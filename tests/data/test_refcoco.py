@@ -115,3 +115,22 @@ def test_joined_sources_follow_each_other(shapes_dir):
     assert joined[len(parts[0]) - 1].ref_id == parts[0][len(parts[0]) - 1].ref_id
     with pytest.raises(IndexError):
         joined[len(joined)]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [[0, 0, 1e12, 0, 5, 5]],
+        [[float("nan")] * 6],
+        {"size": [24, 32], "counts": "~~~~~~~~"},
+        {"size": [24, 32], "counts": [10, -5]},
+        {"size": [10**6, 10**6], "counts": [10**12]},
+        [[1, 2, 3]],
+        [[]],
+        [None],
+        3,
+    ],
+)
+def test_a_broken_mask_is_an_error_and_no_crash(broken):
+    with pytest.raises((ValueError, TypeError)):
+        summed_mask(broken, 24, 32)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import data
+from launch import data, evaluate
 
 ROW = {"image": "a.png", "expressions": ["it"], "box": [4, 3, 20, 15]}
 
@@ -98,3 +98,19 @@ def test_help_has_examples(argv, capsys):
     out = capsys.readouterr().out
     assert "python launch/data.py" in out or "expressions" in out
     assert "--from_" not in out
+
+
+def test_a_converted_data_set_scores_the_same(checkpoint, data_dir, tmp_path, capsys):
+    """Evaluated with --dataset folder, apart from what the data set is called."""
+    mine = tmp_path / "mine"
+    argv = ["--from", "refcoco", "--data_dir", str(data_dir), "--output", str(mine)]
+    assert data.main(["convert", *argv]) == 0
+    scores = []
+    for dataset, directory in (("refcoco", data_dir), ("folder", mine)):
+        output = tmp_path / f"{dataset}.json"
+        argv = ["--checkpoint", checkpoint, "--dataset", dataset, "--split", "val"]
+        argv += ["--data_dir", directory, "--limit", 3, "--batch_size", 2, "--output", output]
+        assert evaluate.main([str(arg) for arg in argv]) == 0
+        scores.append(json.loads(output.read_text()))
+    left, right = ({k: v for k, v in s.items() if k not in ("dataset", "seconds")} for s in scores)
+    assert left == right and left["samples"] == 3

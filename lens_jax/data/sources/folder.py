@@ -10,21 +10,19 @@ meant. `split` is train where it is missing.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
-from pycocotools import mask as coco_mask
 
+from lens_jax.data.masks import decode_runs, draw_polygons
 from lens_jax.data.sample import Sample, SampleError, read_image
 
 FILE = "manifest.jsonl"
 SHAPES = ("mask", "polygons", "rle")  # of which a row has one at most
 KEYS = ("image", "expressions", *SHAPES, "box", "split")
-LONGEST = 10_000_000  # pixels along the edges of one polygon; pycocotools walks all of them
 
 
 class RowError(SampleError):
@@ -169,60 +167,6 @@ def polygon_corners(row: Row) -> Float[np.ndarray, "N 2"]:
     return np.concatenate([_corners(polygon) for polygon in row.shape])
 
 
-def decode_runs(rle: Any, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
-    """The mask of a COCO run-length encoding, its counts numbers or compressed.
-
-    Unlike pycocotools, which trusts its input, it never reads or writes out of bounds.
-
-    Args:
-        size: (height, width) that it must be for.
-
-    Raises:
-        RowError: it is none, is for another size, or its counts do not add up to it.
-    """
-    try:
-        return _decode_runs(rle, size)
-    except ValueError as error:
-        raise RowError("broken mask", f"rle: {error}") from error
-
-
-def _decode_runs(rle: Any, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
-    if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
-        raise ValueError('expected {"size": [height, width], "counts": ...}')
-    counts, (height, width) = rle["counts"], size
-    if rle["size"] != [height, width]:
-        raise _wrong_size(f"rle says {_short(rle['size'])} for [height, width], and", size)
-    if isinstance(counts, str | bytes):
-        counts = _decompressed(counts.encode() if isinstance(counts, str) else counts)
-    if not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
-        raise ValueError("counts must be whole numbers of at least 0, or a string")
-    if sum(counts) != height * width:
-        raise ValueError(f"counts add up to {sum(counts)} pixels instead of {height * width}")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).T
-
-
-def _decompressed(text: bytes) -> list[int]:
-    """COCO's compressed counts: five bits a character, and differences to the count before last."""
-    counts: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = character - 48
-        if not 0 <= bits < 64 or shift > 40:
-            raise ValueError("counts is no compressed run-length encoding")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value = shift = 0
-    if shift:
-        raise ValueError("counts is cut off")
-    return counts
-
-
 def _typed(content: dict[str, Any], number: int, split: str) -> Row:
     image, expressions = content.get("image"), content.get("expressions")
     if not _is_text(image):
@@ -271,7 +215,13 @@ def _mask(data_dir: Path, row: Row, size: tuple[int, int]) -> Bool[np.ndarray, "
     elif row.form == "polygons":
         mask = _draw(row.shape, size)
     else:
-        mask = decode_runs(row.shape, size)
+        if isinstance(row.shape, dict) and row.shape.get("size") != list(size):
+            said = _short(row.shape.get("size"))
+            raise _wrong_size(f"rle says {said} for [height, width], and", size)
+        try:
+            mask = decode_runs(row.shape, size)
+        except ValueError as error:
+            raise RowError("broken mask", f"rle: {error}") from error
     if not mask.any():
         raise RowError("empty mask", f'{row.form} is empty; "mask": null says nothing is meant')
     return mask
@@ -322,17 +272,10 @@ def _draw(polygons: Any, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
     if not isinstance(polygons, list) or not polygons:
         raise RowError("wrong type", "polygons must be a list of lists [x, y, x, y, ...]")
     parts = [_corners(polygon) for polygon in polygons]
-    for corners in parts:
-        if (np.abs(corners) > 2 * max(size)).any():
-            raise RowError("outside", f"polygons: a corner at {_farthest(corners)} is far outside")
-        if np.abs(np.diff(corners, axis=0)).sum() > LONGEST:
-            raise RowError("broken mask", "polygons: a polygon runs to and fro too often")
-    runs = coco_mask.frPyObjects([corners.ravel().tolist() for corners in parts], *size)
-    return coco_mask.decode(coco_mask.merge(runs)) > 0
-
-
-def _farthest(corners: Float[np.ndarray, "N 2"]) -> list[float]:
-    return corners[np.abs(corners).max(1).argmax()].tolist()
+    try:
+        return draw_polygons(parts, size).any(-1)
+    except ValueError as error:
+        raise RowError("outside", f"polygons: {error}") from error
 
 
 def _corners(polygon: Any) -> Float[np.ndarray, "N 2"]:

@@ -56,7 +56,7 @@ class GroundingSuite:
         image = read_image(path)
         try:
             mask = summed_mask(row["segmentation"], *image.shape[:2]) > 0
-        except (ValueError, TypeError, KeyError, IndexError, SystemError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise SampleError(f"{path}: object {index + 1} has a broken mask ({error})") from error
         return Sample(
             image=image,

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from jaxtyping import Bool, UInt8
-from pycocotools import mask as coco_mask
+from jaxtyping import UInt8
 
+from lens_jax.data.masks import decode_runs, draw_polygons
 from lens_jax.data.sample import Sample, SampleError, read_image
 
 # Who split the sentences: the file's name says it.
@@ -91,11 +91,13 @@ class RefCoco:
                 f"{path}: {image.shape[1]} x {image.shape[0]} pixels, but its annotation says "
                 f"{ref.size[1]} x {ref.size[0]}"
             )
-        x, y, width, height = ref.bbox
         try:
+            x, y, width, height = (float(v) for v in ref.bbox)
             mask = summed_mask(ref.segmentation, *ref.size)
-        except (ValueError, TypeError, KeyError, IndexError, SystemError) as error:
-            raise SampleError(f"{path}: ref {ref.ref_id} has a broken mask ({error})") from error
+        except (ValueError, TypeError, OverflowError) as error:
+            raise SampleError(
+                f"{path}: ref {ref.ref_id} has a broken mask or box ({error})"
+            ) from error
         return Sample(
             image=image,
             expressions=ref.expressions,
@@ -134,23 +136,18 @@ def summed_mask(segmentation: Any, height: int, width: int) -> UInt8[np.ndarray,
 
     `segmentation` is in COCO's form: polygons [x, y, x, y, …], or a run-length encoding with counts
     as numbers or compressed, or several of those. Nothing is an empty mask.
+
+    Raises:
+        ValueError, TypeError, OverflowError: it is nothing of these.
     """
     if not segmentation:
         return np.zeros((height, width), np.uint8)
     parts = [segmentation] if isinstance(segmentation, Mapping) else list(segmentation)
-    if not isinstance(parts[0], Mapping):
-        runs = coco_mask.frPyObjects(parts, height, width)
-    else:
-        runs = [
-            coco_mask.frPyObjects(dict(part), height, width)
-            if isinstance(part["counts"], list)
-            else dict(part)
-            for part in parts
-        ]
-    masks: Bool[np.ndarray, "H W N"] = coco_mask.decode(runs)
-    if masks.shape[:2] != (height, width):
-        raise ValueError(f"encoded for {masks.shape[:2]} instead of {(height, width)}")
-    return masks.sum(axis=2, dtype=np.uint8)
+    size = (height, width)
+    if isinstance(parts[0], Mapping):
+        return np.sum([decode_runs(part, size) for part in parts], axis=0, dtype=np.uint8)
+    corners = [np.asarray(part, np.float64).reshape(-1, 2) for part in parts]
+    return draw_polygons(corners, size).sum(axis=2, dtype=np.uint8)
 
 
 def load_refs(file: Path) -> list[dict[str, Any]]:
