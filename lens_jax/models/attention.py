@@ -9,12 +9,15 @@ accelerator's own kernel where there is one.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
@@ -44,22 +47,81 @@ def attention(
     """Grouped-query attention to own keys under `mask` and to all of the prefix's valid keys."""
     b, g, s, n, h = queries.shape
     kv_heads = keys.shape[3]
+    # Heads in front: whatever is as large as the scores is then made and read as it lies.
     queries = (queries * h**-0.5).reshape(b, g, s, kv_heads, n // kv_heads, h)
-    own = jnp.einsum("bgskrh,bgtkh->bgkrst", queries, keys, preferred_element_type=jnp.float32)
-    own = jnp.where(mask[:, :, None, None], own, MASKED)
-    if prefix is None:
-        weights = jax.nn.softmax(own).astype(values.dtype)
-        out = jnp.einsum("bgkrst,bgtkh->bgskrh", weights, values)
-        return out.reshape(b, g, s, n, -1)
-    shared = jnp.einsum(
-        "bgskrh,bpkh->bgkrsp", queries, prefix.keys, preferred_element_type=jnp.float32
+    parts = [(jnp.moveaxis(keys, 3, 1), jnp.moveaxis(values, 3, 1), mask[:, None, :, None])]
+    if prefix is not None:
+        shared = prefix.mask[:, None, None, None, None]
+        parts.append((jnp.moveaxis(prefix.keys, 2, 1), jnp.moveaxis(prefix.values, 2, 1), shared))
+    out = _attend(queries.transpose(0, 3, 1, 4, 2, 5), parts)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, g, s, n, -1)
+
+
+# Keys, values and mask: of the group's members [B, K, G, T, ...], or shared by them [B, K, T, ...].
+_Part = tuple[Float[Array, "B K ... T H"], Float[Array, "B K ... T H"], Bool[Array, "..."]]
+
+
+@jax.custom_vjp
+def _attend(
+    queries: Float[Array, "B K G R S H"], parts: Sequence[_Part]
+) -> Float[Array, "B K G R S H"]:
+    """One softmax over the keys of all parts; queries are scaled already.
+
+    The backward pass computes the scores again (FlashAttention, section 3.1): nothing as large as
+    they are is kept, and what the softmax subtracts comes from the output.
+    """
+    return _attend_forward(queries, parts)[0]
+
+
+def _attend_forward(queries, parts):
+    scores = [_scores(queries, keys, mask) for keys, _, mask in parts]
+    most = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in scores))
+    weights = [jnp.exp(x - most) for x in scores]
+    total = sum(x.sum(-1, keepdims=True) for x in weights)
+    out = sum(
+        _product(x.astype(values.dtype), values, 5, values.ndim - 2, values.ndim - 2)
+        for x, (_, values, _) in zip(weights, parts, strict=True)
     )
-    shared = jnp.where(prefix.mask[:, None, None, None, None], shared, MASKED)
-    weights = jax.nn.softmax(jnp.concatenate([shared, own], axis=-1)).astype(values.dtype)
-    split = prefix.keys.shape[1]
-    out = jnp.einsum("bgkrsp,bpkh->bgskrh", weights[..., :split], prefix.values)
-    out += jnp.einsum("bgkrst,bgtkh->bgskrh", weights[..., split:], values)
-    return out.reshape(b, g, s, n, -1)
+    out = (out / total).astype(queries.dtype)
+    return out, (queries, parts, out, most + jnp.log(total))
+
+
+def _attend_backward(residuals, gradient):
+    queries, parts, out, log_total = residuals
+    product = gradient.astype(jnp.float32) * out.astype(jnp.float32)
+    subtracted = product.sum(-1, keepdims=True)
+    of_queries, of_parts = 0, []
+    for keys, values, mask in parts:
+        token = keys.ndim - 2
+        weights = jnp.exp(_scores(queries, keys, mask) - log_total)
+        of_weights = _product(gradient, values, 5, token + 1, token)
+        of_scores = jnp.where(mask, weights * (of_weights - subtracted), 0).astype(keys.dtype)
+        of_queries += _product(of_scores, keys, 5, token, token)
+        # The small factor first: it is the one that is turned.
+        rows = range(token, 5)
+        of_keys, of_values = (
+            _product(small, large, rows, rows, token).swapaxes(-1, -2).astype(keys.dtype)
+            for small, large in ((queries, of_scores), (gradient, weights.astype(values.dtype)))
+        )
+        of_parts.append((of_keys, of_values, None))
+    return of_queries.astype(queries.dtype), of_parts
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scores(queries, keys, mask) -> Float[Array, "B K G R S T"]:
+    scores = _product(queries, keys, 5, keys.ndim - 1, keys.ndim - 2)
+    return jnp.where(mask, scores, MASKED)
+
+
+def _product(
+    lhs: Array, rhs: Array, lhs_axes: int | Sequence[int], rhs_axes: int | Sequence[int], batch: int
+) -> Float[Array, "..."]:
+    """Sum over these axes, the first `batch` ones kept apart: float32 [batch, of lhs, of rhs]."""
+    contracted = [(x,) if isinstance(x, int) else tuple(x) for x in (lhs_axes, rhs_axes)]
+    kept = tuple(range(batch))
+    return lax.dot_general(lhs, rhs, (contracted, (kept, kept)), preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

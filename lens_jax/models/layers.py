@@ -1,4 +1,4 @@
-"""Stacks of equal layers, run by scan."""
+"""Stacks of equal layers, run by scan; products that widen."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float
 
 # What a backward pass keeps instead of computing again, by name.
 REMAT_POLICIES = {
@@ -13,6 +14,29 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+@jax.custom_vjp
+def _widen(x, kernel):
+    return x @ kernel
+
+
+def _widen_backward(residuals, gradient):
+    x, kernel = residuals
+    rows = tuple(range(x.ndim - 1))
+    return gradient @ kernel.T, lax.dot_general(x, gradient, ((rows, rows), ((), ())))
+
+
+_widen.defvjp(lambda x, kernel: (_widen(x, kernel), (x, kernel)), _widen_backward)
+
+
+def widen(x: Float[Array, "... I"], kernel: Float[Array, "I O"], *_, **__) -> Float[Array, "... O"]:
+    """The `dot_general` of a linear layer with far more outputs than inputs.
+
+    One factor of the kernel's gradient has to be turned. It is the inputs here, which are small,
+    where automatic differentiation takes the outputs' gradient: on CPU that is slow.
+    """
+    return _widen(x, kernel)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:

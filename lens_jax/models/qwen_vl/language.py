@@ -51,8 +51,9 @@ class DecoderLayer(nnx.Module):
         self.k_proj = nnx.Linear(width, config.num_kv_heads * head_dim, **linear)
         self.v_proj = nnx.Linear(width, config.num_kv_heads * head_dim, **linear)
         self.o_proj = nnx.Linear(config.num_heads * head_dim, width, use_bias=False, **linear)
-        self.gate_proj = nnx.Linear(width, mlp, use_bias=False, **linear)
-        self.up_proj = nnx.Linear(width, mlp, use_bias=False, **linear)
+        wide = dict(use_bias=False, dot_general=layers.widen, **linear)
+        self.gate_proj = nnx.Linear(width, mlp, **wide)
+        self.up_proj = nnx.Linear(width, mlp, **wide)
         self.down_proj = nnx.Linear(mlp, width, use_bias=False, **linear)
 
     def project(

@@ -38,8 +38,8 @@ class VisionBlock(nnx.Module):
             self.fc1 = nnx.Linear(width, mlp, **linear)
             self.fc2 = nnx.Linear(mlp, width, **linear)
         else:
-            self.gate_proj = nnx.Linear(width, mlp, **linear)
-            self.up_proj = nnx.Linear(width, mlp, **linear)
+            self.gate_proj = nnx.Linear(width, mlp, dot_general=layers.widen, **linear)
+            self.up_proj = nnx.Linear(width, mlp, dot_general=layers.widen, **linear)
             self.down_proj = nnx.Linear(mlp, width, **linear)
 
     def __call__(
