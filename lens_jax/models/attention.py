@@ -32,8 +32,8 @@ Kernel = Literal["xla", "splash", "cudnn"]
 class Prefix:
     """Keys and values of the prompt, one copy for all members of a group."""
 
-    keys: Float[Array, "B P K H"]
-    values: Float[Array, "B P K H"]
+    keys: Float[Array, "B K P H"]
+    values: Float[Array, "B K P H"]
     mask: Bool[Array, "B P"]
 
 
@@ -45,16 +45,33 @@ def attention(
     prefix: Prefix | None = None,
 ) -> Float[Array, "B G S N H"]:
     """Grouped-query attention to own keys under `mask` and to all of the prefix's valid keys."""
+    return cached_attention(queries, heads_first(keys), heads_first(values), mask, prefix)
+
+
+def cached_attention(
+    queries: Float[Array, "B G S N H"],
+    keys: Float[Array, "B K G T H"],
+    values: Float[Array, "B K G T H"],
+    mask: Bool[Array, "#B #G #S T"],
+    prefix: Prefix | None = None,
+) -> Float[Array, "B G S N H"]:
+    """`attention` to keys and values that lie as caches keep them, heads first.
+
+    Whatever is as large as the scores, or read at every step, is then used as it lies.
+    """
     b, g, s, n, h = queries.shape
-    kv_heads = keys.shape[3]
-    # Heads in front: whatever is as large as the scores is then made and read as it lies.
+    kv_heads = keys.shape[1]
     queries = (queries * h**-0.5).reshape(b, g, s, kv_heads, n // kv_heads, h)
-    parts = [(jnp.moveaxis(keys, 3, 1), jnp.moveaxis(values, 3, 1), mask[:, None, :, None])]
+    parts = [(keys, values, mask[:, None, :, None])]
     if prefix is not None:
-        shared = prefix.mask[:, None, None, None, None]
-        parts.append((jnp.moveaxis(prefix.keys, 2, 1), jnp.moveaxis(prefix.values, 2, 1), shared))
+        parts.append((prefix.keys, prefix.values, prefix.mask[:, None, None, None, None]))
     out = _attend(queries.transpose(0, 3, 1, 4, 2, 5), parts)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, g, s, n, -1)
+
+
+def heads_first(x: Float[Array, "B ... T K H"]) -> Float[Array, "B K ... T H"]:
+    """Keys or values as caches keep them."""
+    return jnp.moveaxis(x, -2, 1)
 
 
 # Keys, values and mask: of the group's members [B, K, G, T, ...], or shared by them [B, K, T, ...].
@@ -224,7 +241,9 @@ def _packed(queries, keys, values, valid, *, prompt, group):
     attended = _alone(*prompt_parts, _causal(valid)[:, None])
     if not group:
         return attended
-    seen = attention(*own_parts, _causal(own_valid), Prefix(*prompt_parts[1:], valid))
+    seen = attention(
+        *own_parts, _causal(own_valid), Prefix(*map(heads_first, prompt_parts[1:]), valid)
+    )
     return _together(attended, seen)
 
 

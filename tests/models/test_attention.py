@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens_jax.models.attention import Prefix, attention
+from lens_jax.models.attention import Prefix, attention, heads_first
 from tests import micro
 
 B, G, P, S, H = 2, 3, 7, 5, 4
@@ -25,8 +25,15 @@ def inputs(heads, kv_heads):
     return arrays, mask, np.arange(P) < np.array([[4], [7]])
 
 
+def prefix_of(arrays, mask) -> Prefix:
+    return Prefix(heads_first(arrays["prefix_keys"]), heads_first(arrays["prefix_values"]), mask)
+
+
 def shared(arrays, mask, prefix_mask):
-    prefix = Prefix(arrays["prefix_keys"], arrays["prefix_values"], prefix_mask)
+    prefix = prefix_of(arrays, prefix_mask)
+    prefix = Prefix(
+        *map(heads_first, (arrays["prefix_keys"], arrays["prefix_values"])), prefix_mask
+    )
     return attention(arrays["queries"], arrays["keys"], arrays["values"], mask, prefix)
 
 
@@ -80,6 +87,11 @@ def test_no_key_at_all_is_finite():
     def total(arrays, prefix):
         return attention(arrays["queries"], arrays["keys"], arrays["values"], nothing, prefix).sum()
 
-    for prefix in (None, Prefix(arrays["prefix_keys"], arrays["prefix_values"], prefix_mask & 0)):
+    for prefix in (
+        None,
+        Prefix(
+            *map(heads_first, (arrays["prefix_keys"], arrays["prefix_values"])), prefix_mask & 0
+        ),
+    ):
         value, gradients = jax.jit(jax.value_and_grad(total))(arrays, prefix)
         assert all(jnp.isfinite(x).all() for x in (value, *jax.tree.leaves(gradients)))

@@ -9,7 +9,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lens_jax.models import layers
-from lens_jax.models.attention import XLA, Attention, Prefix, attention
+from lens_jax.models.attention import (
+    XLA,
+    Attention,
+    Prefix,
+    cached_attention,
+    heads_first,
+)
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.rope import Rotation, multimodal_rotation, rotate
 
@@ -18,8 +24,8 @@ from lens_jax.models.rope import Rotation, multimodal_rotation, rotate
 class PromptCache:
     """Keys and values of the prompts, per layer, shared by all completions of a group."""
 
-    keys: Float[Array, "layers B P K H"]
-    values: Float[Array, "layers B P K H"]
+    keys: Float[Array, "layers B K P H"]
+    values: Float[Array, "layers B K P H"]
     mask: Bool[Array, "B P"]
 
     def layer(self, index) -> Prefix:
@@ -30,10 +36,10 @@ class PromptCache:
 class CompletionCache:
     """Keys and values of the completions so far."""
 
-    keys: Float[Array, "layers B G T K H"]
-    values: Float[Array, "layers B G T K H"]
+    keys: Float[Array, "layers B K G T H"]
+    values: Float[Array, "layers B K G T H"]
 
-    def layer(self, index) -> tuple[Float[Array, "B G T K H"], Float[Array, "B G T K H"]]:
+    def layer(self, index) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T H"]]:
         return _pick(self.keys, index), _pick(self.values, index)
 
 
@@ -123,7 +129,8 @@ class LanguageModel(nnx.Module):
 
         def step(layer, x):
             queries, keys, values = layer.project(x, rotation)
-            return layer.combine(x, attend(queries, keys, values)), (keys, values)
+            cached = heads_first(keys), heads_first(values)
+            return layer.combine(x, attend(queries, keys, values)), cached
 
         x, (keys, values) = layers.scan(self.layers, step, prompt)
         return self.norm(x), PromptCache(keys, values, mask)
@@ -181,13 +188,14 @@ class LanguageModel(nnx.Module):
 
         def step(layer, carry):
             x, index = carry
-            queries, keys, values = layer.project(x, rotation)
+            queries, *new = layer.project(x, rotation)
+            keys, values = map(heads_first, new)
             if past is not None:
                 keys, values = (
-                    jnp.concatenate([before, y], axis=2)
+                    jnp.concatenate([before, y], axis=3)
                     for before, y in zip(past.layer(index), (keys, values), strict=True)
                 )
-            attended = attention(queries, keys, values, mask, prompt.layer(index))
+            attended = cached_attention(queries, keys, values, mask, prompt.layer(index))
             return (layer.combine(x, attended), index + 1), None
 
         (x, _), _ = layers.scan(self.layers, step, (own, jnp.int32(0)))
@@ -195,7 +203,7 @@ class LanguageModel(nnx.Module):
 
     def empty_cache(self, batch: int, group: int, length: int) -> CompletionCache:
         config = self.config
-        shape = (config.num_layers, batch, group, length, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, batch, config.num_kv_heads, group, length, config.head_dim)
         zeros = jnp.zeros(shape, self.embed_tokens.dtype)
         return CompletionCache(zeros, zeros)
 
@@ -208,13 +216,13 @@ class LanguageModel(nnx.Module):
         cache: CompletionCache,
     ) -> tuple[Float[Array, "B G D"], CompletionCache]:
         """One step: token `index` of every completion, at rotary position `position`."""
-        length = cache.keys.shape[3]
+        length = cache.keys.shape[4]
         mask = (jnp.arange(length) <= index)[None, None, None]
         rotation = self.rotation(
             jnp.broadcast_to(position[:, None, None, None], (*position.shape, 1, 3, 1))
         )
         write = lambda stack, new, i: lax.dynamic_update_slice(  # noqa: E731
-            stack, new[None].astype(stack.dtype), (i, 0, 0, index, 0, 0)
+            stack, heads_first(new)[None].astype(stack.dtype), (i, 0, 0, 0, index, 0)
         )
 
         def step(i, carry):
@@ -223,7 +231,8 @@ class LanguageModel(nnx.Module):
             query, key, value = layer.project(x, rotation)
             keys, values = write(keys, key, i), write(values, value, i)
             own = CompletionCache(keys, values).layer(i)
-            return layer.combine(x, attention(query, *own, mask, prompt.layer(i))), keys, values
+            attended = cached_attention(query, *own, mask, prompt.layer(i))
+            return layer.combine(x, attended), keys, values
 
         # The loop carries the cache, so that it is updated in place; a scan would copy it.
         carry = (token[:, :, None], cache.keys, cache.values)
