@@ -121,6 +121,10 @@ def test_a_wrong_flag_is_one_line(flags, says, file, capsys):
         ("grpo: [3\n", "expected ',' or ']'"),
         ("seed: 1\n", "no start weights"),
         ("model: {checkpoint: start}\n", "no data"),
+        (
+            "model: {checkpoint: start}\ndata: {dataset: folder, shapes: {train_scenes: 5}}\n",
+            "no data",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_line(text, says, file, capsys):

@@ -1,6 +1,7 @@
 """One picture with one object in it, the sentences that name it, and the truth about it."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +9,9 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps
+
+# Pictures of 90 to 179 megapixels are fine; from there on Pillow refuses them.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class SampleError(Exception):

@@ -78,6 +78,13 @@ def test_a_given_box_stays_and_is_cut_at_the_border(write):
     assert source[1].mask.sum() == 20 and source[1].mask[:2, 30:].all()
 
 
+def test_a_box_fills_the_pixels_whose_centres_it_holds(write):
+    sample = Folder(write({"box": [2.6, 1.4, 5.5, 3.9]}))[0]
+    ys, xs = np.nonzero(sample.mask)
+    assert (set(xs), set(ys)) == ({3, 4}, {1, 2, 3}) and len(xs) == 6
+    assert sample.box.tolist() == [2.6, 1.4, 5.5, 3.9]
+
+
 def test_splits_and_several_objects_of_a_picture(write):
     rows = [
         {"expressions": ["a", "b", "c"], "box": BOX},
