@@ -75,7 +75,7 @@ def convert(
     data_dir: Path,
     output: Path,
     dataset: Literal["refcoco", "refcoco+", "refcocog", "refclef"] = "refcoco",
-) -> int:
+) -> None:
     """Writes a data set in another layout as one of your own: manifest.jsonl and pictures/.
 
     Pictures are hard links to the originals where the file system allows it, else copies. Nothing
@@ -104,8 +104,9 @@ def convert(
         print(
             "\n" + table([["left out", "objects", "the first one"], *map(list, summary.left_out)])
         )
+    if not rows:
+        raise cli.UsageError("no object can be converted: nothing is written")
     print(f"\n{rows:,} rows and {summary.pictures:,} pictures: {output}")
-    return 0 if rows else 2
 
 
 COMMANDS = {"check": (check, CHECK), "convert": (convert, CONVERT)}

@@ -119,7 +119,7 @@ def page(report: Report, thumbnails: int) -> str:
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("checking.html").render(
-        data_dir=_printable(report.data_dir),
+        data_dir=printable(report.data_dir),
         counts=report.counts(),
         errors=report.errors(),
         notes=report.notes(),
@@ -136,12 +136,12 @@ def _judge(data_dir: Path, row: Row) -> Verdict:
         picture = hashlib.blake2b((data_dir / row.image).read_bytes(), digest_size=16).digest()
     except RowError as error:
         text = str(error).replace(str(data_dir / FILE), FILE, 1)
-        return Verdict(row, Note(error.kind, _printable(text)))
+        return Verdict(row, Note(error.kind, printable(text)))
     except OSError as error:
-        return Verdict(row, Note("unreadable picture", _printable(f"{_where(row)}: {error}")))
+        return Verdict(row, Note("unreadable picture", printable(f"{_where(row)}: {error}")))
     target = hashlib.blake2b(np.packbits(sample.mask).tobytes(), digest_size=16).digest()
     notes = [
-        Note(kind, _printable(f"{_where(row)}: {text}")) for kind, text in _remarks(row, sample)
+        Note(kind, printable(f"{_where(row)}: {text}")) for kind, text in _remarks(row, sample)
     ]
     return Verdict(row, None, notes, not sample.mask.any(), picture, target)
 
@@ -249,6 +249,6 @@ def _where(row: Row) -> str:
     return f"{FILE}, line {row.line}"
 
 
-def _printable(value: Any) -> str:
+def printable(value: Any) -> str:
     """Text that any terminal and file takes: bytes of paths that are no Unicode are escaped."""
     return str(value).encode("utf-8", "backslashreplace").decode()

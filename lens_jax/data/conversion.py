@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lens_jax.data.checking import printable
 from lens_jax.data.masks import encode_runs
 from lens_jax.data.sample import SampleError, read_image
 from lens_jax.data.sources import reason_seg, refcoco
@@ -64,7 +65,7 @@ def convert(
     dataset: str = "refcoco",
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Summary:
-    """Writes OUTPUT/manifest.jsonl and OUTPUT/pictures/, all of it or nothing.
+    """Writes OUTPUT/manifest.jsonl and OUTPUT/pictures/; nothing if it fails or finds no object.
 
     Pictures are hard links where the file system allows it, so that they take no space and stay
     when the originals are removed; copies elsewhere.
@@ -85,9 +86,10 @@ def convert(
     (unfinished / PICTURES).mkdir(parents=True)
     try:
         summary = _write(found, unfinished, data_dir, progress)
-        if output.exists():
-            output.rmdir()
-        unfinished.rename(output)
+        if summary.rows:
+            if output.exists():
+                output.rmdir()
+            unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return summary
@@ -120,7 +122,7 @@ def _write(
                 except (OSError, ValueError) as error:
                     item = LeftOut("no picture", f"{item.picture}: {error}")
             if isinstance(item, LeftOut):
-                count, first = left_out.get(item.reason, (0, item.text))
+                count, first = left_out.get(item.reason, (0, printable(item.text)))
                 left_out[item.reason] = (count + 1, first)
                 continue
             manifest.write(f"{line}\n")

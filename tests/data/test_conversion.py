@@ -199,6 +199,23 @@ def test_all_or_nothing(shapes_dir, tmp_path):
         convert("refcoco", shapes_dir, tmp_path / "out")
 
 
+def test_names_that_are_no_unicode(tmp_path):
+    data = tmp_path / "data"
+    picture(data / "a.png")
+    name = os.fsdecode(b"b\xff")
+    picture(data / f"{name}.png")
+    for stem in ("a", name):
+        content = {"imagePath": "none.png", "shapes": [{"label": "it", "points": SQUARE}]}
+        (data / f"{stem}.json").write_text(json.dumps(content))
+    summary = convert("labelme", data, tmp_path / "out")
+    assert summary.rows == {"train": 1}
+    ((_, count, text),) = summary.left_out
+    assert count == 1 and "b\\udcff.png" in text and text.encode()
+    (data / "a.json").unlink()
+    assert not convert("labelme", data, tmp_path / "none").rows
+    assert not (tmp_path / "none").exists()
+
+
 def test_pictures_of_one_name_stay_apart(tmp_path):
     data = tmp_path / "data"
     for i, place in enumerate(("x/a.png", "y/a.png")):
