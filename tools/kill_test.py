@@ -2,8 +2,8 @@
 
 A run is started twice: once left alone, once killed (SIGKILL) at random moments and started again
 until it is through. Both must end with the same bits: parameters, metrics (timings apart) and
-evaluations. Moments are drawn from three kinds: any time after the start, some steps later, and
-while a checkpoint is being written.
+evaluations. Moments are drawn from three kinds: before the first step of a process, some steps
+later, and while a checkpoint is being written.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ SHORT = {
     "checkpoint.every": 2,
     "mesh.data": 1,
 }
-START = 30.0  # seconds: kills of the first kind come before
+START = 20.0  # seconds: kills of the first kind come before, and before a step is done
 ROWS = 8  # of the second kind: after at most so many steps of the process
 SAVES = 3  # of the third kind: during one of the first so many saves of the process
 WITHIN = 0.1  # seconds after the step or after a save has begun
@@ -100,25 +100,27 @@ class Victim:
 
         Args:
             kind: `start`, `step` (after `count` of them) or `save` (in the `count`-th).
-            delay: seconds, after the start, the step, or the beginning of the save.
+            delay: seconds, after the start (the first step at the latest), the step, or the
+                beginning of the save.
         """
         process, begin = self.start(), time.perf_counter()
         seen, rows = self.saving(), self.rows()
         while process.poll() is None:
-            if kind == "step":
-                # Rows past the checkpoint are cut when the run goes on: count down from there.
-                rows = min(rows, self.rows())
-                ready = self.rows() >= rows + count
-            elif kind == "save":
-                new = self.saving() - seen
-                seen, count = seen | new, count - len(new)
+            # Rows past the checkpoint are cut when the run goes on: count up from there.
+            rows = min(rows, self.rows())
+            before, seen = seen, self.saving()
+            if kind == "save":
+                count -= len(seen - before)
                 ready = count <= 0
+            elif kind == "step":
+                ready = self.rows() >= rows + count
             else:
-                ready = True
+                ready = self.rows() > rows or time.perf_counter() > begin + delay
             if ready:
                 break
             time.sleep(0.001)
-        time.sleep(delay)
+        if kind != "start":
+            time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:
             return None
