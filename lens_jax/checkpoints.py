@@ -148,6 +148,10 @@ class TrainingCheckpoints:
     def __init__(self, directory: str | os.PathLike[str], keep: int, keep_best: int = 0):
         self.directory = _path(directory)
         self.keep, self.keep_best = keep, keep_best
+        try:
+            self.directory.exists()
+        except ImportError as error:
+            raise CheckpointError(f"{self.directory} cannot be reached: {error}") from error
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[epath.Path, Future[None]] | None = None
 

@@ -260,6 +260,11 @@ def test_remote_directories_go_through_the_same_code(tmp_path, monkeypatch, capl
     assert "gs://bucket/run/grpo/3 is left out: the content of arrays/w is not" in caplog.text
 
 
+def test_a_store_without_its_library_names_it():
+    with pytest.raises(CheckpointError, match=r"az://bucket/run cannot be reached: .*adlfs"):
+        TrainingCheckpoints("az://bucket/run", keep=1)
+
+
 # --- pretrained -----------------------------------------------------------------------------------
 
 
