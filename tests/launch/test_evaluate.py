@@ -62,8 +62,8 @@ def test_mistakes_are_one_line(refused, asked, tmp_path, data_dir):
     val = ("--split", "val")
     assert "refs(unc).p is missing" in says(*val, "--data_dir", tmp_path)
     assert "refs(umd).p is missing" in says(*val, "--dataset", "refcocog")
-    names = "one of refcoco, refcoco+, refcocog, reason_seg, grounding_suite, got coco"
-    assert names in says(*val, "--dataset", "coco")
+    error = says(*val, "--dataset", "coco")
+    assert "one of refcoco, refcoco+, refcocog, " in error and "folder, got coco" in error
     assert "reason_seg/ReasonSeg is missing" in says(*val, "--dataset", "reason_seg")
     assert "GroundingSuite-Eval.jsonl is missing" in says(*val, "--dataset", "grounding_suite")
     assert "--max_length: expected a whole number of at least 1" in says(*val, "--max_length", 0)
