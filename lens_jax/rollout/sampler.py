@@ -82,7 +82,8 @@ def generate(
         z = all_logits(hidden, language.head)
         chosen_from = z if penalty == 1.0 else penalize(z, seen, penalty)
         token = sample(chosen_from, keys, index, sampling)
-        log_prob = jnp.take_along_axis(nn.log_softmax(z), token[..., None], axis=-1)[..., 0]
+        taken = jnp.take_along_axis(z, token[..., None], axis=-1)[..., 0]
+        log_prob = taken - nn.logsumexp(z, axis=-1)
         if penalty != 1.0:
             seen = seen.at[(*rows, token[..., None])].set(True)
         over = out.ended | (index >= limit)[:, None]
