@@ -6,11 +6,12 @@ the run that fits a laptop.
 
 import dataclasses
 import difflib
+import importlib
 import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -257,6 +258,8 @@ class RewardsConfig:
     pattern: Literal["think_format", "grounding_format", "grounding_format_reasoning"] = (
         "grounding_format"
     )
+    """The form: a thought and an answer in tags, a sentence with its box, or that after a
+    thought."""
     box: NonNegativeFloat = 1.0
     """IoU of the box that the completion writes."""
     segment: NonNegativeFloat = 1.0
@@ -267,6 +270,10 @@ class RewardsConfig:
     """Channels whose IoU is squared."""
     scale: PositiveFloat = 1.0
     """Factor on the total reward."""
+    custom: tuple[str, ...] = ()
+    """Channels of one's own, as MODULE:FUNCTION each; docs/rewards.md says what they get."""
+    custom_weights: tuple[NonNegativeFloat, ...] = ()
+    """Weights of `custom`, one each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -506,7 +513,19 @@ def _validate_grpo(config: RunConfig) -> None:
             "grpo.trained names neither visual nor language, so that the policy loss trains "
             "nothing: add one, or set grpo.policy_weight to 0"
         )
-    if not any((rewards.format, rewards.box, rewards.segment, rewards.boundary)):
+    if len(rewards.custom) != len(rewards.custom_weights):
+        raise ConfigError(
+            f"rewards.custom names {len(rewards.custom)} channels and rewards.custom_weights has "
+            f"{len(rewards.custom_weights)} weights: give one for each"
+        )
+    names = [path.partition(":")[2] for path in rewards.custom]
+    known = {"format", "box", "segment", "boundary"}
+    if taken := [name for name in names if name in known or names.count(name) > 1]:
+        raise ConfigError(f"rewards.custom: there are two channels {taken[0]}, rename the function")
+    for path in rewards.custom:
+        import_function(path)
+    weights = (rewards.format, rewards.box, rewards.segment, rewards.boundary)
+    if not any((*weights, *rewards.custom_weights)):
         raise ConfigError("all weights of rewards are 0: nothing to learn, raise one above 0")
     for key, greedy in (("top_k", rollout.top_k == 1), ("top_p", rollout.top_p == 0)):
         if greedy:
@@ -520,6 +539,21 @@ def batch_rows(config: RunConfig) -> int:
     """The largest number that divides the batches of every stage that runs; 0 if none does."""
     stages = (config.alignment, config.grpo)
     return math.gcd(*(stage.batch_size for stage in stages if stage.steps))
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """The function that MODULE:FUNCTION names. Raises ConfigError."""
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"rewards.custom: {path} cannot be imported ({error}); expected MODULE:FUNCTION, with "
+            "the module's folder on PYTHONPATH"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"rewards.custom: {path} is no function")
+    return function
 
 
 def check_batches(config: RunConfig, data: int, fsdp: int) -> None:

@@ -101,6 +101,15 @@ def processes(coordinator, count, number):
         ),
         (["--rewards.box", "0", "--rewards.segment", "0"], "all weights of rewards are 0"),
         (["--rewards.squared", "[format]"], "rewards.squared"),
+        (["--rewards.custom", "[os.path:join]"], "names 1 channels and rewards.custom_weights"),
+        (
+            ["--rewards.custom", "[nowhere:channel]", "--rewards.custom_weights", "[1]"],
+            "rewards.custom: nowhere:channel cannot be imported",
+        ),
+        (
+            ["--rewards.custom", "[os:curdir]", "--rewards.custom_weights", "[1]"],
+            "rewards.custom: os:curdir is no function",
+        ),
         (["--rollout.top_k", "1"], "rollout.top_k 1 is greedy"),
         (["--rollout.top_p", "0"], "rollout.top_p 0.0 is greedy"),
         (["--rollout.final_temperature", "0"], "rollout.final_temperature: expected a number"),

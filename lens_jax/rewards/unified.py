@@ -1,7 +1,7 @@
 """The unified reward: sentence, box and mask in named channels (LENS, section 3.3)."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import jax
@@ -33,6 +33,28 @@ class Rewards:
         return {name: self.values[..., k] for k, name in enumerate(self.names)}
 
 
+@struct.dataclass
+class Answers:
+    """What a channel of one's own may read: B prompts with G completions each."""
+
+    tokens: Int[Array, "B G T"]
+    lengths: Int[Array, "B G"]
+    """Tokens that count, end token included."""
+    text: dict[str, Array]
+    """What `text_rewards` reads: formats and box_found [B, G], box [B, G, 4]."""
+    logits: Float[Array, "B G H W"]
+    """Of the mask, on the canvas of the true masks."""
+    targets: Targets
+    """mask [B, H, W], box [B, 4] in the text's coordinates."""
+    valid: Bool[Array, "B H W"]
+    """Which pixels of the canvas belong to the picture."""
+    box_iou: Float[Array, "B G"]
+    mask_iou: Float[Array, "B G"]
+
+
+Channel = Callable[[Answers], Float[Array, "B G"]]
+
+
 @dataclasses.dataclass(frozen=True)
 class UnifiedReward:
     """Weighs format, box, segment and boundary rewards; weight 0: not in the total.
@@ -54,6 +76,9 @@ class UnifiedReward:
     """Channels whose IoU is squared."""
     scale: float = 1.0
     """Factor on the total."""
+    custom: Sequence[Channel] = ()
+    """Channels of one's own, each called like its function."""
+    custom_weights: Sequence[float] = ()
 
     def __call__(
         self,
@@ -87,6 +112,15 @@ class UnifiedReward:
         if self.boundary:
             boundary = jnp.where(no_target, no_mask, boundary_iou(logits, truth, valid))
             channels["boundary"] = (self.boundary, boundary)
+        for channel, weight in zip(self.custom, self.custom_weights, strict=True):
+            answers = Answers(tokens, lengths, text, logits, targets, valid, box, segment)
+            value = jnp.asarray(channel(answers), jnp.float32)
+            if value.shape != lengths.shape:
+                raise ValueError(
+                    f"reward channel {channel.__name__} returns shape {value.shape}, expected one "
+                    f"number for each completion, {lengths.shape}"
+                )
+            channels[channel.__name__] = (weight, value)
 
         weights = [weight for weight, _ in channels.values()]
         values = [v**2 if name in self.squared else v for name, (_, v) in channels.items()]

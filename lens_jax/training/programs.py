@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lens_jax import sharding
-from lens_jax.config import ConfigError, GRPOConfig, RunConfig, StageConfig
+from lens_jax.config import ConfigError, GRPOConfig, RunConfig, StageConfig, import_function
 from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
@@ -141,7 +141,9 @@ def build_reinforcement(
         return jax.tree.map(lambda x: x.astype(dtype), policy)
 
     parts, optimizer, places = _stage(settings, mesh, model)
-    reward = UnifiedReward(sharding.by_rows(read_text, mesh), **dataclasses.asdict(config.rewards))
+    channels = {f.name: getattr(config.rewards, f.name) for f in dataclasses.fields(config.rewards)}
+    channels["custom"] = tuple(import_function(path) for path in config.rewards.custom)
+    reward = UnifiedReward(sharding.by_rows(read_text, mesh), **channels)
     update = grpo.make_update(
         parts["definition"],
         shapes_of_rest,

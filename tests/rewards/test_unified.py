@@ -117,3 +117,21 @@ def test_no_gradient_passes(score, inputs):
 
     for gradient in jax.jit(jax.grad(total, argnums=(0, 1)))(logits, targets.box):
         assert not gradient.any()
+
+
+def brief(answers):
+    """1 for a completion of at most 20 tokens."""
+    return answers.lengths <= 20
+
+
+def test_a_channel_of_ones_own(score, inputs):
+    reward = UnifiedReward(score, box=0, segment=0, custom=(brief,), custom_weights=(0.5,))
+    rewards = jax.jit(reward)(*inputs)
+    assert rewards.names[-1] == "brief"
+    expected = np.asarray(inputs[1]) <= 20
+    assert 0 < expected.sum() < expected.size
+    np.testing.assert_array_equal(rewards.channels["brief"], expected)
+    np.testing.assert_allclose(rewards.total, 0.5 * expected)
+    wrong = UnifiedReward(score, custom=(lambda answers: jnp.ones(3),), custom_weights=(1,))
+    with pytest.raises(ValueError, match="returns shape"):
+        jax.eval_shape(wrong, *inputs)

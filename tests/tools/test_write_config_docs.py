@@ -1,0 +1,25 @@
+"""docs/config.md says what lens_jax/config.py says."""
+
+import dataclasses
+
+from lens_jax import config
+from tools import write_config_docs
+
+
+def test_the_page_is_up_to_date():
+    stored = write_config_docs.FILE.read_text(encoding="utf-8")
+    assert stored == write_config_docs.page(), "run python -m tools.write_config_docs"
+
+
+def test_every_key_is_explained():
+    page = write_config_docs.page()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+
+    def count(cls) -> int:
+        return sum(
+            count(f.type) if dataclasses.is_dataclass(f.type) else 1
+            for f in dataclasses.fields(cls)
+        )
+
+    assert len(rows) == count(config.RunConfig)
+    assert all(row.split(" | ")[-1].strip(" |") for row in rows)

@@ -1,0 +1,104 @@
+"""Writes docs/config.md from the dataclasses of lens_jax/config.py.
+
+python -m tools.write_config_docs
+"""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import re
+import typing
+from pathlib import Path
+
+from lens_jax import config
+
+FILE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+HEAD = """\
+# Every key of a configuration
+
+A YAML file has one section for each heading below; on the command line a key is `--section.key`.
+Flags win over the file, the file over the defaults, and `launch/train.py --print_config` shows the
+result. The defaults are the published recipe for RefCOCO. *Made by
+`python -m tools.write_config_docs` from `lens_jax/config.py`.*
+"""
+# What restricted numbers ask for.
+KINDS = {
+    "PositiveInt": "whole number >= 1",
+    "NonNegativeInt": "whole number >= 0",
+    "PositiveFloat": "number > 0",
+    "NonNegativeFloat": "number >= 0",
+    "ClosedUnitInterval": "number 0 to 1",
+    "OpenUnitInterval": "number between 0 and 1",
+    "bool": "true, false",
+    "str": "text",
+    "float": "number",
+    "int": "whole number",
+    "NoneType": "null",
+}
+
+
+def page() -> str:
+    """docs/config.md."""
+    return HEAD + "".join(_section(config.RunConfig, ""))
+
+
+def _section(cls: type, path: str) -> list[str]:
+    """The table of a dataclass, then those of the sections in it."""
+    title = f"`{path}`" if path else "Top level"
+    lines = [f"\n## {title}\n\n{_flat(inspect.getdoc(cls))}\n\n"]
+    lines.append("| key | values | default | meaning |\n|---|---|---|---|\n")
+    explained, hints, below = _explained(cls), typing.get_type_hints(cls), []
+    for field in dataclasses.fields(cls):
+        name = f"{path}.{field.name}".lstrip(".")
+        if dataclasses.is_dataclass(hints[field.name]):
+            below += _section(hints[field.name], name)
+            continue
+        shown = f"`{_yaml(field.default)}`"
+        meaning = explained.get(field.name, "Of the run." if name == "seed" else "")
+        cells = (f"`{field.name}`", _kind(hints[field.name]), shown, meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+    return lines + below
+
+
+def _explained(cls: type) -> dict[str, str]:
+    """Key -> the docstring under it, those of base classes included."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        body = ast.parse(inspect.getsource(base)).body[0].body
+        for field, text in itertools.pairwise(body):
+            is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+            if isinstance(field, ast.AnnAssign) and is_text:
+                found[field.target.id] = _flat(text.value.value)
+    return found
+
+
+def _kind(hint: typing.Any) -> str:
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in args)
+    if typing.get_origin(hint) is tuple:
+        inner = [arg for arg in args if arg is not ...]
+        if args[-1] is ...:
+            return f"list of: {_kind(inner[0])}"
+        return "[" + ", ".join(map(_kind, inner)) + "]"
+    if args:
+        return " or ".join(map(_kind, args))
+    return KINDS[hint.__name__]
+
+
+def _yaml(value: typing.Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _flat(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+if __name__ == "__main__":
+    FILE.write_text(page(), encoding="utf-8")
+    print(FILE)
