@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jinja2
+import yaml
 from PIL import Image
 
 from lens_jax.training import drawing, metrics
@@ -83,14 +84,8 @@ def write(run_dir: str | os.PathLike[str]) -> Path:
     rows = metrics.read(run_dir)
     evaluation = _json(run_dir / "evaluation.json")
     config = run_dir / "config.yaml"
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lens_jax.training", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         name=run_dir.resolve().name,
         headline=headline(evaluation),
         stages=[(s, sum(r["stage"] == s for r in rows)) for s in metrics.STAGES],
@@ -103,8 +98,86 @@ def write(run_dir: str | os.PathLike[str]) -> Path:
         size=(WIDTH, HEIGHT),
         plot=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
     )
-    file = run_dir / "report.html"
-    unfinished = file.with_name(".report.html")
+    return save(page, run_dir / "report.html")
+
+
+def compare(run_dirs: Sequence[str | os.PathLike[str]], file: str | os.PathLike[str]) -> Path:
+    """Writes one page over several runs: a chart for each number of each stage with a line for each
+    run, the last scores, and the keys in which configurations differ. Returns the file."""
+    directories = [Path(run) for run in run_dirs]
+    names = [str(run) for run in directories]
+    rows = dict(zip(names, map(metrics.read, directories), strict=True))
+    measured = []
+    for run in directories:
+        evaluation = _json(run / "evaluation.json")
+        measured.append(next((evaluation[k] for k in reversed(EVALUATIONS) if k in evaluation), {}))
+    scores = [
+        (label, ["–" if m.get(key) is None else f"{m[key]:.3f}" for m in measured])
+        for key, (label, is_fraction) in SCORES.items()
+        if is_fraction and any(m.get(key) is not None for m in measured)
+    ]
+    page = render(
+        "compare.html",
+        runs=names,
+        scores=scores,
+        differences=_differences(directories),
+        stages=[(stage, _overlaid(rows, stage)) for stage in metrics.STAGES],
+        size=(WIDTH, HEIGHT),
+        plot=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
+    )
+    return save(page, Path(file))
+
+
+def _overlaid(runs: dict[str, list[dict[str, Any]]], stage: str) -> list[Chart]:
+    """A chart for each number that CHARTS names, with a line for each run that has it."""
+    rows = {name: [r for r in part if r["stage"] == stage] for name, part in runs.items()}
+    channels = sorted({k for part in rows.values() for r in part for k in r if "reward/" in k})
+    drawn = []
+    for title, meaning, keys in CHARTS:
+        for key in [c for k in keys for c in (channels if k == "reward/" else [k])]:
+            series = {
+                name: [(r["step"], r[key]) for r in part if r.get(key) is not None]
+                for name, part in rows.items()
+            }
+            series = {name: _thin(points) for name, points in series.items() if points}
+            if series:
+                label = title if len(keys) == 1 else f"{title}: {key}"
+                drawn.append(_chart(label, meaning if len(keys) == 1 else "", series, 0))
+    return drawn
+
+
+def _differences(directories: Sequence[Path]) -> list[tuple[str, list[str]]]:
+    """Keys that are not the same in all configurations, with their values."""
+    flat = []
+    for run in directories:
+        file = run / "config.yaml"
+        flat.append(_flat(yaml.safe_load(file.read_text())) if file.is_file() else {})
+    keys = dict.fromkeys(key for values in flat for key in values)
+    table = [(key, [str(values.get(key, "–")) for values in flat]) for key in keys]
+    return [(key, values) for key, values in table if len(set(values)) > 1]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {k: v for key, part in tree.items() for k, v in _flat(part, f"{prefix}{key}.").items()}
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template beside this module."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lens_jax.training", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def save(page: str, file: Path) -> Path:
+    """Writes a page whole or not at all."""
+    unfinished = file.with_name(f".{file.name}")
     unfinished.write_text(page, encoding="utf-8")
     unfinished.replace(file)
     return file
@@ -259,8 +332,13 @@ def _sample(file: Path) -> dict[str, Any]:
     with Image.open(file) as picture:
         for panel in info["panels"]:
             x, y, w, h = panel["at"]
-            data = io.BytesIO()
-            picture.crop((x, y, x + w, y + h)).convert("RGB").save(data, "JPEG", quality=88)
-            uri = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+            uri = data_uri(picture.crop((x, y, x + w, y + h)))
             panels.append(panel | {"uri": uri, "scores": drawing.scores(panel), "size": (w, h)})
     return {"expression": info["expression"], "panels": panels}
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture as a JPEG inside the page."""
+    data = io.BytesIO()
+    picture.convert("RGB").save(data, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

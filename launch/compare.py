@@ -1,0 +1,47 @@
+"""Curves of several runs over each other: `python launch/compare.py --help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lens_jax import cli
+
+EXAMPLE = """\
+example:
+  python launch/compare.py runs/tiny runs/short --output compare.html"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise cli.UsageError(cli._explain(message, ["--output", "--help"]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="launch/compare.py",
+        description="Writes one page with the curves, scores and differing keys of several runs.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    parser.add_argument("--output", type=Path, required=True, help="the page to write")
+    try:
+        options = parser.parse_args(argv)
+        from lens_jax.training import report
+
+        for run in options.runs:
+            if not (run / "metrics.jsonl").is_file():
+                raise cli.UsageError(f"{run} is no run: metrics.jsonl is missing")
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        print(report.compare(options.runs, options.output))
+    except (cli.UsageError, OSError) as error:
+        return cli.complain(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
