@@ -47,7 +47,8 @@ def _equation(equation: core.JaxprEqn, while_trips: int | None) -> int:
             raise ValueError("the program holds a while loop: say how often it runs (while_trips)")
         return sum(inner) * (while_trips or 0)
     if name == "shard_map":
-        return sum(inner) * params["mesh"].size
+        shape = params["mesh"].shape
+        return sum(inner) * math.prod(shape[axis] for axis in params["newly_manual_axes"])
     return sum(inner) * params.get("length", 1)
 
 

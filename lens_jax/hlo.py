@@ -46,6 +46,7 @@ _FREE = frozenset(
         "recv-done",
     ]
 )
+_NO_ESTIMATE = 10**12
 _VIEWS = frozenset(["bitcast", "reshape", "copy", "convert", "transpose"])
 _SLICES = frozenset(["slice", "dynamic-slice", "gather"])
 
@@ -148,6 +149,72 @@ class Module:
             elif instruction.op not in _FREE:
                 total += self._moved(computation, instruction)
         return total
+
+    def cycles(self, computation: str | None = None, *, unknown_trips: int = 1) -> int:
+        """Cycles that the compiler estimates for one run of a computation (the entry).
+
+        Only TPU programs carry estimates, and kernels and collectives none.
+        """
+        total = 0
+        for instruction, times in self._runs(computation, unknown_trips):
+            found = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
+            if found and int(found[1]) < _NO_ESTIMATE:
+                total += times * int(found[1])
+        return total
+
+    def collective_bytes(
+        self, computation: str | None = None, *, unknown_trips: int = 1
+    ) -> dict[str, int]:
+        """Bytes that a device receives in the collectives of one run, by kind.
+
+        A collective that is cut into several steps, which share its channel, counts once. Its
+        result counts whole, its own part included; an all-reduce twice: its parts are summed, then
+        spread.
+        """
+        total: dict[str, int] = {}
+        computation = computation or self.entry
+        for body, times in self._bodies(computation, unknown_trips):
+            seen = set()
+            for instruction in self._straight(body):
+                kind = instruction.op.removesuffix("-start")
+                if kind not in COLLECTIVES:
+                    continue
+                channel = re.search(r"channel_id=(\d+)", instruction.text)
+                key = kind, channel[1] if channel else instruction.name
+                if key in seen:
+                    continue
+                seen.add(key)
+                sizes = [whole(part[0]) for part in _ARRAY.finditer(instruction.shape)]
+                size = max(sizes, default=0) if kind != "all-reduce" else 2 * sum(sizes)
+                total[kind] = total.get(kind, 0) + times * size
+        return total
+
+    def _bodies(self, computation: str, unknown_trips: int) -> Iterator[tuple[str, int]]:
+        """A computation and the bodies of its loops, with how often each runs."""
+        yield computation, 1
+        for instruction in self._straight(computation):
+            if instruction.op == "while":
+                trips = self.trips(instruction)
+                trips = unknown_trips if trips is None else trips
+                for body, times in self._bodies(instruction.called("body"), unknown_trips):
+                    yield body, trips * times
+
+    def _straight(self, computation: str) -> Iterator[Instruction]:
+        """The instructions of a computation and of all it calls but loops."""
+        for instruction in self.computations[computation].values():
+            yield instruction
+            if instruction.op != "while":
+                for key in ("calls", "to_apply", "true_computation", "false_computation"):
+                    if (name := instruction.called(key)) and name in self.computations:
+                        yield from self._straight(name)
+
+    def _runs(
+        self, computation: str | None, unknown_trips: int
+    ) -> Iterator[tuple[Instruction, int]]:
+        """The instructions of a computation and of its loops, with how often each runs."""
+        for body, times in self._bodies(computation or self.entry, unknown_trips):
+            for instruction in self.computations[body].values():
+                yield instruction, times
 
     def _moved(self, computation: str, instruction: Instruction) -> int:
         """Bytes that one instruction reads and writes."""

@@ -72,6 +72,18 @@ def test_loops_collectives_and_traffic():
     assert module.traffic() == 5 * module.traffic("body")
 
 
+def test_cycles_and_collective_bytes_of_all_trips():
+    text = TEXT.replace(
+        "calls=%updated", 'calls=%updated, backend_config={"estimated_cycles":"700"}'
+    )
+    # Cut in two steps that share a channel, it is one transfer still.
+    first = "  %sum = f32[1,1024]{1,0} all-reduce(%fast), channel_id=1, to_apply=%add\n"
+    module = hlo.Module(text.replace(first, first + first.replace("%sum", "%again")))
+    assert module.cycles("body") == 700 and module.cycles() == 5 * 700
+    assert module.collective_bytes("body") == {"all-reduce": 2 * 4 * 1024}
+    assert module.collective_bytes() == {"all-reduce": 5 * 2 * 4 * 1024}
+
+
 def test_a_loop_that_the_data_end():
     endless = TEXT.replace("direction=LT", "direction=NE")
     module = hlo.Module(endless)

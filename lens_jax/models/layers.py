@@ -1,9 +1,11 @@
 """Stacks of equal layers, run by scan; products that widen."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -63,6 +65,26 @@ def scan(
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return lax.scan(body, carry, state)
+
+
+def periods(layers: nnx.Module, kinds: Sequence[Any]) -> tuple[nnx.Module, int]:
+    """The stack as one of shorter stacks in which the `kinds` of layers repeat, and their depth.
+
+    Scanned in turn, each kind is compiled once, however often it comes back.
+    """
+    depth = len(kinds)
+    period = next(p for p in range(1, depth + 1) if list(kinds) == list(kinds[:p]) * (depth // p))
+    definition, state = nnx.split(layers)
+    state = jax.tree.map(lambda x: x.reshape(-1, period, *x.shape[1:]), state)
+    return nnx.merge(definition, state), period
+
+
+def stacks(modules: Iterable[nnx.Module]) -> Iterator[tuple[nnx.Module, int]]:
+    """Stacks of the equal ones among neighbours, and how many each holds."""
+    parts = (nnx.split(module) for module in modules)
+    for definition, run in itertools.groupby(parts, lambda part: part[0]):
+        states = [state for _, state in run]
+        yield nnx.merge(definition, jax.tree.map(lambda *x: jnp.stack(x), *states)), len(states)
 
 
 def layer(layers: nnx.Module, index) -> nnx.Module:

@@ -46,10 +46,15 @@ def make_update(
     definition: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     portions: int = 1,
+    places: nnx.State | None = None,
     *,
     stability: bool = True,
 ) -> Update:
-    """The update as a pure function `(state, frozen, batch) -> (state, metrics)`, to be jitted."""
+    """The update as a pure function `(state, frozen, batch) -> (state, metrics)`, to be jitted.
+
+    Args:
+        places: shardings of the trained parameters, and so of their gradients.
+    """
 
     def update(state: TrainState, frozen: nnx.State, batch: Batch):
         def gradient_of_sums(portion):
@@ -59,7 +64,7 @@ def make_update(
             return jax.grad(loss, has_aux=True)(state.params)
 
         count = len(batch.sample_id)
-        gradients, metrics = accumulate(gradient_of_sums, batch, portions)
+        gradients, metrics = accumulate(gradient_of_sums, batch, portions, places)
         gradients, metrics = jax.tree.map(lambda x: x / count, (gradients, metrics))
         state, norm = apply(state, gradients, metrics["loss"], optimizer)
         return state, metrics | {"grad_norm": norm, "skipped_updates": state.skipped}

@@ -116,6 +116,7 @@ def make_update(
     reward: UnifiedReward,
     objective: Objective,
     portions: int = 1,
+    places: nnx.State | None = None,
 ) -> Update:
     """The update as a pure function, to be jitted with its state donated.
 
@@ -124,6 +125,7 @@ def make_update(
 
     Args:
         absent: shapes of what the reference does without (`lens.split_policy`).
+        places: shardings of the trained parameters, and so of their gradients.
     """
 
     def update(state, frozen, reference, batch, rollout):
@@ -138,7 +140,7 @@ def make_update(
 
             return jax.grad(loss, has_aux=True)(state.params)
 
-        gradients, metrics = accumulate(gradient_of_sums, (batch, rollout), portions)
+        gradients, metrics = accumulate(gradient_of_sums, (batch, rollout), portions, places)
         count = rollout.lengths.size
         gradients, metrics = jax.tree.map(lambda x: x / count, (gradients, metrics))
         state, norm = apply(state, gradients, metrics["loss"], optimizer)

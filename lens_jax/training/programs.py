@@ -111,6 +111,7 @@ def build_alignment(config: RunConfig, mesh: Mesh, model: LensModel) -> Alignmen
         parts["definition"],
         optimizer,
         settings.portions(sharding.num_parts(mesh)),
+        places.params,
         stability=settings.stability,
     )
     update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
@@ -151,6 +152,7 @@ def build_reinforcement(
         reward,
         _objective(settings),
         settings.portions(sharding.num_parts(mesh)),
+        places.params,
     )
     temperatures = np.linspace(
         sample.temperature, sample.final_temperature or sample.temperature, settings.steps

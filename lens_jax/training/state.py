@@ -107,13 +107,27 @@ def apply(
 
 
 def accumulate(
-    gradient_of_sums: Callable[[Any], tuple[Any, Metrics]], batch: Any, portions: int
+    gradient_of_sums: Callable[[Any], tuple[Any, Metrics]],
+    batch: Any,
+    portions: int,
+    places: Any = None,
 ) -> tuple[Any, Metrics]:
     """Sums `gradient_of_sums(portion)` over equal portions of a batch, one after another.
 
     Sums, not means: cutting a batch changes nothing but rounding. Rows are dealt out in turn, so
     that a batch sharded over devices stays where it is.
+
+    Args:
+        places: shardings of the gradients, those of the parameters. Left alone, the compiler may
+            keep their sum whole on every device.
     """
+    if places is not None:
+        whole = gradient_of_sums
+
+        def gradient_of_sums(portion):
+            gradients, metrics = whole(portion)
+            return jax.lax.with_sharding_constraint(gradients, places), metrics
+
     if portions == 1:
         return gradient_of_sums(batch)
     deal = lambda x: x.reshape(-1, portions, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731

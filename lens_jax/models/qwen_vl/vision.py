@@ -119,19 +119,28 @@ class VisionTower(nnx.Module):
         windows = (rotation, mask)
         whole = (*jax.tree.map(_join_windows, windows), self.attention)
 
-        def run(x, view, first, last):
-            step = lambda block, x: (block(x, *view), None)  # noqa: E731
-            return layers.scan(self.blocks, step, x, remat=remat, first=first, last=last)[0]
+        full = [i in config.full_attention_blocks for i in range(config.depth)]
+        stacks, period = layers.periods(self.blocks, full)
 
-        full = frozenset(config.full_attention_blocks)
-        # Neighbours that attend alike run in one scan.
-        for is_full, blocks in itertools.groupby(range(config.depth), full.__contains__):
-            first, *more = blocks
-            last = first + len(more) + 1
-            if is_full:
-                x = run(_join_windows(x), whole, first, last).reshape(x.shape)
-            else:
-                x = run(x, windows, first, last)
+        def run(blocks, x):
+            # Neighbours that attend alike run in one scan.
+            for is_full, places in itertools.groupby(range(period), full.__getitem__):
+                first, *more = places
+                shape, view = x.shape, windows
+                if is_full:
+                    x, view = _join_windows(x), whole
+                x, _ = layers.scan(
+                    blocks,
+                    lambda block, x, view=view: (block(x, *view), None),
+                    x,
+                    remat=remat,
+                    first=first,
+                    last=first + len(more) + 1,
+                )
+                x = x.reshape(shape)
+            return x, None
+
+        x, _ = layers.scan(stacks, run, x)
         return self.merger(x)
 
 

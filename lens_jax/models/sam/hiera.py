@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lens_jax.models import layers
 from lens_jax.models.attention import XLA, Attention
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.layers import Mlp, gelu, layer_norm
@@ -187,9 +188,13 @@ class Hiera(nnx.Module):
         """Feature maps of all stages, strides 4, 8, 16, 32."""
         x = self.patch_embed(images)
         x = x + self.position_embedding().astype(x.dtype)
-        features = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i in self.stage_ends:
+        features, last = [], -1
+        for blocks, count in layers.stacks(self.blocks):
+            if count == 1:  # it may pool
+                x = layers.layer(blocks, 0)(x)
+            else:
+                x, _ = layers.scan(blocks, lambda block, x: (block(x), None), x)
+            last += count
+            if last in self.stage_ends:
                 features.append(x)
         return features

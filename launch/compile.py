@@ -1,0 +1,287 @@
+"""Compiles a run's programs for a TPU slice without one: `python launch/compile.py --help`."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+_EXAMPLE = """\
+Further flags are keys of the configuration, as for launch/train.py.
+
+example:
+  python launch/compile.py --config configs/lens_3b_refcoco.yaml --topology v5e:4x4 \\
+      --output refcoco_v5e.json --grpo.per_device_batch_size 2
+  python launch/compile.py --suggest v5e,v5p,v6e"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    # libtpu is only asked to compile, and JAX to compute nothing.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    options, overrides = _flags().parse_known_args(argv)
+
+    from lens_jax import cli, tpu
+    from lens_jax import config as configuration
+    from lens_jax.cli import UsageError
+
+    try:
+        files = [options.config] if options.config else sorted((ROOT / "configs").glob("lens_*"))
+        if bool(options.topology) == bool(options.suggest):
+            raise UsageError("give one of --topology and --suggest")
+        if options.topology and not options.config:
+            raise UsageError("give --config, the run to compile")
+        stages = [options.stage] if options.stage else ["alignment", "grpo"]
+        if options.suggest:
+            for file in files:
+                config = configuration.load(["--config", str(file), *overrides])
+                for family in options.suggest.split(","):
+                    suggest(file, config, family, stages)
+            return 0
+        config = configuration.load(["--config", str(options.config), *overrides])
+        report = compile_run(
+            config, options.topology, stages, only=options.program, hlo_dir=options.hlo_dir
+        )
+    except (UsageError, configuration.ConfigError, tpu.TopologyError, OSError) as error:
+        return cli.complain(error)
+    print(table(report))
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if report["fits"] else 1
+
+
+def _flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(
+        prog="launch/compile.py",
+        description="Compiles the programs of a run for a TPU slice, without one, and says whether "
+        "they fit.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    flags.add_argument("--config", type=Path, help="The run's YAML file.")
+    flags.add_argument("--topology", help="The slice: v5e:4x4, v5p:2x2x4, v6e:8x8, ...")
+    flags.add_argument("--output", type=Path, help="Where the report is written as JSON.")
+    flags.add_argument("--stage", choices=("alignment", "grpo"), help="Default: both, if they run.")
+    flags.add_argument(
+        "--suggest",
+        metavar="CHIPS",
+        help="v5e,v5p,v6e: the smallest slice of each that fits; without --config, for every "
+        "recipe in configs/.",
+    )
+    flags.add_argument(
+        "--program", default="", help="Only programs whose name begins so, as grpo.rollout."
+    )
+    flags.add_argument("--hlo_dir", type=Path, help="Where the scheduled HLO of each is written.")
+    return flags
+
+
+def compile_run(
+    config: Any,
+    topology: str,
+    stages: Sequence[str],
+    *,
+    only: str = "",
+    hlo_dir: Path | None = None,
+    stop_early: bool = False,
+) -> dict[str, Any]:
+    """The report that --output writes.
+
+    Args:
+        only: programs whose name begins so.
+        hlo_dir: where their scheduled HLO is written.
+        stop_early: at the first program that does not fit.
+    """
+    from lens_jax.training import programs, slices
+
+    part = slices.Slice.of(topology, config)
+    rows = []
+    with programs.precision(config):
+        for program in slices.list_programs(
+            config,
+            model_shapes(config),
+            part.mesh,
+            stages=stages,
+            **text(config),
+        ):
+            if not program.name.startswith(only):
+                continue
+            begin = time.monotonic()
+            print(f"compiling {program.name} for {topology} ...", file=sys.stderr, flush=True)
+            row, compiled = slices.compile_program(program, part.mesh, part.chip)
+            print(f"  {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+            advice = [] if row.fits else slices.suggestions(config, part.mesh, program.name)
+            rows.append(dataclasses.asdict(row) | {"suggestions": advice})
+            if hlo_dir and compiled:
+                hlo_dir.mkdir(parents=True, exist_ok=True)
+                (hlo_dir / f"{program.name}.txt").write_text(compiled)
+            if stop_early and not row.fits:
+                break
+    return {
+        "topology": topology,
+        "chips": part.mesh.size,
+        "mesh": dict(part.mesh.shape),
+        "fits": all(row["fits"] for row in rows),
+        "programs": rows,
+    }
+
+
+def model_shapes(config: Any) -> Any:
+    """LensConfig of the run's model: from its files, or published by their names."""
+    from lens_jax import checkpoints
+    from lens_jax.config import ConfigError
+    from lens_jax.models.lens import LensConfig
+
+    model = config.model
+    positions = {"context_positions": model.context_positions} if model.context_positions else {}
+    if model.checkpoint and (Path(model.checkpoint) / checkpoints.CONFIG).exists():
+        return LensConfig.from_dict(checkpoints.read_config(model.checkpoint) | positions)
+    if not (model.mllm and model.sam):
+        raise ConfigError(
+            f"model.checkpoint {model.checkpoint} does not exist: name what it was made of as "
+            "model.mllm and model.sam to compile without it"
+        )
+    return LensConfig(
+        _mllm_shapes(Path(model.mllm)),
+        _sam_shapes(Path(model.sam)),
+        num_queries=model.num_queries,
+        **positions,
+    )
+
+
+def _mllm_shapes(directory: Path) -> Any:
+    from lens_jax.config import ConfigError
+    from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
+
+    file = directory / "config.json"
+    if file.exists():
+        return QwenVLConfig.from_hf(json.loads(file.read_text()))
+    if directory.name in PRESETS:
+        return PRESETS[directory.name]
+    raise ConfigError(
+        f"model.mllm: {file} does not exist, and shapes are known of {', '.join(PRESETS)} alone"
+    )
+
+
+def _sam_shapes(path: Path) -> Any:
+    from lens_jax.config import ConfigError
+    from lens_jax.models.sam.config import PRESETS, SAM_PRESETS, sam_config
+
+    folder = path if path.is_dir() else path.parent
+    for file in (folder / "sam2_config.json", folder / "sam_config.json"):
+        if file.exists():
+            return sam_config(json.loads(file.read_text()), str(file))
+    named = {f"sam_{name}": shapes for name, shapes in SAM_PRESETS.items()}
+    for version in ("sam2", "sam2.1"):
+        named |= {f"{version}_hiera_{name}": shapes for name, shapes in PRESETS.items()}
+    for name, shapes in named.items():
+        if path.name.startswith(name):
+            return shapes
+    raise ConfigError(
+        f"model.sam: {folder} holds no sam2_config.json, and by name shapes are known of "
+        f"{', '.join(named)} alone"
+    )
+
+
+def text(config: Any) -> dict[str, Any]:
+    """What the programs of stage 2 know of the tokenizer.
+
+    Without its files that of the tiny checkpoint: its rewards' tables are some megabytes smaller.
+    """
+    from transformers import AutoTokenizer
+
+    from lens_jax.rewards import text_rewards
+
+    places = [config.model.checkpoint, config.model.mllm, ROOT / "checkpoints/tiny/qwen2_5_vl"]
+    place = next(x for x in places if x and (Path(x) / "tokenizer.json").exists())
+    ends = json.loads((Path(place) / "generation_config.json").read_text())["eos_token_id"]
+    return {
+        "read_text": text_rewards(AutoTokenizer.from_pretrained(place)),
+        "end_tokens": tuple(ends) if isinstance(ends, list) else (ends,),
+    }
+
+
+def suggest(file: Path, config: Any, family: str, stages: Sequence[str]) -> dict[str, Any] | None:
+    """Prints, and returns the report of, the smallest slice of a kind of chip that a run fits."""
+    from lens_jax import tpu
+    from lens_jax.config import ConfigError
+
+    if family not in tpu.SLICES:
+        raise tpu.TopologyError(f"{family}: --suggest knows {', '.join(tpu.SLICES)}")
+    for grid in tpu.SLICES[family]:
+        try:
+            report = compile_run(config, f"{family}:{grid}", stages, stop_early=True)
+        except ConfigError as error:
+            print(f"{file}: {family}:{grid}: {error}")
+            continue
+        if report["fits"]:
+            most = max(row["resident_bytes_per_chip"] for row in report["programs"])
+            print(
+                f"{file}: {family}:{grid} ({report['chips']} chips) is the smallest that fits, "
+                f"{most / 1e9:.1f} GB on a chip"
+            )
+            return report
+    print(f"{file}: fits no slice of {family}")
+    return None
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    rows = report["programs"]
+    kinds = [*dict.fromkeys(kind for row in rows for kind in row["resident"])]
+    kinds = [kind for kind in kinds if any(row["resident"].get(kind) for row in rows)]
+    memory = [["GB on a chip while it runs", *kinds, "sum", "of", ""]]
+    work = [
+        ["of one chip", "TFLOP", "HBM GB", "collectives GB", "estimated ms", "MFU at most",
+         "compiled in s"]
+    ]  # fmt: skip
+    giga = lambda x, digits=2: "" if x is None else f"{x / 1e9:.{digits}f}"  # noqa: E731
+    for row in rows:
+        memory.append(
+            [
+                row["name"],
+                *(giga(row["resident"].get(kind)) for kind in kinds),
+                giga(row["resident_bytes_per_chip"]),
+                giga(row["hbm_limit"]),
+                "" if row["fits"] else "DOES NOT FIT",
+            ]
+        )
+        time_, bound = row["estimated_ms"], row["model_flops_utilisation_bound"]
+        work.append(
+            [
+                row["name"],
+                f"{row['flops_per_chip'] / 1e12:.1f}",
+                giga(row["traffic_bytes_per_chip"], 1),
+                giga(row["collective_bytes_per_chip"]),
+                "" if time_ is None else f"{time_:.0f}",
+                "" if bound is None else f"{bound:.2f}",
+                f"{row['compile_seconds']:.0f}",
+            ]
+        )
+    lines = [f"{report['topology']}: {report['chips']} chips, {mesh}", "", *_aligned(memory)]
+    lines += ["", *_aligned(work)]
+    for row in rows:
+        lines += [f"{row['name']} does not fit: try {x}" for x in row["suggestions"]]
+    return "\n".join(lines)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The same on Google Kubernetes Engine, through xpk (pip install xpk): create a cluster of slices,
+# run a command on all workers of a job, follow its log, delete. --dry_run prints every command
+# instead of running it.
+set -euo pipefail
+# shellcheck source=launch/tpu/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+  cat <<'HELP'
+usage: launch/tpu/gke.sh COMMAND --cluster C --zone ZONE --project P [--dry_run] [...]
+
+commands, in the order of use:
+  create   --type v5litepod-16 [--slices 1] [--spot]   a cluster with room for so many slices
+  run      --job J --type T [--slices 1] -- COMMAND    builds the image of this checkout, and starts
+                                                       COMMAND in it on every worker
+  log      --job J                                     follows the output of the first worker
+  stop     --job J                                     SIGTERM: the run saves, and ends
+  delete                                               the cluster
+
+example:
+  launch/tpu/gke.sh create --cluster lens --zone us-west4-a --project P --type v5litepod-16
+  launch/tpu/gke.sh run --cluster lens --zone us-west4-a --project P --type v5litepod-16 --job one \
+      -- python launch/train.py --config configs/lens_3b_refcoco.yaml --run_dir gs://B/lens
+HELP
+}
+
+command=${1:-}
+case $command in
+  "" | -h | --help) usage && exit 0 ;;
+esac
+shift
+cluster='' zone='' project='' type='' slices=1 job='' rest=()
+parse "cluster zone project type slices job" "$@"
+need cluster zone project
+where=(--cluster "$cluster" --zone "$zone" --project "$project")
+
+case $command in
+  create)
+    need type
+    price=--on-demand
+    [[ $spot == false ]] || price=--spot
+    run xpk cluster create "${where[@]}" --tpu-type "$type" --num-slices "$slices" "$price"
+    ;;
+  run)
+    need job type
+    ((${#rest[@]})) || fail "give the command after --"
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+    printf -v line '%q ' "${rest[@]}"
+    # xpk lays the directory over the base image; the package is installed when a worker starts.
+    run xpk workload create "${where[@]}" --workload "$job" --tpu-type "$type" \
+      --num-slices "$slices" --base-docker-image python:3.12 --script-dir "$root" \
+      --command "pip install --quiet --editable '.[tpu]' && exec $line"
+    ;;
+  log)
+    need job
+    selector="jobset.sigs.k8s.io/jobset-name=$job,batch.kubernetes.io/job-completion-index=0"
+    run kubectl logs --follow --tail 100 --selector "$selector"
+    ;;
+  stop)
+    need job
+    run xpk workload delete "${where[@]}" --workload "$job"
+    ;;
+  delete)
+    run xpk cluster delete "${where[@]}"
+    ;;
+  *) fail "unknown command $command; --help lists them" ;;
+esac

@@ -1,0 +1,211 @@
+"""launch/compile.py on a small model: what it reports, and what XLA makes of the run's programs."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from benchmarks.common import SIZES
+from launch import compile as command
+from lens_jax import config as configs
+from lens_jax import hlo, tpu
+from lens_jax.models.lens import LensConfig, abstract
+from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
+from lens_jax.models.sam.config import PRESETS as SAM2
+from lens_jax.training import slices
+from tests.tpu import devices
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("lens_*.yaml"))
+CHIPS = 4
+ROWS, GROUP, TOKENS = 8, 2, 64
+
+RUN = {
+    "data.data_dir": "data",
+    "data.prompt_tokens": "[128]",
+    "data.windows": "[4]",
+    "data.canvas": "[[64, 64]]",
+    "data.eval_batch_size": ROWS,
+    "alignment.steps": 1,
+    "alignment.batch_size": ROWS,
+    "grpo.steps": 1,
+    "grpo.batch_size": ROWS,
+    "grpo.per_device_batch_size": 1,
+    "grpo.num_generations": GROUP,
+    "rollout.max_new_tokens": TOKENS,
+    "remat": "full",
+}
+
+
+@pytest.fixture(scope="module")
+def shapes() -> LensConfig:
+    """Large enough that matrices are cut, with few different layers."""
+    size = SIZES["small"]
+    sam = dataclasses.replace(size.sam, image_size=128, stages=(1, 1, 1, 1), global_att_blocks=(2,))
+    return LensConfig(QwenVLConfig.from_hf(size.qwen), sam, num_queries=8)
+
+
+@pytest.fixture(scope="module")
+def compiled(shapes, tmp_path_factory) -> tuple[dict, Path]:
+    """The report on four chips, and the folder of the programs."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, XLA's compiler for TPU, is not installed: pip install libtpu")
+    root = tmp_path_factory.mktemp("compile")
+    (root / "mllm").mkdir()
+    (root / "mllm" / "config.json").write_text(json.dumps(SIZES["small"].qwen))
+    (root / "sam2_config.json").write_text(json.dumps(shapes.sam.to_dict()))
+    run = RUN | {"model.mllm": root / "mllm", "model.sam": root / "sam2.pt", "model.num_queries": 8}
+    (root / "run.yaml").write_text("precision: bfloat16\n")
+    argv = ["--config", root / "run.yaml", "--topology", "v5e:2x2", "--stage", "grpo"]
+    argv += ["--output", root / "report.json", "--hlo_dir", root]
+    argv += [x for key, value in run.items() for x in (f"--{key}", value)]
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "compile.py", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((root / "report.json").read_text())
+    assert all(program["name"] in done.stdout for program in report["programs"])
+    return report, root
+
+
+def module(compiled, name: str) -> hlo.Module:
+    return hlo.Module((compiled[1] / f"{name}.txt").read_text())
+
+
+def policy_bytes(shapes: LensConfig, itemsize: int) -> int:
+    model = abstract(shapes)
+    leaves = jax.tree.leaves([nnx.state(model.visual), nnx.state(model.language)])
+    return itemsize * sum(math.prod(x.shape) for x in leaves)
+
+
+def test_report(compiled):
+    report, _ = compiled
+    assert (report["topology"], report["chips"], report["fits"]) == ("v5e:2x2", CHIPS, True)
+    assert report["mesh"] == {"data": 1, "fsdp": CHIPS, "tensor": 1}
+    names = [program["name"] for program in report["programs"]]
+    assert names == ["grpo.relayout", "grpo.rollout", f"grpo.update[{TOKENS}]"]
+    for program in report["programs"]:
+        assert program["fits"] and program["hbm_limit"] == tpu.CHIPS["v5e"].memory
+        assert program["hbm_bytes_per_chip"] <= program["resident_bytes_per_chip"]
+        assert program["resident_bytes_per_chip"] == sum(program["resident"].values())
+        assert program["traffic_bytes_per_chip"] > 0 and program["compile_seconds"] > 0
+        assert 0 <= program["model_flops_utilisation_bound"] <= 1
+    flops = {program["name"]: program["flops_per_chip"] for program in report["programs"]}
+    assert flops["grpo.relayout"] == 0 < flops["grpo.rollout"] < flops[f"grpo.update[{TOKENS}]"]
+
+
+def test_what_lies_on_a_chip(compiled, shapes):
+    """Parameters and moments in parts, the reference too, the copy for sampling whole."""
+    _, rollout, update = compiled[0]["programs"]
+    share = policy_bytes(shapes, 2) / CHIPS
+    assert share < update["resident"]["reference"] < 2 * share  # small parameters are whole
+    trained = update["resident"]["parameters"]
+    assert update["resident"]["moments"] == pytest.approx(2 * trained, rel=1e-3)
+    assert rollout["resident"]["sampling copy"] == policy_bytes(shapes, 2)
+    assert "sampling copy" not in update["resident"]
+    for name in ("parameters", "moments", "reference", "next batch"):
+        assert rollout["resident"][name] == update["resident"][name]
+    mllm, rows = shapes.mllm, ROWS // CHIPS
+    tokens = 128 + GROUP * TOKENS
+    per_token = 2 * 2 * mllm.num_layers * mllm.num_kv_heads * mllm.head_dim
+    assert rollout["resident"]["caches"] == rows * tokens * per_token
+
+
+def test_relayout_gathers_once(compiled, shapes):
+    """In 16 bits: the conversion comes before the way."""
+    relayout = compiled[0]["programs"][0]
+    assert set(relayout["collectives"]) == {"all-gather"}
+    assert relayout["collective_bytes_per_chip"] <= policy_bytes(shapes, 2)
+    assert relayout["collective_bytes_per_chip"] > 0.8 * policy_bytes(shapes, 2)
+
+
+def test_sampling_needs_no_other_chip(compiled):
+    assert module(compiled, "grpo.rollout").collectives() == []
+
+
+def test_update_gathers_layer_by_layer(compiled, shapes):
+    """No program ever holds all layers of a matrix."""
+    program = module(compiled, f"grpo.update[{TOKENS}]")
+    mllm = shapes.mllm
+    whole = {
+        (layers, *sorted(pair))
+        for layers, pair in [
+            (mllm.num_layers, (mllm.hidden_size, mllm.intermediate_size)),
+            (mllm.num_layers, (mllm.hidden_size, mllm.hidden_size)),
+        ]
+    }
+    found = {
+        (int(sizes[0]), *sorted(map(int, sizes[1:])))
+        for instruction in program.instructions()
+        for shape in re.findall(r"\w+\[([\d,]+)\]", instruction.shape)
+        if len(sizes := shape.split(",")) == 3
+    }
+    assert found and not whole & found
+
+
+def test_what_does_not_fit_says_what_to_change():
+    (chip, *_) = devices()
+    place = jax.sharding.SingleDeviceSharding(chip)
+    large = jax.ShapeDtypeStruct((10, 2**30), jnp.float32, sharding=place)
+    program = slices.Program("grpo.update", jax.jit(lambda x: x + 1), (large,), {"x": large}, {})
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=[chip])
+    row, text = slices.compile_program(program, mesh, tpu.CHIPS["v5e"])
+    assert not row.fits and text is None and row.hbm_bytes_per_chip > 4e10
+    config = configs.RunConfig(grpo=configs.GRPOConfig(steps=1, batch_size=8))
+    first, second, *_ = slices.suggestions(config, mesh, "grpo.update")
+    assert (first, second) == ("--grpo.per_device_batch_size 4", "--remat full")
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes(file):
+    """Each loads, names models whose shapes are known, and is the published recipe."""
+    config = configs.load(["--config", str(file)])
+    shapes = command.model_shapes(config)
+    assert shapes.sam == SAM2["large"]
+    size = "Qwen2.5-VL-3B-Instruct" if "_3b_" in file.stem else "Qwen2-VL-2B-Instruct"
+    assert shapes.mllm == PRESETS[size]
+    stage, samples, epochs = config.grpo, 126_908, 8
+    if "stage1" in file.stem:
+        stage, epochs = config.alignment, 25
+    if "reasonseg" in file.stem:
+        samples, epochs = 239, 40
+    assert stage.steps == pytest.approx(epochs * samples / stage.batch_size, abs=1)
+    assert (config.alignment.steps, config.grpo.steps).count(0) == 1
+    assert config.data.reasoning == bool(config.rewards.format) == ("reasoning" in file.stem)
+
+
+def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    recipe = ["--config", str(RECIPES[0])]
+
+    def refused(*argv) -> str:
+        assert command.main([str(x) for x in argv]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        return err
+
+    assert "give one of --topology and --suggest" in refused(*recipe)
+    assert "v7:4x4 is no slice: give a chip (v5e, v5p, v6e)" in refused(
+        *recipe, "--topology", "v7:4x4"
+    )
+    assert "give --config" in refused("--topology", "v5e:4x4")
+    assert "--suggest knows v5e, v5p, v6e" in refused(*recipe, "--suggest", "v4")
+    unknown = [*recipe, "--model.mllm", tmp_path / "Qwen9", "--topology", "v5e:4x4"]
+    assert "Qwen9/config.json does not exist" in refused(*unknown)
+    unknown = [*recipe, "--model.sam", tmp_path / "sam9.pt", "--topology", "v5e:4x4"]
+    assert "holds no sam2_config.json" in refused(*unknown)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "libtpu" in refused(*recipe, "--topology", "v5e:4x4")
