@@ -37,7 +37,7 @@ from lens_jax import checkpoints
 from lens_jax.data import prompts
 from lens_jax.data.sources import shapes
 from lens_jax.models import layers
-from lens_jax.models.attention import Prefix, attention
+from lens_jax.models.attention import Prefix, attention, heads_first
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.qwen_vl.head import token_log_probs
 from lens_jax.models.qwen_vl.language import LanguageModel
@@ -270,11 +270,11 @@ def answer_loss(
         parts = layer.project(x, rotation)
         before = [y[:, None, :p] for y in parts]
         after = [y[:, p:].reshape(b, g, s, *y.shape[2:]) for y in parts]
-        shared = Prefix(before[1][:, 0], before[2][:, 0], jnp.ones((b, p), bool))
+        shared = Prefix(*(heads_first(y[:, 0]) for y in before[1:]), jnp.ones((b, p), bool))
         if i == SUPERVISED_LAYER:
             # Values that are one-hot in the cells turn attention's output into its weights.
-            cells = jnp.zeros((1, p, 1, CELLS**2)).at[:, inside, 0].set(jnp.eye(CELLS**2))
-            looking = Prefix(shared.keys[:, :, :1], jnp.tile(cells, (b, 1, 1, 1)), shared.mask)
+            cells = jnp.zeros((1, 1, p, CELLS**2)).at[:, 0, inside].set(jnp.eye(CELLS**2))
+            looking = Prefix(shared.keys[:, :1], jnp.tile(cells, (b, 1, 1, 1)), shared.mask)
             nothing = jnp.zeros((b, g, s, 1, CELLS**2))
             heads = after[0].shape[3] // after[1].shape[3]
             weights = attention(

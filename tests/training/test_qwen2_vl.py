@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from transformers import AutoTokenizer
 
 from lens_jax import checkpoints
@@ -17,10 +19,14 @@ from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import alignment, grpo
 from lens_jax.training.state import among, create, split
 from tests import micro
-from tests.training.test_updates import KEEP_GRADIENTS
 
 TOKENIZER = Path(__file__).parents[2] / "checkpoints" / "tiny" / "qwen2_5_vl"
 
+# Its state are the last gradients.
+KEEP_GRADIENTS = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda gradients, state, params: (jax.tree.map(lambda g: -0.01 * g, gradients), gradients),
+)
 BOXES = [[100, 200, 500, 600], [0, 0, 1000, 1000]]
 ANSWERS = ["(100,200),(500,600)", "(100,200),(300,600)", "(0,0),(1000,1000)", "nowhere"]
 BOX_REWARDS = [1, 0.25, 1, 0]  # squared IoU
