@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jsonargparse.typing import PositiveInt
 
@@ -13,7 +13,21 @@ from lens_jax import cli
 
 EXAMPLE = """\
   python launch/evaluate.py --checkpoint runs/tiny/final --dataset refcoco --split val \\
-      --data_dir runs/tiny/data --limit 200 --output scores.json"""
+      --data_dir runs/tiny/data --limit 200 --output scores.json --page scores.html
+  python launch/evaluate.py --checkpoint lens --data_dir data --output scores.json \\
+      --suite refcoco,refcoco+:testA,reason_seg"""
+
+# The splits that a suite evaluates of a data set named without one.
+SPLITS = {
+    "refcoco": ("val", "testA", "testB"),
+    "refcoco+": ("val", "testA", "testB"),
+    "refcocog": ("val", "test"),
+    "refclef": ("val", "testA", "testB", "testC"),
+    "reason_seg": ("val", "test"),
+    "grounding_suite": ("all",),
+}
+# Expressions a device decodes together, always: numbers then depend on nothing but the device.
+ROWS = 8
 
 # Key of the scores -> heading of the table, and how the value is written.
 COLUMNS = {
@@ -29,91 +43,140 @@ COLUMNS = {
 }
 
 
+Dataset = Literal[
+    "refcoco",
+    "refcoco+",
+    "refcocog",
+    "refclef",
+    "reason_seg",
+    "grounding_suite",
+    "tfds_ref_coco",
+    "folder",
+]
+
+
 def evaluate(
     checkpoint: Path,
-    dataset: Literal[
-        "refcoco",
-        "refcoco+",
-        "refcocog",
-        "refclef",
-        "reason_seg",
-        "grounding_suite",
-        "tfds_ref_coco",
-        "folder",
-    ],
-    split: str,
     data_dir: Path,
+    dataset: Dataset | None = None,
+    split: str | None = None,
+    suite: str | None = None,
     reasoning: bool = False,
     batch_size: PositiveInt = 16,
+    devices: PositiveInt | None = None,
     limit: PositiveInt | None = None,
     max_length: PositiveInt = 768,
     official_masks: bool = False,
     output: Path | None = None,
     rows: Path | None = None,
+    page: Path | None = None,
 ) -> None:
     """Decodes every expression of a split greedily and scores masks and boxes.
 
     Args:
         checkpoint: A pretrained checkpoint, such as runs/tiny/final.
+        data_dir: The folder that holds refer_seg/, reason_seg/ReasonSeg/, ref_coco/,
+            manifest.jsonl, or GroundingSuite-Eval.jsonl and coco/unlabeled2017/.
         dataset: The data set.
         split: train, val, testA, testB; test for refcocog and reason_seg; any that a manifest
             names; CONFIG/SPLIT for tfds_ref_coco. grounding_suite is one file, whatever the name.
-        data_dir: The folder that holds refer_seg/, reason_seg/ReasonSeg/, ref_coco/,
-            manifest.jsonl, or GroundingSuite-Eval.jsonl and coco/unlabeled2017/.
+        suite: In place of --dataset: several, with commas between them, as DATASET:SPLIT, or
+            DATASET for all of its held-out splits. The scores are then a list.
         reasoning: Ask for a line of thought before the answer.
-        batch_size: Expressions decoded together.
-        limit: Score only so many expressions, the first ones.
+        batch_size: Expressions read ahead; no number depends on it.
+        devices: How many devices share the work; all that are present if not given.
+        limit: Score only so many expressions of each split, the first ones.
         max_length: Tokens of prompt and completion together at most.
         official_masks: Count pixels that several polygons of one object cover as background.
         output: Write the scores as JSON.
         rows: Write one JSON object for each expression; data.curriculum of a run can read it.
+        page: Write an HTML page: worst, best and random samples, the distribution of IoUs, scores
+            by object size and expression length.
     """
+    if (dataset is None) == (suite is None):
+        raise cli.UsageError("give either --dataset and --split, or --suite")
+    if suite is None and split is None:
+        raise cli.UsageError("give --split")
+    if suite is not None and split is not None:
+        raise cli.UsageError("--split goes with --dataset; a --suite names splits itself: a:val,b")
+    wanted = [(dataset, split)] if suite is None else chosen(suite)
+
     import dataclasses
     import json
     from functools import partial
 
+    import jax
     from tqdm import tqdm
 
-    from lens_jax import checkpoints, evaluation, inference
+    from lens_jax import checkpoints, evaluation, inference, sharding
+    from lens_jax.config import ConfigError, MeshConfig
     from lens_jax.data.pipeline import Evaluation
     from lens_jax.data.sources import open_source
+    from lens_jax.training import evaluation_page
 
     checkpoints.read_config(checkpoint)
     try:
-        source = open_source(
-            dataset, split, data_dir, evaluation=True, official_masks=official_masks
-        )
-    except ValueError as error:
-        raise cli.UsageError(str(error)) from error
-    for file in filter(None, (output, rows)):
+        mesh = sharding.make_mesh(MeshConfig(data=devices or jax.device_count()))
+        sources = [
+            open_source(name, part, data_dir, evaluation=True, official_masks=official_masks)
+            for name, part in wanted
+        ]
+    except (ValueError, ConfigError) as error:
+        raise cli.UsageError(str(error).replace("mesh.data", "--devices")) from error
+    for file in filter(None, (output, rows, page)):
         file.parent.mkdir(parents=True, exist_ok=True)
 
-    lens = inference.Lens.from_pretrained(checkpoint)
-    data = Evaluation(
-        source,
-        lens.processor,
-        min(batch_size, limit or batch_size, sum(source.num_expressions)),
-        # Masks are compared at original size, and of the truth only the box goes with the batch.
-        buckets=dataclasses.replace(inference.BUCKETS, answer_tokens=range(64, 8192, 64)),
-        limit=limit,
-        max_length=max_length,
-        reasoning=reasoning,
-    )
-    progress = partial(tqdm, desc=f"{dataset} {split}", unit="batch", dynamic_ncols=True)
-    scores, outcomes = evaluation.evaluate(
-        lens, data, dataset=dataset, split=split, progress=progress
-    )
+    lens = inference.Lens.from_pretrained(checkpoint, mesh=mesh)
+    together = ROWS * sharding.num_parts(mesh)
+    results, lines, sections = [], [], []
+    for (name, part), source in zip(wanted, sources, strict=True):
+        data = Evaluation(
+            source,
+            lens.processor,
+            together,
+            # Masks are compared at original size; of the truth only the box goes with the batch.
+            buckets=dataclasses.replace(inference.BUCKETS, answer_tokens=range(64, 8192, 64)),
+            limit=limit,
+            max_length=max_length,
+            reasoning=reasoning,
+            prefetch=-(-batch_size // together),
+        )
+        progress = partial(tqdm, desc=f"{name} {part}", unit="batch", dynamic_ncols=True)
+        drawn = evaluation_page.Collector() if page is not None else None
+        scores, outcomes = evaluation.evaluate(
+            lens, data, dataset=name, split=part, progress=progress, show=drawn
+        )
+        results.append(scores)
+        for row in outcomes:
+            values = dataclasses.asdict(row) | {"total_reward": row.total_reward}
+            where = {"dataset": name, "split": part} if suite is not None else {}
+            lines.append(json.dumps(where | values, ensure_ascii=False) + "\n")
+        if drawn is not None:
+            sections.append(evaluation_page.section(scores, outcomes, drawn, data))
     if rows is not None:
-        lines = [
-            json.dumps(
-                dataclasses.asdict(row) | {"total_reward": row.total_reward}, ensure_ascii=False
-            )
-            for row in outcomes
-        ]
-        rows.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        rows.write_text("".join(lines), encoding="utf-8")
     if output is not None:
+        scores = results[0] if suite is None else results
         output.write_text(json.dumps(scores, indent=2) + "\n")
-    print(table([scores]))
+    if page is not None:
+        evaluation_page.write(page, str(checkpoint), sections)
+    print(table(results))
+
+
+def chosen(suite: str) -> list[tuple[str, str]]:
+    """The data sets and splits that `--suite` names, in order."""
+    wanted = []
+    for item in suite.split(","):
+        name, _, part = (word.strip() for word in item.partition(":"))
+        if name not in get_args(Dataset):
+            names = ", ".join(get_args(Dataset))
+            raise cli.UsageError(
+                f"--suite: expected DATASET or DATASET:SPLIT of {names}, got {item}"
+            )
+        if not part and name not in SPLITS:
+            raise cli.UsageError(f"--suite: {name} needs a split: {name}:val, for example")
+        wanted += [(name, part)] if part else [(name, split) for split in SPLITS[name]]
+    return wanted
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

@@ -1,19 +1,25 @@
 """Masks from pictures and sentences: `python launch/predict.py --help`."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import cli
+
+if TYPE_CHECKING:
+    from lens_jax.data.pipeline import Processor
 
 EXAMPLE = """\
   python launch/predict.py --checkpoint runs/tiny/final --image photo.jpg \\
@@ -24,6 +30,7 @@ where a line of questions.jsonl is {"image": "photo.jpg", "prompt": "the red cir
 
 BATCH = 8  # pictures decoded together; a last, smaller batch is filled up, so shapes stay the same
 OURS = (".mask.png", ".overlay.png")
+KEY = "lens"  # the text of a mask's PNG that says what was asked of which checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +58,9 @@ def predict(
     and rle (COCO's run lengths). STEM is the picture's name without its ending; where that is taken
     already by an earlier question, -2, -3, ... are appended, in the order of the questions.
 
-    A picture that cannot be read is named, the others are done, and the exit code is 2.
+    The same command again goes on where it was stopped: questions whose files are there, from the
+    same picture, sentence and checkpoint, are not asked again. A picture that cannot be read, or a
+    sentence that is too long, is named, the others are done, and the exit code is 2.
 
     Args:
         checkpoint: A pretrained checkpoint, such as runs/tiny/final.
@@ -70,16 +79,27 @@ def predict(
     questions = name(pairs)
 
     from lens_jax import checkpoints, inference
+    from lens_jax.data.pipeline import Processor
 
     checkpoints.read_config(checkpoint)
     output.mkdir(parents=True, exist_ok=True)
-    unreadable: list[Path] = []
+    identity = _identity(checkpoint, reasoning)
+    missing = [q for q in questions if not is_done(output, q, identity)]
+    done = len(questions) - len(missing)
+    if done:
+        print(f"{done} {'question is' if done == 1 else 'questions are'} answered already")
+    refused: list[Path] = []
     lens = None
     size = min(BATCH, len(questions))
+    processor = Processor.from_pretrained(checkpoint)
     with tqdm(
-        total=len(questions), unit="picture", dynamic_ncols=True, disable=len(questions) == 1
+        total=len(questions),
+        initial=done,
+        unit="picture",
+        dynamic_ncols=True,
+        disable=len(questions) == 1,
     ) as progress:
-        for batch in _batches(questions, size, unreadable):
+        for batch in _batches(missing, size, processor, reasoning, refused):
             if lens is None:
                 lens = inference.Lens.from_pretrained(checkpoint)
             full = batch + batch[-1:] * (size - len(batch))
@@ -89,12 +109,35 @@ def predict(
                 reasoning=reasoning,
             )
             for (question, pixels), result in zip(batch, results, strict=False):
-                write(output, question, pixels, result)
+                write(output, question, pixels, result, identity)
             progress.update(len(batch))
-    done = len(questions) - len(unreadable)
+    done = len(questions) - len(refused)
     if done:
         print(f"{done} {'picture' if done == 1 else 'pictures'} segmented: see {output}")
-    return 2 if unreadable else 0
+    return 2 if refused else 0
+
+
+def is_done(output: Path, question: Question, identity: str) -> bool:
+    """Whether the files of an answer to this very question are there, whole."""
+    mask, text = (output / f"{question.stem}.{end}" for end in ("mask.png", "json"))
+    try:
+        with Image.open(mask) as picture:
+            return text.is_file() and picture.info.get(KEY) == _fingerprint(question, identity)
+    except OSError:
+        return False
+
+
+def _identity(checkpoint: Path, reasoning: bool) -> str:
+    """What answers depend on besides the question: the checkpoint's configuration and checksums."""
+    files = [checkpoint / name for name in ("lens_config.json", "manifest.json")]
+    content = b"".join(file.read_bytes() for file in files if file.is_file())
+    return f"{hashlib.sha256(content).hexdigest()} {reasoning}"
+
+
+def _fingerprint(question: Question, identity: str) -> str:
+    state = question.image.stat()
+    asked = f"{identity} {state.st_size} {state.st_mtime_ns} {question.prompt}"
+    return hashlib.sha256(asked.encode()).hexdigest()
 
 
 def name(pairs: Sequence[tuple[Path, str]]) -> list[Question]:
@@ -112,8 +155,8 @@ def name(pairs: Sequence[tuple[Path, str]]) -> list[Question]:
     return questions
 
 
-def write(output: Path, question: Question, pixels: np.ndarray, result) -> None:
-    """The three files of an answer."""
+def write(output: Path, question: Question, pixels: np.ndarray, result, identity: str = "") -> None:
+    """The three files of an answer; the JSON, written last, says that all are there."""
     from lens_jax.training import drawing
 
     box = result.box
@@ -128,7 +171,11 @@ def write(output: Path, question: Question, pixels: np.ndarray, result) -> None:
         "rle": {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")},
     }
     mask = Image.fromarray(result.mask.astype(np.uint8) * 255)
-    mask.save(output / f"{question.stem}.mask.png")
+    info = PngInfo()
+    if identity:
+        info.add_text(KEY, _fingerprint(question, identity))
+    (output / f"{question.stem}.json").unlink(missing_ok=True)
+    mask.save(output / f"{question.stem}.mask.png", pnginfo=info)
     overlay = drawing.overlay(pixels, box, result.mask, side=max(drawing.PANEL, *mask.size))
     overlay.save(output / f"{question.stem}.overlay.png")
     text = json.dumps(answer, ensure_ascii=False, indent=1)
@@ -181,22 +228,26 @@ def _listed(jsonl: Path) -> list[tuple[Path, str]]:
 
 
 def _batches(
-    questions: Sequence[Question], size: int, unreadable: list[Path]
+    questions: Sequence[Question],
+    size: int,
+    processor: "Processor",
+    reasoning: bool,
+    refused: list[Path],
 ) -> Iterator[list[tuple[Question, np.ndarray]]]:
-    """Questions with their pixels; pictures that cannot be used are named and collected."""
-    from lens_jax.data import images
+    """Questions with their pixels; those that cannot be asked are named and collected."""
     from lens_jax.data.sample import SampleError, read_image
+    from lens_jax.inference import check_length
 
     batch = []
     for question in questions:
         try:
             pixels = read_image(question.image)
-            images.smart_resize(*pixels.shape[:2])
+            check_length(processor, pixels.shape[:2], question.prompt, reasoning)
         except (SampleError, ValueError) as error:
             message = str(error)
             named = str(question.image) in message
             cli.complain(error if named else ValueError(f"{question.image}: {message}"))
-            unreadable.append(question.image)
+            refused.append(question.image)
             continue
         batch.append((question, pixels))
         if len(batch) == size:

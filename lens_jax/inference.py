@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 
 from lens_jax import checkpoints, sharding
-from lens_jax.data.images import upsample_logits
+from lens_jax.data.images import FACTOR, smart_resize, upsample_logits
 from lens_jax.data.pipeline import Buckets, Processor
 from lens_jax.data.sample import to_rgb
 from lens_jax.models.attention import Attention
@@ -138,6 +138,22 @@ def _draw(state, prompts: Prompts, hidden, *, definition) -> tuple[Array, Array]
     return model.context(hidden)[:, 0], masks.logits[:, 0]
 
 
+def check_length(
+    processor: Processor, image_size: tuple[int, int], prompt: str, reasoning: bool = False
+) -> None:
+    """Raises ValueError for a sentence that together with its picture [H, W] is too long to be
+    read, or a picture that is too narrow to be resized."""
+    height, width = smart_resize(*image_size, processor.min_pixels, processor.max_pixels)
+    picture = (height // FACTOR) * (width // FACTOR)
+    length = len(processor.encoder.prompt(prompt, picture, reasoning)[0])
+    longest = max(BUCKETS.prompt_tokens)
+    if length > longest:
+        raise ValueError(
+            f"the sentence {prompt[:40]!r}... and the picture take {length:,} tokens, more than "
+            f"the {longest:,} that can be read: shorten it by about {length - longest:,}"
+        )
+
+
 def _round_up(length: int) -> int:
     return -(-length // COMPLETION_BUCKET) * COMPLETION_BUCKET
 
@@ -206,6 +222,8 @@ class Lens:
         seed: int = 0,
     ) -> list[Result]:
         """Segments one picture for each prompt.
+
+        Raises ValueError for a sentence that is too long (`check_length`).
 
         Args:
             images: PIL images or uint8 arrays [H, W, 3]. PIL images are turned upright as their
@@ -306,6 +324,9 @@ class Lens:
         return tuple(np.asarray(x[0], np.float32) for x in drawn)
 
     def _prompts(self, images, prompts, reasoning) -> Prompts:
+        for image, prompt in zip(images, prompts, strict=True):
+            pixels = to_rgb(image) if isinstance(image, Image.Image) else image
+            check_length(self.processor, pixels.shape[:2], prompt, reasoning)
         return self.processor.prompts(images, prompts, reasoning=reasoning, buckets=BUCKETS)
 
     def _place(self, batch):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -145,6 +146,7 @@ def evaluated(run: Official, checkpoint, golden_dir, folder, monkeypatch, bucket
         tokens = np.zeros((1, 1, room), np.int32)
         tokens[0, 0, : len(completion)] = completion
         lengths, ended = np.array([[len(completion)]], np.int32), np.array([[ended]])
+        tokens, lengths, ended = map(jnp.asarray, (tokens, lengths, ended))
         return Rollout(tokens, lengths, written.log_probs, ended), embedded, None
 
     def record(lens, prompts, sample_id, *, limit, **options):
@@ -155,13 +157,14 @@ def evaluated(run: Official, checkpoint, golden_dir, folder, monkeypatch, bucket
         responses.extend(zip(out.mask_logits, out.box, out.box_found, strict=True))
         return out
 
+    monkeypatch.setattr(evaluate, "ROWS", 1)
     monkeypatch.setattr(inference, "_write", stored)
     monkeypatch.setattr(inference.Lens, "respond", record)
     monkeypatch.setattr(inference, "BUCKETS", buckets)
     monkeypatch.setattr(inference, "COMPLETION_BUCKET", room)
     scores, rows = folder / "scores.json", folder / "rows.jsonl"
     flags = ["--checkpoint", checkpoint, "--data_dir", golden_dir / "datasets", *run.flags()]
-    flags += ["--output", scores, "--rows", rows, "--batch_size", "1"]
+    flags += ["--output", scores, "--rows", rows, "--devices", "1"]
     assert evaluate.main([str(flag) for flag in flags]) == 0
     rows = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     return json.loads(scores.read_text()), rows, responses

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict"])
+@pytest.mark.parametrize("command", ["demo", "evaluate", "predict"])
 def test_help_shows_an_example(command, tmp_path):
     """From any folder, as a script."""
     script = ROOT / "launch" / f"{command}.py"

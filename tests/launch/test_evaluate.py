@@ -3,9 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from launch import evaluate
+from lens_jax import evaluation
+from lens_jax.data import images
+from lens_jax.training import evaluation_page
 
 KEYS = {
     "dataset", "split", "samples", "ciou", "giou", "box_iou", "precision_at_0.5", "format_rate",
@@ -14,7 +18,7 @@ KEYS = {
 
 
 def call(*argv) -> int:
-    return evaluate.main([str(a) for a in argv])
+    return evaluate.main([str(a) for a in (*argv, "--devices", 1)])
 
 
 @pytest.fixture
@@ -70,7 +74,13 @@ def test_mistakes_are_one_line(refused, asked, tmp_path, data_dir):
     assert "--batch_size: expected a whole number of at least 1" in says(*val, "--batch_size", 0)
     assert "--limit: expected a whole number of at least 1" in says(*val, "--limit", "many")
     assert "no checkpoint there" in says(*val, "--checkpoint", tmp_path / "nowhere")
-    assert "--suite" in says(*val, "--suite", "a,b")
+    assert "either --dataset" in says(*val, "--suite", "refcoco")
+    none = [a for a in asked if a not in ("--dataset", "refcoco")]
+    assert "got coco" in refused(evaluate.main, *none, "--suite", "refcoco,coco")
+    assert "folder needs a split" in refused(evaluate.main, *none, "--suite", "folder")
+    assert "names splits itself" in refused(evaluate.main, *none, *val, "--suite", "refcoco")
+    assert "--devices 99" in says(*val, "--devices", 99)
+    assert "did you mean --limit" in says(*val, "--limits", 3)
 
 
 def test_a_damaged_picture_is_named(asked, data_dir, tmp_path, capfd):
@@ -84,3 +94,74 @@ def test_a_damaged_picture_is_named(asked, data_dir, tmp_path, capfd):
     assert not output.exists()
     error = capfd.readouterr().err
     assert f"error: {pictures[1]}: not a readable picture" in error
+
+
+def test_batch_size_changes_nothing_and_devices_agree(asked, tmp_path, monkeypatch):
+    """Nine expressions, two a device: the last batch of each is filled up.
+
+    Meshes may round differently: a pixel may be another one where its logit is next to 0.
+    """
+    monkeypatch.setattr(evaluate, "ROWS", 2)
+    scores, rows, logits = {}, {}, {}
+
+    def upsampled(low, size):
+        logits[key].append(images.upsample_logits(low, size))
+        return logits[key][-1]
+
+    monkeypatch.setattr(evaluation, "upsample_logits", upsampled)
+    for devices, batch_size in ((1, 1), (1, 3), (1, 8), (8, 8)):
+        files = [tmp_path / f"{devices}-{batch_size}.{end}" for end in ("json", "jsonl")]
+        flags = ("--split", "val", "--limit", 9, "--batch_size", batch_size, "--devices", devices)
+        flags = (*asked, *flags, "--output", files[0], "--rows", files[1])
+        key = devices, batch_size
+        logits[key] = []
+        assert evaluate.main([str(flag) for flag in flags]) == 0
+        scores[key] = json.loads(files[0].read_text()) | {"seconds": None}
+        rows[key] = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert rows[1, 1] == rows[1, 3] == rows[1, 8]
+    assert scores[1, 1] == scores[1, 3] == scores[1, 8]
+    assert scores[1, 1]["samples"] == len(rows[8, 8]) == 9
+    for one, eight, a, b in zip(rows[1, 1], rows[8, 8], logits[1, 1], logits[8, 8], strict=True):
+        assert one["completion"] == eight["completion"] and one["box"] == eight["box"]
+        other = (a > 0) != (b > 0)
+        assert np.all(np.abs(a[other]) < 1e-4)
+        assert abs(one["intersection"] - eight["intersection"]) <= other.sum()
+        assert abs(one["union"] - eight["union"]) <= other.sum()
+
+
+def test_a_suite_and_its_page(asked, tmp_path, capsys):
+    """The split val twice: rows and scores name where they come from."""
+    files = [tmp_path / name for name in ("scores.json", "rows.jsonl", "new/page.html")]
+    output = ("--output", files[0], "--rows", files[1], "--page", files[2])
+    named = [a for a in asked if a not in ("--dataset", "refcoco")]
+    assert call(*named, "--suite", "refcoco:val,refcoco:train", "--limit", 3, *output) == 0
+    scores = json.loads(files[0].read_text())
+    assert [(s["dataset"], s["split"]) for s in scores] == [
+        ("refcoco", "val"),
+        ("refcoco", "train"),
+    ]
+    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert len(rows) == sum(s["samples"] for s in scores)
+    assert {row["split"] for row in rows} == {"val", "train"}
+    page = files[2].read_text()
+    for text in ("Worst", "Best", "Random", "histogram of mask IoU", rows[0]["expression"]):
+        assert text in page
+    assert page.count("data:image/jpeg;base64,") >= len(rows)
+    assert "Object size" in page and "Words of the expression" in page
+    assert "http" not in page
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_what_a_suite_names():
+    assert evaluate.chosen("reason_seg, refcoco+:testA,grounding_suite") == [
+        ("reason_seg", "val"),
+        ("reason_seg", "test"),
+        ("refcoco+", "testA"),
+        ("grounding_suite", "all"),
+    ]
+
+
+def test_groups_and_histogram():
+    bars = evaluation_page.histogram([0.0, 0.01, 0.5, 1.0])
+    assert len(bars) == 20 and [bar[1] for bar in bars if bar[1]] == [1.0, 0.5, 0.5]
+    assert bars[-1][2].endswith(": 1 expressions")

@@ -9,6 +9,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from launch import predict
+from lens_jax import inference
+from lens_jax.data.sample import read_image
 from lens_jax.inference import Result
 
 KEYS = {"prompt", "completion", "box", "mask_area", "rle"}
@@ -170,3 +172,54 @@ def test_mistakes_in_a_jsonl_file(refused, checkpoint, tmp_path, text, message):
     file.write_text(text)
     error = refused(predict.main, "--checkpoint", checkpoint, "--jsonl", file)
     assert "q.jsonl" in error and message in error
+
+
+def test_a_second_start_skips_what_is_done(checkpoint, pictures, tmp_path, capsys, monkeypatch):
+    """A missing file, another sentence, a changed picture: asked again. The same: not."""
+    asked = []
+    box, mask = np.array([1, 2, 30, 40], np.float32), np.ones((112, 112), bool)
+
+    class Fake:
+        def segment_batch(self, images, prompts, *, reasoning):
+            asked.extend(prompts)
+            return [Result("text", box, mask, np.zeros((4, 4), np.float32)) for _ in prompts]
+
+    monkeypatch.setattr(inference.Lens, "from_pretrained", lambda directory: Fake())
+    monkeypatch.setattr(predict, "BATCH", 1)
+    output = tmp_path / "out"
+
+    def ask(prompt="it", *flags) -> int:
+        asked.clear()
+        argv = ("--checkpoint", checkpoint, "--image", pictures, "--prompt", prompt)
+        assert predict.main([str(a) for a in (*argv, "--output", output, *flags)]) == 0
+        return len(asked)
+
+    assert ask() == 4
+    capsys.readouterr()
+    assert ask() == 0
+    out = capsys.readouterr().out
+    assert "4 questions are answered already" in out and "4 pictures" in out
+    (output / "a.json").unlink()
+    (output / "b.mask.png").write_bytes(b"cut off")
+    shutil.copy(pictures / "d.jpg", pictures / "c.jpg")
+    assert ask() == 3
+    assert ask("it", "--reasoning", "true") == 4
+    assert ask("another") == 4
+    assert ask("another") == 0
+
+
+def test_a_picture_that_lies_on_its_side(tmp_path):
+    """EXIF orientation 6: to be turned by a quarter; everything is in the upright picture."""
+    file = tmp_path / "side.jpg"
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (60, 40)).save(file, exif=exif)
+    assert read_image(file).shape == (60, 40, 3)
+
+
+def test_a_sentence_that_is_too_long_is_one_line(refused, checkpoint, pictures, tmp_path):
+    picture, output = pictures / "a.jpg", tmp_path / "out"
+    flags = ("--checkpoint", checkpoint, "--image", picture, "--output", output)
+    error = refused(predict.main, *flags, "--prompt", "red circle " * 9000)
+    assert "a.jpg" in error and "tokens, more than the" in error and "shorten" in error
+    assert not names(output)

@@ -1,0 +1,158 @@
+"""A web page to try a checkpoint on: `python launch/demo.py --help`."""
+
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse.typing import PositiveInt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch import predict
+from lens_jax import cli
+
+EXAMPLE = """\
+  python launch/demo.py --checkpoint runs/tiny/final
+  python launch/demo.py --checkpoint lens --host 0.0.0.0 --port 8080"""
+
+EXAMPLES = Path(__file__).parent / "examples"
+QUESTIONS = (
+    ("circles.jpg", "the large green circle"),
+    ("circles.jpg", "the green triangle"),
+    ("squares.jpg", "the blue square above the red circle"),
+)
+# Small pictures are shown as large as large ones, and none lies under its label.
+STYLE = """
+#picture img, #overlay img {
+  width: 100%; height: 100%; object-fit: contain; padding-top: 26px; box-sizing: border-box;
+}"""
+
+
+def demo(checkpoint: Path, host: str = "127.0.0.1", port: PositiveInt = 7860) -> None:
+    """Serves a page: picture and sentence in; mask, box and completion out.
+
+    It is served to this machine alone. On another --host, whoever reaches it may use it.
+
+    Needs Gradio: pip install "lens-jax[demo]", or pip install gradio.
+
+    Args:
+        checkpoint: A pretrained checkpoint, such as runs/tiny/final.
+        host: The address to listen on; 0.0.0.0 for all of the machine's.
+        port: The port to listen on.
+    """
+    from lens_jax import checkpoints, inference
+
+    checkpoints.read_config(checkpoint)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise cli.UsageError(
+            'the page needs Gradio: run pip install "lens-jax[demo]" or pip install gradio'
+        ) from None
+    lens = inference.Lens.from_pretrained(checkpoint)
+    with tempfile.TemporaryDirectory(prefix="lens-demo-") as folder:
+        page = build(lens, checkpoint.resolve().parent.name, Path(folder))
+        serve(page, Path(folder), host, port)
+
+
+def serve(page, folder: Path, host: str, port: int, **options) -> None:
+    """Starts to serve `page`, whose answers lie in `folder`; options as for its `launch`."""
+    page.launch(
+        server_name=host,
+        server_port=port,
+        allowed_paths=[str(folder)],
+        show_error=True,
+        css=STYLE,
+        **options,
+    )
+
+
+def build(lens, name: str, folder: Path):
+    """The page for a model; answers are written into folders of their own below `folder`."""
+    import gradio
+
+    from lens_jax.data.sample import SampleError, read_image
+
+    busy = threading.Lock()  # one question at a time: the model fills its device
+
+    def answer(file: str | None, sentence: str, reasoning: bool):
+        if not file:
+            raise gradio.Error("Choose a picture first.", title="No picture")
+        if not sentence.strip():
+            raise gradio.Error("Say what to segment: the sentence is empty.", title="No sentence")
+        image = Path(file)
+        try:
+            pixels = read_image(image)
+            with busy:
+                result = lens.segment(pixels, sentence.strip(), reasoning=reasoning)
+        except (SampleError, ValueError) as error:
+            reason = str(error).removeprefix(f"{image}: ")
+            raise gradio.Error(f"{image.name}: {reason}", title="This cannot be asked") from error
+        place = Path(tempfile.mkdtemp(dir=folder))
+        predict.write(place, predict.Question(image, sentence.strip(), image.stem), pixels, result)
+        overlay, mask, text = (
+            str(place / f"{image.stem}.{end}") for end in ("overlay.png", "mask.png", "json")
+        )
+        _forget(folder, keep=50)
+        box = "none" if result.box is None else ", ".join(f"{v:.1f}" for v in result.box)
+        return overlay, result.completion, box, mask, text
+
+    with gradio.Blocks(title=f"LENS: {name}", analytics_enabled=False) as page:
+        gradio.Markdown("# LENS\nA picture and a sentence in; what the sentence describes out.")
+        with gradio.Row():
+            with gradio.Column():
+                picture = gradio.Image(
+                    label="Picture",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    buttons=["fullscreen"],
+                    height=320,
+                    elem_id="picture",
+                )
+                # The file as it came: `answer` says what is wrong with one that is no picture.
+                picture.preprocess = lambda upload: upload and upload.path
+                sentence = gradio.Textbox(
+                    label="Sentence", placeholder="the red circle on the left", elem_id="sentence"
+                )
+                reasoning = gradio.Checkbox(label="Think before answering (reasoning)")
+                ask = gradio.Button("Segment", variant="primary", elem_id="segment")
+            with gradio.Column():
+                overlay = gradio.Image(
+                    label="Mask and box",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    height=320,
+                    elem_id="overlay",
+                )
+                completion = gradio.Textbox(label="Completion", elem_id="completion")
+                box = gradio.Textbox(label="Box: x0, y0, x1, y1 in pixels", elem_id="box")
+                with gradio.Row():
+                    mask = gradio.DownloadButton("Mask (PNG)", elem_id="mask")
+                    text = gradio.DownloadButton("Answer (JSON)", elem_id="json")
+        gradio.Examples(
+            [[str(EXAMPLES / file), words] for file, words in QUESTIONS], [picture, sentence]
+        )
+        given, shown = [picture, sentence, reasoning], [overlay, completion, box, mask, text]
+        ask.click(answer, given, shown, api_name="segment")
+        sentence.submit(answer, given, shown, api_name=False)
+    return page
+
+
+def _forget(folder: Path, keep: int) -> None:
+    """Deletes all but the newest answers."""
+    answers = sorted(folder.iterdir(), key=lambda place: place.stat().st_mtime_ns)
+    for place in answers[:-keep]:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(demo, argv, prog="launch/demo.py", example=EXAMPLE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

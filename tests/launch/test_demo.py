@@ -1,0 +1,116 @@
+"""launch/demo.py in a browser: open, type, click, and look at what appears."""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch import demo
+from lens_jax.inference import Lens
+
+PICTURE = demo.EXAMPLES / demo.QUESTIONS[0][0]
+
+
+def test_examples_are_small_pictures():
+    for file, sentence in demo.QUESTIONS:
+        assert sentence and (demo.EXAMPLES / file).stat().st_size < 20_000
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A page on a free port, and the browser's view of it.
+
+    LENS_DEMO_CHECKPOINT names a trained checkpoint for a screenshot, which LENS_DEMO_SCREENSHOT
+    says where to write.
+    """
+    needed = "pip install -e '.[browser]' brings it"
+    pytest.importorskip("gradio", reason=f"gradio is not installed: {needed}")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason=f"playwright is not installed: {needed}"
+    )
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("answers")
+
+    def serve(checkpoint: Path):
+        page = demo.build(Lens.from_pretrained(checkpoint), "test", folder)
+        demo.serve(page, folder, "127.0.0.1", port, prevent_thread_lock=True, quiet=True)
+        return page
+
+    with playwright.sync_playwright() as driver:
+        names = ("chromium", "chromium-browser", "google-chrome", driver.chromium.executable_path)
+        chromium = next(filter(None, map(shutil.which, names)), None)
+        if chromium is None:
+            pytest.skip("no Chromium is installed: playwright install chromium brings one")
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": 1000, "height": 980})
+        view.set_default_timeout(120_000)
+        yield serve, view, f"http://127.0.0.1:{port}"
+        browser.close()
+
+
+def test_open_type_click(site, checkpoint, tmp_path):
+    serve, view, address = site
+    trained = os.environ.get("LENS_DEMO_CHECKPOINT")
+    page = serve(Path(trained) if trained else checkpoint)
+    try:
+        view.goto(address)
+        segment = view.locator("#segment")
+        segment.click()
+        view.get_by_text("Choose a picture first.").wait_for()
+
+        wrong = tmp_path / "wrong.png"
+        wrong.write_bytes(b"this is no picture")
+        upload = view.locator("input[type=file]").first
+        sentence = view.locator("#sentence textarea, #sentence input")
+        upload.set_input_files(PICTURE)
+        view.locator(
+            "button[aria-label='Remove Image'], button[aria-label='Clear']"
+        ).first.wait_for()
+        segment.click()
+        view.get_by_text("the sentence is empty").wait_for()
+
+        sentence.fill(demo.QUESTIONS[0][1])
+        segment.click()
+        view.locator("#overlay img").wait_for()
+        completion = view.locator("#completion textarea")
+        view.wait_for_function(
+            "document.querySelector('#box textarea, #box input').value.length > 0"
+        )
+        assert "Traceback" not in view.content()
+        with view.expect_download() as download:
+            view.locator("#json").click()
+        answer = json.loads(Path(download.value.path()).read_text())
+        assert answer["prompt"] == demo.QUESTIONS[0][1]
+        assert completion.input_value() == answer["completion"]
+        with view.expect_download() as download:
+            view.locator("#mask").click()
+        with Image.open(download.value.path()) as mask, Image.open(PICTURE) as picture:
+            assert mask.size == picture.size
+            assert int((np.asarray(mask) == 255).sum()) == answer["mask_area"]
+        if file := os.environ.get("LENS_DEMO_SCREENSHOT"):
+            view.get_by_text("the sentence is empty").wait_for(state="hidden")
+            view.screenshot(path=file)
+
+        view.locator("button[aria-label='Remove Image'], button[aria-label='Clear']").first.click()
+        view.locator("input[type=file]").first.set_input_files(wrong)
+        view.wait_for_timeout(500)
+        segment.click()
+        view.get_by_text("not a readable picture").wait_for()
+    finally:
+        page.close()
+
+
+def test_mistakes_are_one_line(refused, tmp_path):
+    assert "no checkpoint there" in refused(demo.main, "--checkpoint", tmp_path / "nowhere")
+    assert "did you mean --port" in refused(demo.main, "--checkpoint", tmp_path, "--prot", 3)
+    assert "--port: expected a whole number" in refused(
+        demo.main, "--checkpoint", tmp_path, "--port", "x"
+    )
