@@ -1,6 +1,5 @@
 """Curves of several runs over each other: `python launch/compare.py --help`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,23 +13,18 @@ example:
   python launch/compare.py runs/tiny runs/short --output compare.html"""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise cli.UsageError(cli._explain(message, ["--output", "--help"]))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
+    parser = cli.Flags(
         prog="launch/compare.py",
         description="Writes one page with the curves, scores and differing keys of several runs.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    parser.add_argument("--output", type=Path, required=True, help="the page to write")
+    parser.add_argument("--output", type=Path, help="the page to write; has to be given")
     try:
         options = parser.parse_args(argv)
+        if options.output is None:
+            raise cli.UsageError("give --output, the page to write")
         from lens_jax.training import report
 
         for run in options.runs:

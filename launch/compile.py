@@ -1,6 +1,5 @@
 """Compiles a run's programs for a TPU slice without one: `python launch/compile.py --help`."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -10,8 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lens_jax import cli
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 _EXAMPLE = """\
 Further flags are keys of the configuration, as for launch/train.py.
@@ -25,13 +27,17 @@ example:
 def main(argv: Sequence[str] | None = None) -> int:
     # libtpu is only asked to compile, and JAX to compute nothing.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    options, overrides = _flags().parse_known_args(argv)
-
-    from lens_jax import cli, tpu
     from lens_jax import config as configuration
+    from lens_jax import tpu
     from lens_jax.cli import UsageError
 
+    flags = _flags()
     try:
+        options, overrides = flags.parse_known_args(argv)
+        known = [*flags.names, *(f"--{key}" for key in configuration.key_names())]
+        for flag in (word.partition("=")[0] for word in overrides if word.startswith("--")):
+            if flag not in known:
+                raise UsageError(f"unknown: {flag} " + cli.nearest(flag, known))
         files = [options.config] if options.config else sorted((ROOT / "configs").glob("lens_*"))
         if bool(options.topology) == bool(options.suggest):
             raise UsageError("give one of --topology and --suggest")
@@ -56,14 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if report["fits"] else 1
 
 
-def _flags() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(
+def _flags() -> cli.Flags:
+    flags = cli.Flags(
         prog="launch/compile.py",
         description="Compiles the programs of a run for a TPU slice, without one, and says whether "
         "they fit.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     flags.add_argument("--config", type=Path, help="The run's YAML file.")
     flags.add_argument("--topology", help="The slice: v5e:4x4, v5p:2x2x4, v6e:8x8, ...")

@@ -1,5 +1,6 @@
 """What the commands share: flags from a function's signature, and mistakes as one line."""
 
+import argparse
 import difflib
 import inspect
 import os
@@ -44,6 +45,22 @@ class Parser(jsonargparse.ArgumentParser):
         raise UsageError(
             _explain(message, [f"--{key.rstrip('_')}" for key in vars(self.get_defaults())])
         )
+
+
+class Flags(argparse.ArgumentParser):
+    """argparse's own, for flags that no function's signature describes; fails as `Parser` does."""
+
+    def __init__(self, **options):
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+        )
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._option_string_actions.keys()
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(_explain(message, self.names))
 
 
 def run(
@@ -103,7 +120,7 @@ def run_one_of(
         return 0
     if name not in commands:
         what = f"unknown command {name} " if name else "give a command "
-        return complain(UsageError(what + _nearest(name, commands)))
+        return complain(UsageError(what + nearest(name, commands)))
     command, example = commands[name]
     return run(command, argv[1:], prog=f"{prog} {name}", example=example)
 
@@ -128,9 +145,10 @@ def _explain(message: str, flags: Iterable[str]) -> str:
     """jsonargparse's message as one line that names the flag and what it should be."""
     message = " ".join(message.split())
     if required := re.search(r"arguments are required: (.+)", message):
-        return "give " + ", ".join(f"--{name.rstrip('_')}" for name in required[1].split(", "))
+        names = (name.strip("-_") for name in required[1].split(", "))
+        return "give " + ", ".join(f"--{name}" if name.islower() else name for name in names)
     if unknown := re.search(r"unrecognized arguments: (.+)", message):
-        return f"unknown: {unknown[1]} " + _nearest(unknown[1].split()[0].split("=")[0], flags)
+        return f"unknown: {unknown[1]} " + nearest(unknown[1].split()[0].split("=")[0], flags)
     wrong = re.search(r'key "(?P<key>\w+)": (?P<why>.+)', message)
     if not wrong:
         return message
@@ -145,6 +163,7 @@ def _explain(message: str, flags: Iterable[str]) -> str:
     return f"--{key}: {why}"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a mistyped name may have meant, in brackets."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"(did you mean {near[0]}?)" if near else "(--help lists what there is)"

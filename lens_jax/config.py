@@ -377,7 +377,8 @@ def _explain(message: str) -> str:
     )
     if unknown:
         name = unknown["flag"] or unknown["top"] or f"{unknown['group']}.{unknown['member']}"
-        near = difflib.get_close_matches(name, _leaves(_plain(RunConfig())), n=1)
+        known = [*key_names(), *(["config", "print_config"] if unknown["flag"] else [])]
+        near = difflib.get_close_matches(name, known, n=1)
         return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "")
     wrong = re.search(r'key "(?P<key>[\w.]+)": (?P<why>.+)', message)
     if not wrong:
@@ -429,6 +430,11 @@ def read_yaml(file: str | os.PathLike[str]) -> RunConfig:
 def dump_yaml(config: RunConfig) -> str:
     """All of a configuration, as a file that `--config` reads back to the same."""
     return yaml.safe_dump(_plain(config), sort_keys=False, default_flow_style=False)
+
+
+def key_names() -> list[str]:
+    """The dotted names of all keys."""
+    return list(_leaves(_plain(RunConfig())))
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:

@@ -501,7 +501,8 @@ class Evaluation:
 
     `len` is the number of batches, the same for every process; `num_expressions` counts over all
     of them. The last batch is filled up with copies of the last expression, which are not valid.
-    A sample that cannot be read is an error: scores over a part of the data are no scores.
+    A sample that cannot be read, or that no bucket holds, is a `SampleError`: scores over a part of
+    the data are no scores.
 
     `max_length` limits prompt and completion together, as the official evaluation does: there all
     sentences of a sample are one batch, so the longest of their prompts counts for each of them.
@@ -560,7 +561,12 @@ class Evaluation:
             if item not in samples:
                 samples[item] = self.source[item]
             sample, expression = samples[item], samples[item].expressions[sentence]
-            example = self.processor.example(sample, expression, reasoning=self.reasoning)
+            try:
+                example = self.processor.example(sample, expression, reasoning=self.reasoning)
+                check_fits(example, self.buckets)
+            except ValueError as error:
+                where = f"{sample.image_path}, expression {expression[:60]!r}"
+                raise SampleError(f"{where}: {error}") from error
             examples.append(example)
             limits.append(self._limit(sample, example.prompt))
             if number < len(self._items):

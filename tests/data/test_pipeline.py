@@ -37,7 +37,7 @@ class Numbered:
             raise SampleError(f"{index}.jpg: no such picture")
         texts = tuple(f"{index} {letter}" for letter in "abc"[: self.num_expressions[index]])
         image = np.full((self.side, self.side, 3), index, np.uint8)
-        return Sample(image, texts, image[..., 0] > 0, np.arange(4.0), index, index, "")
+        return Sample(image, texts, image[..., 0] > 0, np.arange(4.0), index, index, f"{index}.jpg")
 
 
 def names(batch, tokenizer):
@@ -287,6 +287,13 @@ def test_pictures_are_prepared_as_their_data_set_says(processor):
 def test_evaluation_does_not_pass_over_bad_samples(processor):
     with pytest.raises(SampleError, match=r"2\.jpg"):
         list(Evaluation(Numbered(5, bad=[2]), processor, 4, buckets=BUCKETS))
+
+
+def test_evaluation_names_the_sample_that_no_bucket_holds_and_the_key(processor):
+    small = dataclasses.replace(BUCKETS, prompt_tokens=(8,))
+    said = r"0\.jpg, expression '0 a': .* raise data\.prompt_tokens"
+    with pytest.raises(SampleError, match=said):
+        list(Evaluation(Numbered(5), processor, 4, buckets=small))
 
 
 def test_processor_of_a_pretrained_checkpoint(tmp_path):
