@@ -1,0 +1,127 @@
+"""The commands that README and docs print: all parse, and those for own data run in order."""
+
+import functools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from launch import compile, data, demo, evaluate, predict
+from lens_jax import config
+from lens_jax.data.sources import shapes
+from tools.convert_weights import __main__ as convert_weights
+from tools.convert_weights import from_torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(
+    r"(?:\.venv/bin/)?python (?:launch/(\w+)\.py|-m tools\.(convert_weights)) (.+)"
+)
+
+
+def fences(page: Path, language: str = r"\w*") -> list[str]:
+    """The code blocks of a page."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """(name, arguments) of every command of this repository that a page prints."""
+    lines = "\n".join(fences(page)).replace("\\\n", " ").splitlines()
+    found = filter(None, map(COMMAND.search, lines))
+    return [(m[1] or m[2], shlex.split(m[3], comments=True)) for m in found]
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Calls a command with arguments; what it would do is left out."""
+
+    def idle(function):
+        return functools.wraps(function)(lambda **options: None)
+
+    monkeypatch.setattr(config, "import_function", lambda path: None)  # the reader's own rewards
+    for module, name in ((evaluate, "evaluate"), (predict, "predict"), (demo, "demo")):
+        monkeypatch.setattr(module, name, idle(getattr(module, name)))
+    for module in (data, convert_weights):
+        for name, (function, example) in module.COMMANDS.items():
+            monkeypatch.setitem(module.COMMANDS, name, (idle(function), example))
+    mains = {"convert_weights": convert_weights.main} | {
+        module.__name__.partition(".")[2]: module.main for module in (data, demo, evaluate, predict)
+    }
+
+    def call(name: str, argv: list[str]) -> None:
+        if name == "train":
+            config.load(argv)
+        elif name == "compile":
+            options, overrides = compile._flags().parse_known_args(argv)
+            config.load(
+                [*overrides, *(["--config", str(options.config)] if options.config else [])]
+            )
+        else:
+            assert mains[name](argv) == 0
+
+    return call
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_printed_commands_parse(page, parse, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    for name, argv in commands(page):
+        try:
+            parse(name, argv)
+        except SystemExit as stop:  # --help
+            assert stop.code == 0, (name, argv, capfd.readouterr().err)
+        except AssertionError:
+            pytest.fail(f"{name} {argv}: {capfd.readouterr().err}")
+
+
+def test_commands_are_found():
+    """The two tests here would pass on pages that they cannot read."""
+    found = [command for page in PAGES for command in commands(page)]
+    names = {name for name, _ in found}
+    assert len(found) > 30
+    assert {"train", "evaluate", "predict", "demo", "data", "convert_weights", "compile"} <= names
+
+
+# What docs/own_data.md prints -> what is enough to see that it works.
+SHORTER = {
+    "--alignment.steps 20": "--alignment.steps 2",
+    "--alignment.warmup_steps 2": "--alignment.warmup_steps 1",
+    "--grpo.steps 10": "--grpo.steps 2",
+    "--limit 200": "--limit 4",
+}
+
+
+@pytest.mark.nightly
+def test_own_data_and_quickstart_as_printed(tmp_path):
+    """Draw, check, fine-tune, evaluate, predict; the tiny model has seen no stage yet."""
+    for name in ("checkpoints", "configs", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    run, tiny = tmp_path / "runs" / "tiny", ROOT / "checkpoints" / "tiny"
+    from_torch(output=run / "final", mllm=tiny / "qwen2_5_vl", sam=tiny / "sam2", num_queries=8)
+    shapes.write_refcoco(run / "data", {"train": 1, "val": 4}, seed=5)
+    own, quick = (ROOT / "docs" / name for name in ("own_data.md", "quickstart.md"))
+    blocks = [*fences(own, "bash"), *(b for b in fences(quick) if "launch/predict.py" in b)]
+    script = "\n".join(blocks).partition("pip install")[0]
+    for printed, shorter in SHORTER.items():
+        assert printed in script
+        script = script.replace(printed, shorter)
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
+    subprocess.run(["bash", "-eux", "-c", script], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "my_data" / "check.html").is_file()
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+    assert json.loads((tmp_path / "scores.json").read_text())["samples"] == 12
+    assert len(list((tmp_path / "predictions").iterdir())) == 3 * (30 + 1)
+    assert len(list((tmp_path / "masks").iterdir())) == 3 * 2
+    assert (tmp_path / "scores.html").is_file()
