@@ -58,17 +58,20 @@ def demo(checkpoint: Path, host: str = "127.0.0.1", port: PositiveInt = 7860) ->
     with tempfile.TemporaryDirectory(prefix="lens-demo-") as folder:
         page = build(lens, checkpoint.resolve().parent.name, Path(folder))
         serve(page, Path(folder), host, port)
+        print(f"{page.local_url} until Ctrl-C", flush=True)
+        page.block_thread()
 
 
-def serve(page, folder: Path, host: str, port: int, **options) -> None:
-    """Starts to serve `page`, whose answers lie in `folder`; options as for its `launch`."""
+def serve(page, folder: Path, host: str, port: int) -> None:
+    """Serves `page`, whose answers lie in `folder`, until it is closed."""
     page.launch(
         server_name=host,
         server_port=port,
         allowed_paths=[str(folder)],
         show_error=True,
         css=STYLE,
-        **options,
+        quiet=True,
+        prevent_thread_lock=True,
     )
 
 
@@ -102,7 +105,10 @@ def build(lens, name: str, folder: Path):
         box = "none" if result.box is None else ", ".join(f"{v:.1f}" for v in result.box)
         return overlay, result.completion, box, mask, text
 
-    with gradio.Blocks(title=f"LENS: {name}", analytics_enabled=False) as page:
+    # Uploads are deleted after an hour, or at the end.
+    with gradio.Blocks(
+        title=f"LENS: {name}", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as page:
         gradio.Markdown("# LENS\nA picture and a sentence in; what the sentence describes out.")
         with gradio.Row():
             with gradio.Column():

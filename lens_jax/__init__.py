@@ -1,6 +1,10 @@
 """LENS in JAX: segment whatever a sentence describes."""
 
+import os
 from importlib import import_module
+
+# Tokenizers are all that is used of transformers: it need not advise to install PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __all__ = ["Lens"]
 

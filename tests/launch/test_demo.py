@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def site(tmp_path_factory):
 
     def serve(checkpoint: Path):
         page = demo.build(Lens.from_pretrained(checkpoint), "test", folder)
-        demo.serve(page, folder, "127.0.0.1", port, prevent_thread_lock=True, quiet=True)
+        demo.serve(page, folder, "127.0.0.1", port)
         return page
 
     with playwright.sync_playwright() as driver:
@@ -114,3 +115,8 @@ def test_mistakes_are_one_line(refused, tmp_path):
     assert "--port: expected a whole number" in refused(
         demo.main, "--checkpoint", tmp_path, "--port", "x"
     )
+
+
+def test_without_gradio_one_line_says_how_to_get_it(refused, checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "pip install gradio" in refused(demo.main, "--checkpoint", checkpoint)
