@@ -57,7 +57,13 @@ def demo(checkpoint: Path, host: str = "127.0.0.1", port: PositiveInt = 7860) ->
     lens = inference.Lens.from_pretrained(checkpoint)
     with tempfile.TemporaryDirectory(prefix="lens-demo-") as folder:
         page = build(lens, checkpoint.resolve().parent.name, Path(folder))
-        serve(page, Path(folder), host, port)
+        try:
+            serve(page, Path(folder), host, port)
+        except OSError as error:
+            raise cli.UsageError(
+                f"{host}:{port} is in use, or no address of this machine: give another --port or "
+                "--host"
+            ) from error
         print(f"{page.local_url} until Ctrl-C", flush=True)
         page.block_thread()
 

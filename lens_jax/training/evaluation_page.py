@@ -17,7 +17,7 @@ from lens_jax.training import drawing, report
 SHOWN = 8  # samples of each kind
 BINS = 20  # of the histogram of IoUs
 # Upper bounds, exclusive, of the groups that scores are split into.
-SIZES = ((0.01, "under 1 %"), (0.05, "1 to 5 %"), (0.2, "5 to 20 %"), (2.0, "20 % and more"))
+SIZES = ((0.01, "under 1 %"), (0.05, "1 to 5 %"), (0.2, "5 to 20 %"), (2.0, "over 20 %"))
 WORDS = ((3, "1 or 2"), (6, "3 to 5"), (11, "6 to 10"), (10**9, "11 and more"))
 
 
