@@ -124,11 +124,13 @@ def test_without_gradio_one_line_says_how_to_get_it(refused, checkpoint, monkeyp
 
 def test_a_taken_port_is_one_line(refused, checkpoint, monkeypatch):
     gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+    with gradio.Blocks(analytics_enabled=False) as page:
+        pass
     monkeypatch.setattr(Lens, "from_pretrained", lambda directory: None)
+    monkeypatch.setattr(demo, "build", lambda *_: page)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr(demo, "build", lambda *_: gradio.Blocks(analytics_enabled=False))
         error = refused(demo.main, "--checkpoint", checkpoint, "--port", port)
     assert f"127.0.0.1:{port} is in use" in error and "--port" in error
