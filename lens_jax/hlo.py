@@ -6,6 +6,7 @@ is only sliced the slice.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -168,8 +169,8 @@ class Module:
         """Bytes that a device receives in the collectives of one run, by kind.
 
         A collective that is cut into several steps, which share its channel, counts once. Its
-        result counts whole, its own part included; an all-reduce twice: its parts are summed, then
-        spread.
+        result counts whole, its own part included, and so does what a reduce-scatter sums; an
+        all-reduce twice: its parts are summed, then spread.
         """
         total: dict[str, int] = {}
         computation = computation or self.entry
@@ -177,17 +178,67 @@ class Module:
             seen = set()
             for instruction in self._straight(body):
                 kind = instruction.op.removesuffix("-start")
-                if kind not in COLLECTIVES:
+                if kind not in COLLECTIVES or instruction.name in self._continued:
                     continue
+                if instruction.name in self._scattered:
+                    kind = "reduce-scatter"
                 channel = re.search(r"channel_id=(\d+)", instruction.text)
-                key = kind, channel[1] if channel else instruction.name
+                alone = kind == "reduce-scatter" or instruction.name in self._started
+                key = kind, channel[1] if channel and not alone else instruction.name
                 if key in seen:
                     continue
                 seen.add(key)
-                sizes = [whole(part[0]) for part in _ARRAY.finditer(instruction.shape)]
-                size = max(sizes, default=0) if kind != "all-reduce" else 2 * sum(sizes)
+                size = self._received(instruction, kind)
                 total[kind] = total.get(kind, 0) + times * size
         return total
+
+    def _received(self, instruction: Instruction, kind: str) -> int:
+        operands = sum(whole(self._named[name].shape) for name in instruction.operands)
+        if kind in ("all-reduce", "reduce-scatter"):
+            return operands * (2 if kind == "all-reduce" else 1)
+        if kind == "all-gather":  # what is started names its operands again
+            return whole(instruction.shape) - operands * instruction.op.endswith("-start")
+        return max(whole(part[0]) for part in _ARRAY.finditer(instruction.shape))
+
+    @functools.cached_property
+    def _named(self) -> dict[str, Instruction]:
+        return {k: v for inside in self.computations.values() for k, v in inside.items()}
+
+    @functools.cached_property
+    def _started(self) -> set[str]:
+        """Collectives that a fusion starts; on TPU such ones may all have one channel."""
+        return {
+            instruction.name
+            for inside in self.computations.values()
+            if any('"AsyncCollectiveStart"' in x.text for x in inside.values())
+            for instruction in inside.values()
+        }
+
+    @functools.cached_property
+    def _continued(self) -> set[str]:
+        """Those again, in the fusions that carry them on beside other work, and that end them."""
+        return {
+            instruction.name
+            for name, inside in self.computations.items()
+            if name.startswith("async_collective_fusion")
+            or any('"AsyncCollectiveDone"' in x.text for x in inside.values())
+            for instruction in inside.values()
+        }
+
+    @functools.cached_property
+    def _scattered(self) -> set[str]:
+        """All-reduces of which a device keeps its part alone: TPU's way to write a reduce-scatter.
+
+        The fusion around them runs as one ring of sums.
+        """
+        return {
+            instruction.name
+            for inside in self.computations.values()
+            for instruction in inside.values()
+            if instruction.op == "all-reduce"
+            and (users := list(_users(inside, instruction.name)))
+            and all(user.op == "dynamic-slice" for user in users)
+        }
 
     def _bodies(self, computation: str, unknown_trips: int) -> Iterator[tuple[str, int]]:
         """A computation and the bodies of its loops, with how often each runs."""
@@ -284,6 +335,16 @@ class Module:
         if (nested := root.called("calls")) and root.op == "fusion":
             return self._written(nested, self._roots[nested], shape)
         return main_memory(shape)
+
+
+def _users(inside: dict[str, Instruction], name: str) -> Iterator[Instruction]:
+    """What reads an instruction's result, or one of its members."""
+    for user in inside.values():
+        if name in user.operands:
+            if user.op in ("get-tuple-element", "bitcast"):
+                yield from _users(inside, user.name)
+            else:
+                yield user
 
 
 def whole(shape: str) -> int:

@@ -117,7 +117,7 @@ def parameter_spec(
     fsdp = mesh.shape["fsdp"]
     if fsdp > 1 and "fsdp" not in spec and len(shape) > 1:
         # Not the axis of layers: the scan would gather one layer's parameters from one device.
-        first = stacked if logical else int(any(f"{p}/" in path for p in STACKED))
+        first = stacked if logical else int(is_stacked(path))
         free = [d for d in range(first, len(shape)) if not spec[d] and shape[d] % fsdp == 0]
         if free:
             spec[max(free, key=lambda d: shape[d])] = "fsdp"
@@ -128,10 +128,19 @@ def shardings(tree: Any, mesh: Mesh, *, kv_heads: int = 1, **options: Any) -> An
     """A NamedSharding for every leaf (array, ShapeDtypeStruct) of parameters or training state."""
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-        return place(name, np.shape(leaf), mesh, kv_heads=kv_heads, **options)
+        return place(path_of(path), np.shape(leaf), mesh, kv_heads=kv_heads, **options)
 
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def path_of(path: tuple[Any, ...]) -> str:
+    """A tree's path to a parameter as `parameter_spec` reads it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the parameter's first axis is that of layers."""
+    return any(f"{prefix}/" in path for prefix in STACKED)
 
 
 def place(path: str, shape: Sequence[int], mesh: Mesh, **options: Any) -> NamedSharding:

@@ -84,6 +84,85 @@ def test_cycles_and_collective_bytes_of_all_trips():
     assert module.collective_bytes() == {"all-reduce": 5 * 2 * 4 * 1024}
 
 
+SCATTER = """\
+%all-reduce-scatter (in0: bf16[64,8], in1: f32[4,64]) -> (bf16[16,8], f32[4,16]) {
+  %in0 = bf16[64,8]{1,0} parameter(0)
+  %in1 = f32[4,64]{1,0} parameter(1)
+  %both = (bf16[64,8]{1,0}, f32[4,64]{1,0}) all-reduce(%in0, %in1), channel_id=1, to_apply=%add
+  %first = bf16[64,8]{1,0} get-tuple-element(%both), index=0
+  %second = f32[4,64]{1,0} get-tuple-element(%both), index=1
+  %origin = u32[] constant(0)
+  %place = u32[] partition-id()
+  %mine = bf16[16,8]{1,0} dynamic-slice(%first, %place, %origin), dynamic_slice_sizes={16,8}
+  %own = f32[4,16]{1,0} dynamic-slice(%second, %origin, %place), dynamic_slice_sizes={4,16}
+  ROOT %parts = (bf16[16,8]{1,0}, f32[4,16]{1,0}) tuple(%mine, %own)
+}
+
+ENTRY %main (a: bf16[64,8], b: f32[4,64]) -> (bf16[16,8], f32[4,16]) {
+  %a = bf16[64,8]{1,0} parameter(0)
+  %b = f32[4,64]{1,0} parameter(1)
+  ROOT %fusion = (bf16[16,8]{1,0}, f32[4,16]{1,0}) fusion(%a, %b), kind=kCustom, \
+calls=%all-reduce-scatter
+}
+"""
+
+
+def test_an_all_reduce_of_which_each_keeps_its_part():
+    sizes = 64 * 8 * 2 + 4 * 64 * 4
+    assert hlo.Module(SCATTER).collective_bytes() == {"reduce-scatter": sizes}
+    plain = """\
+ENTRY %main (a: f32[8,4]) -> f32[2,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  ROOT %own = f32[2,4]{1,0} reduce-scatter(%a), channel_id=1, dimensions={0}, to_apply=%add
+}
+"""
+    assert hlo.Module(plain).collective_bytes() == {"reduce-scatter": 8 * 4 * 4}
+    kept = SCATTER.replace("tuple(%mine, %own)", "tuple(%first, %own)")
+    kept = kept.replace("ROOT %parts = (bf16[16,8]{1,0}", "ROOT %parts = (bf16[64,8]{1,0}")
+    assert hlo.Module(kept).collective_bytes() == {"all-reduce": 2 * sizes}
+
+
+def test_a_gather_beside_other_work():
+    """What fusions carry on, within loops too, counts where it starts; channels tell nothing."""
+    part = """\
+%{name} (p{name}: f32[2,4]) -> f32[8,4] {{
+  %p{name} = f32[2,4]{{1,0}} parameter(0)
+  %g{name} = f32[8,4]{{1,0}} all-gather(%p{name}), channel_id=1, dimensions={{0}}
+  ROOT %r{name} = f32[8,4]{{1,0}} {rest}
+}}
+
+"""
+    parts = {
+        f"{name}.{i}": rest.format(f"{name}.{i}")
+        for i in (1, 2)
+        for name, rest in {
+            "start": 'custom-call(%g{}), custom_call_target="AsyncCollectiveStart"',
+            "async_collective_fusion": "negate(%g{})",
+            "done": 'custom-call(%g{}), custom_call_target="AsyncCollectiveDone"',
+        }.items()
+    }
+    text = "".join(part.format(name=name, rest=rest) for name, rest in parts.items())
+    text += "ENTRY %main (a: f32[2,4]) -> f32[8,4] {\n  %a = f32[2,4]{1,0} parameter(0)\n"
+    for name in parts:
+        text += f"  %f.{name} = f32[8,4]{{1,0}} fusion(%a), kind=kCustom, calls=%{name}\n"
+    module = hlo.Module(text + "}\n")
+    assert module.collective_bytes() == {"all-gather": 2 * 8 * 4 * 4}
+
+
+@pytest.mark.parametrize(
+    ("op", "before"), [("all-gather", ""), ("all-gather-start", "(f32[2,4], bf16[3]), ")]
+)
+def test_gathers_of_several(op, before):
+    text = f"""\
+ENTRY %main (a: f32[2,4], b: bf16[3]) -> (f32[8,4], bf16[12]) {{
+  %a = f32[2,4]{{1,0}} parameter(0)
+  %b = bf16[3]{{0}} parameter(1)
+  ROOT %both = ({before}(f32[8,4], bf16[12])) {op}(%a, %b), channel_id=1, dimensions={{0}}
+}}
+"""
+    assert hlo.Module(text).collective_bytes() == {"all-gather": 8 * 4 * 4 + 12 * 2}
+
+
 def test_a_loop_that_the_data_end():
     endless = TEXT.replace("direction=LT", "direction=NE")
     module = hlo.Module(endless)

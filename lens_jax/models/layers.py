@@ -1,4 +1,4 @@
-"""Stacks of equal layers, run by scan; products that widen."""
+"""Stacks of equal layers, run by scan; parameters in parts; products that widen."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -16,6 +16,45 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+@struct.dataclass
+class Part:
+    """A device's part of a parameter that is cut over a mesh axis; gathered where it is used.
+
+    It may lie in a stack, behind axes of layers: those come off first, so that never more than a
+    layer is whole. What the gradient of the whole is summed to is the gradient of the part.
+    """
+
+    value: Array
+    mesh_axis: str = struct.field(pytree_node=False)
+    axis: int = struct.field(pytree_node=False)
+    """The one that is cut, from the end."""
+    rank: int = struct.field(pytree_node=False)
+    """Axes of the parameter, without those of stacks."""
+    dtype: Any = struct.field(pytree_node=False)
+    """Converted before the way: that of the products."""
+
+    def whole(self) -> Array:
+        value = self.value.astype(self.dtype)
+        return lax.all_gather(value, self.mesh_axis, axis=value.ndim + self.axis, tiled=True)
+
+
+def gather(state: Any) -> Any:
+    """Parameters made whole, but not those that are still in stacks."""
+
+    def of(x):
+        return x.whole() if is_part(x) and x.value.ndim == x.rank else x
+
+    return jax.tree.map(of, state, is_leaf=is_part)
+
+
+def is_part(x: Any) -> bool:
+    return isinstance(x, Part)
+
+
+def _keep_all_but_gathered(primitive, *_, **__) -> bool:
+    return primitive.name != "all_gather"
 
 
 @jax.custom_vjp
@@ -55,15 +94,21 @@ def scan(
     first: int = 0,
     last: int | None = None,
 ) -> tuple[Any, Any]:
-    """Runs `carry, out = step(layer, carry)` over layers [first, last); stacks the outs."""
+    """Runs `carry, out = step(layer, carry)` over layers [first, last); stacks the outs.
+
+    Layers in parts are gathered one by one, and again in the backward pass.
+    """
     definition, state = nnx.split(layers)
+    parts = [x for x in jax.tree.leaves(state, is_leaf=is_part) if is_part(x)]
+    in_parts = any(x.value.ndim == x.rank + 1 for x in parts)
     state = jax.tree.map(lambda x: x[first:last], state)
 
     def body(carry, layer_state):
-        return step(nnx.merge(definition, layer_state), carry)
+        return step(nnx.merge(definition, gather(layer_state)), carry)
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    if remat != "none" or in_parts:
+        policy = REMAT_POLICIES[remat] or _keep_all_but_gathered
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     return lax.scan(body, carry, state)
 
 
@@ -91,4 +136,4 @@ def layer(layers: nnx.Module, index) -> nnx.Module:
     """One layer of a stack; `index` may be traced."""
     definition, state = nnx.split(layers)
     pick = lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
-    return nnx.merge(definition, jax.tree.map(pick, state))
+    return nnx.merge(definition, gather(jax.tree.map(pick, state)))

@@ -16,7 +16,7 @@ from lens_jax.models.lens import LensModel
 from lens_jax.models.resample import upsample_logits, valid_pixels
 from lens_jax.rewards.segment import mask_iou
 from lens_jax.training.losses import segmentation_losses
-from lens_jax.training.state import Metrics, TrainState, accumulate, apply
+from lens_jax.training.state import Differentiate, Metrics, TrainState, apply, differentiate
 
 Update = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]
 
@@ -46,25 +46,22 @@ def make_update(
     definition: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     portions: int = 1,
-    places: nnx.State | None = None,
+    differentiate: Differentiate = differentiate,
     *,
     stability: bool = True,
 ) -> Update:
     """The update as a pure function `(state, frozen, batch) -> (state, metrics)`, to be jitted.
 
     Args:
-        places: shardings of the trained parameters, and so of their gradients.
+        differentiate: `parallel.Devices.differentiate` on a mesh.
     """
 
+    def sums_of(params, frozen, batch):
+        return sums(nnx.merge(definition, params, frozen), batch, stability=stability)
+
     def update(state: TrainState, frozen: nnx.State, batch: Batch):
-        def gradient_of_sums(portion):
-            def loss(params):
-                return sums(nnx.merge(definition, params, frozen), portion, stability=stability)
-
-            return jax.grad(loss, has_aux=True)(state.params)
-
         count = len(batch.sample_id)
-        gradients, metrics = accumulate(gradient_of_sums, batch, portions, places)
+        gradients, metrics = differentiate(sums_of, state.params, frozen, batch, portions)
         gradients, metrics = jax.tree.map(lambda x: x / count, (gradients, metrics))
         state, norm = apply(state, gradients, metrics["loss"], optimizer)
         return state, metrics | {"grad_norm": norm, "skipped_updates": state.skipped}

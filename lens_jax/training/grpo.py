@@ -19,7 +19,7 @@ from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training.advantages import RULES
 from lens_jax.training.losses import KL_ESTIMATES, policy_loss, segmentation_losses, token_mean
-from lens_jax.training.state import Metrics, TrainState, accumulate, apply
+from lens_jax.training.state import Differentiate, Metrics, TrainState, apply, differentiate
 
 Update = Callable[[TrainState, nnx.State, nnx.State, Batch, Rollout], tuple[TrainState, Metrics]]
 
@@ -116,7 +116,7 @@ def make_update(
     reward: UnifiedReward,
     objective: Objective,
     portions: int = 1,
-    places: nnx.State | None = None,
+    differentiate: Differentiate = differentiate,
 ) -> Update:
     """The update as a pure function, to be jitted with its state donated.
 
@@ -125,22 +125,20 @@ def make_update(
 
     Args:
         absent: shapes of what the reference does without (`lens.split_policy`).
-        places: shardings of the trained parameters, and so of their gradients.
+        differentiate: `parallel.Devices.differentiate` on a mesh.
     """
 
+    def sums_of(params, constants, data):
+        frozen, reference = constants
+        past = None if reference is None else nnx.merge(definition, reference, absent)
+        return sums(nnx.merge(definition, params, frozen), past, *data, reward, objective)
+
     def update(state, frozen, reference, batch, rollout):
-        past = None
-        if objective.beta and objective.policy_weight:
-            past = nnx.merge(definition, reference, absent)
-
-        def gradient_of_sums(portion):
-            def loss(params):
-                model = nnx.merge(definition, params, frozen)
-                return sums(model, past, *portion, reward, objective)
-
-            return jax.grad(loss, has_aux=True)(state.params)
-
-        gradients, metrics = accumulate(gradient_of_sums, (batch, rollout), portions, places)
+        if not (objective.beta and objective.policy_weight):
+            reference = None
+        gradients, metrics = differentiate(
+            sums_of, state.params, (frozen, reference), (batch, rollout), portions
+        )
         count = rollout.lengths.size
         gradients, metrics = jax.tree.map(lambda x: x / count, (gradients, metrics))
         state, norm = apply(state, gradients, metrics["loss"], optimizer)

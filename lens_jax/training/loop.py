@@ -458,6 +458,10 @@ def score(job: Run, point: str) -> None:
     if point in scores:
         return
     job.lens.state = job.params
+    if sharding.num_parts(job.mesh) > 1:  # gathered once, and not for every token
+        kv_heads = job.lens.config.mllm.num_kv_heads
+        relayout = programs.make_relayout(job.config, job.mesh, job.params, kv_heads)
+        job.lens.state = relayout(job.params)
     total = job.held_out.num_expressions
     shown = {round(i) for i in np.linspace(0, total - 1, min(job.config.samples, total))}
     masks = {}
@@ -486,6 +490,7 @@ def score(job: Run, point: str) -> None:
         progress=batches,
         show=show,
     )
+    job.lens.state = job.params
     masks = dict(item for part in processes.gather(list(masks.items())) for item in part)
     if processes.is_main():
         for number, mask in sorted(masks.items()):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lens_jax import sharding
@@ -27,7 +27,7 @@ from lens_jax.rewards.sentence import Score
 from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.rollout.sampler import Rollout, rollout
 from lens_jax.rollout.sampling import Sampling
-from lens_jax.training import alignment, grpo
+from lens_jax.training import alignment, grpo, parallel
 from lens_jax.training.state import TrainState, among, create, make_optimizer, make_schedule, split
 
 
@@ -111,7 +111,7 @@ def build_alignment(config: RunConfig, mesh: Mesh, model: LensModel) -> Alignmen
         parts["definition"],
         optimizer,
         settings.portions(sharding.num_parts(mesh)),
-        places.params,
+        _devices(config, mesh, model).differentiate,
         stability=settings.stability,
     )
     update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
@@ -144,7 +144,7 @@ def build_reinforcement(
     parts, optimizer, places = _stage(settings, mesh, model)
     channels = {f.name: getattr(config.rewards, f.name) for f in dataclasses.fields(config.rewards)}
     channels["custom"] = tuple(import_function(path) for path in config.rewards.custom)
-    reward = UnifiedReward(sharding.by_rows(read_text, mesh), **channels)
+    reward = UnifiedReward(read_text, **channels)
     update = grpo.make_update(
         parts["definition"],
         shapes_of_rest,
@@ -152,7 +152,7 @@ def build_reinforcement(
         reward,
         _objective(settings),
         settings.portions(sharding.num_parts(mesh)),
-        places.params,
+        _devices(config, mesh, model).differentiate,
     )
     temperatures = np.linspace(
         sample.temperature, sample.final_temperature or sample.temperature, settings.steps
@@ -200,13 +200,31 @@ def build_reinforcement(
         temperatures=temperatures,
         needs_reference=bool(settings.beta and settings.policy_weight),
         lighten=jax.jit(lighten, out_shardings=sharding.shardings(policy, mesh, kv_heads=kv_heads)),
-        relayout=jax.jit(
-            lighten, out_shardings=sharding.sampling_shardings(policy, mesh, kv_heads=kv_heads)
-        ),
+        relayout=make_relayout(config, mesh, policy, kv_heads),
         write=write,
         completion_tokens=tuple(sorted(buckets)),
         trim=trim,
         update=jax.jit(update, donate_argnums=0, out_shardings=(places, None)),
+    )
+
+
+def make_relayout(
+    config: RunConfig, mesh: Mesh, params: nnx.State, kv_heads: int
+) -> Callable[[nnx.State], nnx.State]:
+    """From the layout of training to that of sampling, in the precision of matrix products.
+
+    Layer by layer: a stack as a whole would lie there twice, as it was gathered and in order.
+    """
+    dtype, places = _dtype(config), sharding.sampling_shardings(params, mesh, kv_heads=kv_heads)
+
+    def of(path, x, place):
+        if not sharding.is_stacked(sharding.path_of(path)):
+            return x.astype(dtype)
+        layer = NamedSharding(mesh, P(*place.spec[1:]))
+        return jax.lax.map(lambda x: jax.lax.with_sharding_constraint(x.astype(dtype), layer), x)
+
+    return jax.jit(
+        lambda params: jax.tree_util.tree_map_with_path(of, params, places), out_shardings=places
     )
 
 
@@ -241,6 +259,10 @@ def _stage(
         create=jax.jit(start, donate_argnums=0, out_shardings=places),
     )
     return parts, optimizer, places
+
+
+def _devices(config: RunConfig, mesh: Mesh, model: LensModel) -> parallel.Devices:
+    return parallel.Devices(mesh, _dtype(config), {"kv_heads": model.config.mllm.num_kv_heads})
 
 
 def _objective(settings: GRPOConfig) -> grpo.Objective:

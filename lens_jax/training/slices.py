@@ -40,6 +40,8 @@ class Program:
     """The most that a loop whose end the data decide can run."""
     caches: int = 0
     """Bytes a chip of keys and values, part of the temporaries."""
+    shorter: bool = False
+    """Another program is the same for longer completions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +150,7 @@ def _reinforcement(config, mesh, model, read_text, end_tokens) -> Iterator[Progr
             (state, frozen, reference, batch, cut),
             named=on_chip | {"batch": batch, "completions": cut},
             beside={"next batch": batch} | base,
+            shorter=length < stage.completion_tokens[-1],
         )
 
 
@@ -191,7 +194,7 @@ class Compiled:
     name: str
     fits: bool
     hbm_bytes_per_chip: int
-    """Arguments, results, temporaries and code of the program alone."""
+    """Arguments, results, temporaries and code of the program alone, at its peak."""
     hbm_limit: int
     resident: dict[str, int]
     """All that lies on the chip while the program runs, by what it is."""
@@ -238,16 +241,12 @@ def compile_program(program: Program, mesh: Mesh, chip: tpu.Chip) -> tuple[Compi
         ), None
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed = (
-        memory.argument_size_in_bytes
-        + results
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    code = memory.generated_code_size_in_bytes
+    # Not its sum of parts: libtpu's size of temporaries counts holes between them as well.
+    needed = memory.peak_memory_in_bytes + code
     # The compiler pads arguments: what they take beyond their elements counts as temporary.
-    resident["caches"] = program.caches
-    resident["temporaries"] = needed - sum(named.values()) - program.caches
+    resident["caches"], resident["code"] = program.caches, code
+    resident["temporaries"] = needed - sum(named.values()) - program.caches - code
     total = sum(resident.values())
     text = compiled.as_text()
     module = hlo.Module(text)

@@ -12,6 +12,9 @@ from jaxtyping import Array, Int
 from lens_jax.models.lens import LensModel
 
 Metrics = dict[str, Array]
+Sums = Callable[[nnx.State, Any, Any], tuple[Array, Metrics]]
+"""`(params, constants, batch)`: the loss and the metrics, summed over rows of the batch."""
+Differentiate = Callable[[Sums, nnx.State, Any, Any, int], tuple[nnx.State, Metrics]]
 Path = tuple[Any, ...]
 
 
@@ -107,27 +110,13 @@ def apply(
 
 
 def accumulate(
-    gradient_of_sums: Callable[[Any], tuple[Any, Metrics]],
-    batch: Any,
-    portions: int,
-    places: Any = None,
+    gradient_of_sums: Callable[[Any], tuple[Any, Metrics]], batch: Any, portions: int
 ) -> tuple[Any, Metrics]:
     """Sums `gradient_of_sums(portion)` over equal portions of a batch, one after another.
 
     Sums, not means: cutting a batch changes nothing but rounding. Rows are dealt out in turn, so
     that a batch sharded over devices stays where it is.
-
-    Args:
-        places: shardings of the gradients, those of the parameters. Left alone, the compiler may
-            keep their sum whole on every device.
     """
-    if places is not None:
-        whole = gradient_of_sums
-
-        def gradient_of_sums(portion):
-            gradients, metrics = whole(portion)
-            return jax.lax.with_sharding_constraint(gradients, places), metrics
-
     if portions == 1:
         return gradient_of_sums(batch)
     deal = lambda x: x.reshape(-1, portions, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
@@ -136,6 +125,19 @@ def accumulate(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def add(total, portion):
-        return jax.tree.map(jnp.add, total, gradient_of_sums(portion)), None
+        # XLA would else move sums over devices behind the loop, and carry whole gradients there.
+        sums = jax.tree.map(jax.lax.optimization_barrier, gradient_of_sums(portion))
+        return jax.tree.map(jnp.add, total, sums), None
 
     return jax.lax.scan(add, zeros, batch)[0]
+
+
+def differentiate(
+    sums: Sums, params: nnx.State, constants: Any, batch: Any, portions: int
+) -> tuple[nnx.State, Metrics]:
+    """Gradients and metrics of `sums(params, constants, batch)`, in portions of the batch."""
+
+    def gradient_of_sums(portion):
+        return jax.grad(sums, has_aux=True)(params, constants, portion)
+
+    return accumulate(gradient_of_sums, batch, portions)

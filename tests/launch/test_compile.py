@@ -18,7 +18,7 @@ from flax import nnx
 from benchmarks.common import SIZES
 from launch import compile as command
 from lens_jax import config as configs
-from lens_jax import hlo, tpu
+from lens_jax import hlo, sharding, tpu
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
 from lens_jax.models.sam.config import PRESETS as SAM2
@@ -156,6 +156,27 @@ def test_update_gathers_layer_by_layer(compiled, shapes):
     assert found and not whole & found
 
 
+def test_update_moves_weights_and_gradients_alone(compiled, shapes):
+    """For each portion those that train at most twice, the others once, the gradients in parts."""
+    _, _, update = compiled[0]["programs"]
+    model = abstract(shapes)
+
+    def cut(*parts) -> int:
+        sizes = (math.prod(x.shape) for x in jax.tree.leaves([nnx.state(part) for part in parts]))
+        return 2 * sum(size for size in sizes if size >= sharding.MIN_SHARDED_ELEMENTS)
+
+    policy, portions = cut(model.visual, model.language), ROWS // CHIPS
+    decoder = model.sam.sam_mask_decoder, model.sam.sam_prompt_encoder
+    trained, frozen = policy + cut(model.context, *decoder), policy + cut(model.sam.image_encoder)
+    moved = update["collectives"]
+    # The rest: parameters that are not cut, sums of metrics, and the vocabulary's gradient.
+    assert moved.keys() == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert 0.8 * portions * trained < moved["reduce-scatter"] < 1.05 * portions * trained
+    gathers = portions * (2 * trained + frozen)
+    assert 0.5 * gathers < moved["all-gather"] < 1.05 * gathers
+    assert update["collective_bytes_per_chip"] < 1.2 * (gathers + portions * trained)
+
+
 def test_what_does_not_fit_says_what_to_change():
     (chip, *_) = devices()
     place = jax.sharding.SingleDeviceSharding(chip)
@@ -167,6 +188,27 @@ def test_what_does_not_fit_says_what_to_change():
     config = configs.RunConfig(grpo=configs.GRPOConfig(steps=1, batch_size=8))
     first, second, *_ = slices.suggestions(config, mesh, "grpo.update")
     assert (first, second) == ("--grpo.per_device_batch_size 4", "--remat full")
+
+
+def test_the_smallest_slice_that_fits(monkeypatch, capsys):
+    """Through the slices of a kind, one that does not divide included."""
+    tried = []
+
+    def compile_run(config, topology, stages, *, quick):
+        tried.append(topology)
+        if topology == "v5e:2x4":
+            raise configs.ConfigError("8 rows over 3")
+        row = {"resident_bytes_per_chip": 12e9}
+        return {"fits": topology == "v5e:4x4", "chips": 16, "programs": [row, row]}
+
+    monkeypatch.setattr(command, "compile_run", compile_run)
+    report = command.suggest(Path("a.yaml"), configs.RunConfig(), "v5e", ["grpo"])
+    assert report["fits"] and tried == ["v5e:2x2", "v5e:2x4", "v5e:4x4"]
+    refusal, found = capsys.readouterr().out.splitlines()
+    assert refusal == "a.yaml: v5e:2x4: 8 rows over 3"
+    assert found == "a.yaml: v5e:4x4 (16 chips) is the smallest that fits, 12.0 GB on a chip"
+    assert command.suggest(Path("a.yaml"), configs.RunConfig(), "v5p", ["grpo"]) is None
+    assert capsys.readouterr().out == "a.yaml: fits no slice of v5p\n"
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)

@@ -1,10 +1,14 @@
-"""Recomputing layers in the backward pass changes memory, not gradients."""
+"""Recomputing layers in the backward pass, or gathering them again, changes no gradient."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
+from lens_jax.models import layers
 from lens_jax.models.lens import abstract, split_policy
 from tests import micro
 
@@ -49,3 +53,42 @@ def test_gradients(policy, expected, remat):
 def test_none_computes_nothing_again(policy):
     text = str(jax.make_jaxpr(gradient_function("none"))(policy))
     assert "checkpoint" not in text and "remat" not in text
+
+
+@pytest.mark.parametrize("remat", layers.REMAT_POLICIES)
+def test_layers_in_parts(remat):
+    """Each is gathered twice, never all; their gradients are those of whole layers, in parts."""
+    depth, width = 3, 8
+    stack = layers.stack(lambda rngs: nnx.Linear(width, width, rngs=rngs), depth, nnx.Rngs(0))
+    definition, params = nnx.split(stack)
+    x = jax.random.normal(jax.random.key(1), (4, width))
+
+    def gradient(params, x, mark=lambda params: params):
+        def loss(params):
+            model = nnx.merge(definition, mark(params))
+            y, _ = layers.scan(model, lambda layer, x: (jnp.tanh(layer(x)), None), x, remat=remat)
+            return (y**2).sum()
+
+        return jax.grad(loss)(params)
+
+    def in_parts(params):
+        def of(x):
+            return layers.Part(x, "fsdp", -2, 2, x.dtype) if x.ndim == 3 else x
+
+        return jax.tree.map(of, params)
+
+    def local(params, x):
+        return jax.tree.map(
+            lambda g: g if g.ndim == 3 else jax.lax.psum(g, "fsdp"), gradient(params, x, in_parts)
+        )
+
+    specs = jax.tree.map(lambda x: P(None, "fsdp") if x.ndim == 3 else P(), params)
+    mesh = jax.make_mesh((4,), ("fsdp",), (AxisType.Auto,))
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(specs, P("fsdp")), out_specs=specs, check_vma=False
+    )
+    micro.same_gradients(jax.jit(run)(params, x), gradient(params, x))
+    text = jax.jit(run).lower(params, x).as_text()
+    assert text.count("stablehlo.all_gather") == 2 and text.count("stablehlo.reduce_scatter") == 1
+    whole = f"tensor<{depth}x{width}x{width}xf32>"
+    assert not any(whole in x for x in text.splitlines() if "dynamic_update_slice" in x)

@@ -19,7 +19,7 @@ from lens_jax.models.lens import LensModel, split_policy
 from lens_jax.rewards import text_rewards
 from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.rollout.sampler import Rollout
-from lens_jax.training import alignment, grpo, programs
+from lens_jax.training import alignment, grpo, parallel, programs
 from lens_jax.training.state import among, create, make_optimizer, split
 from tests import micro
 
@@ -93,7 +93,9 @@ def make_stages(config) -> dict[str, Stage]:
 
     definition, trained, frozen = split(model, among(AlignmentConfig().trained))
     align = Stage(
-        lambda optimizer, portions: alignment.make_update(definition, optimizer, portions),
+        lambda optimizer, portions, **options: alignment.make_update(
+            definition, optimizer, portions, **options
+        ),
         trained,
         (frozen,),
         (batch,),
@@ -105,8 +107,8 @@ def make_stages(config) -> dict[str, Stage]:
     reward = UnifiedReward(text_rewards(tokenizer), format=1.0)
     definition_grpo, trained, frozen = split(model, among(GRPOConfig().trained))
     reinforce = Stage(
-        lambda optimizer, portions, objective=OBJECTIVE: grpo.make_update(
-            definition_grpo, absent, optimizer, reward, objective, portions
+        lambda optimizer, portions, objective=OBJECTIVE, **options: grpo.make_update(
+            definition_grpo, absent, optimizer, reward, objective, portions, **options
         ),
         trained,
         (frozen, reference),
@@ -169,8 +171,9 @@ class Program:
         share = sharding.share(mesh)
         batches = (sharding.global_batch(rows_of(x, share), mesh) for x in stage.data)
         self.arguments = (*params, *batches)
+        devices = parallel.Devices(mesh, jnp.float32, {"kv_heads": 2} | options)
         self.update = jax.jit(
-            stage.make_update(OPTIMIZER, portions),
+            stage.make_update(OPTIMIZER, portions, differentiate=devices.differentiate),
             donate_argnums=0,
             out_shardings=(places, None),
         )

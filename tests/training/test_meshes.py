@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from lens_jax import sharding
+from lens_jax import checkpoints, sharding
 from lens_jax.inference import Generation, Lens
 from tests import micro
 from tests.training import stages
@@ -67,3 +68,34 @@ def test_greedy_completions_and_masks(answered, mesh):
     micro.close(ours.mask_logits, answered.mask_logits, 1e-4)
     clear = np.abs(answered.mask_logits) > 1e-4
     np.testing.assert_array_equal((ours.mask_logits > 0)[clear], (answered.mask_logits > 0)[clear])
+
+
+def test_one_device_goes_on_where_eight_stopped(tmp_path):
+    """Parameters, moments and the position in the data, from eight parts to a whole."""
+    stage = stages.make_stages(micro.CONFIG)["alignment"]
+    many = stages.Program(stage, mesh_of(**MESHES["1x8x1"]), 1, min_elements=0)
+    alone = stages.Program(stage, mesh_of(1, data=1), 1)
+    many.step()
+    assert any("fsdp" in x.sharding.spec for x in jax.tree.leaves(many.state.moments))
+    store = checkpoints.TrainingCheckpoints(tmp_path, keep=1)
+    store.save(1, {"state": many.state, "position": stages.B})
+    store.wait()
+    saved = jax.device_get((many.state.params, many.state.moments))
+
+    restored = store.restore(1, {"state": alone.state, "position": 0})
+    alone.state, position = restored["state"], restored["position"]
+    assert position == stages.B and alone.state.step == 1
+    for x, want in zip(
+        jax.tree.leaves((alone.state.params, alone.state.moments)),
+        jax.tree.leaves(saved),
+        strict=True,
+    ):
+        assert x.sharding.device_set == {jax.devices()[0]}
+        np.testing.assert_array_equal(x, want)
+
+    theirs, ours = many.step(), alone.step()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    ours, theirs = jax.device_get((alone.state.params, many.state.params))
+    apart = optax.tree.norm(jax.tree.map(np.subtract, ours, theirs))
+    assert apart < 1e-5 * optax.tree.norm(theirs)
