@@ -110,7 +110,7 @@ def operations(
 ) -> tuple[int, int]:
     """Floating-point operations of one group's update, ours and official; nothing is computed.
 
-    Ours takes the picture in windows, padded at its border; the official side its true patches.
+    Ours takes the picture in windows, padded to whole rows; the official side its true patches.
 
     Args:
         grid: (rows, columns) of the picture's patches.

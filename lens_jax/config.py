@@ -104,8 +104,9 @@ class DataConfig:
     """Expressions decoded together."""
     max_bad: ClosedUnitInterval = 0.01
     """Stop when more than this fraction of samples cannot be read."""
-    windows: tuple[PositiveInt, ...] = (108,)
-    """Buckets: vision windows of a picture."""
+    windows: tuple[PositiveInt, ...] = (91,)
+    """Buckets: rows of 64 patches, each a vision window or several small ones from the picture's
+    border. 25 hold 640 x 480 pixels, 36 hold 640 x 640, 91 every picture of Qwen's 1,000,000."""
     prompt_tokens: tuple[PositiveInt, ...] = (512, 1408)
     """Buckets: tokens of a prompt, image tokens included."""
     answer_tokens: tuple[PositiveInt, ...] = (64,)

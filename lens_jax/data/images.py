@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -102,7 +103,10 @@ def patchify(
 def window_layout(
     grid: tuple[int, int], window_units: int, merge_size: int = 2
 ) -> tuple[Int[np.ndarray, "W S"], Int[np.ndarray, "W S 2"], Int[np.ndarray, "units"]]:
-    """Where each patch goes: windows row-major, each with its units row-major, padded at borders.
+    """Where each patch goes: windows one after the other, each with its units row-major.
+
+    A row of slots holds a window, or several of the smaller ones at the border: in rows of their
+    own they would leave a fifth of the slots of a 640 x 480 picture empty.
 
     Args:
         grid: (rows, columns) of patches.
@@ -115,15 +119,20 @@ def window_layout(
     """
     m, u = merge_size, window_units
     rows, columns = grid[0] // m, grid[1] // m
-    windows = (-(-rows // u), -(-columns // u))
-    units = np.full((windows[0] * u, windows[1] * u), -1, np.int32)
-    units[:rows, :columns] = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
-    units = units.reshape(windows[0], u, windows[1], u).transpose(0, 2, 1, 3).reshape(-1)
+    picture = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
+    windows = [
+        picture[top : top + u, left : left + u].reshape(-1)
+        for top in range(0, rows, u)
+        for left in range(0, columns, u)
+    ]
+    held = [np.concatenate(row) for row in _first_fit(windows, u * u)]
+    units = np.stack([np.pad(x, (0, u * u - len(x)), constant_values=-1) for x in held])
+    count, units = len(units), units.reshape(-1)
     slot_of_unit = np.empty(rows * columns, np.int32)
     slot_of_unit[units[units >= 0]] = np.flatnonzero(units >= 0)
 
     source = np.where(units[:, None] >= 0, units[:, None] * m * m + np.arange(m * m), -1)
-    source = source.reshape(windows[0] * windows[1], u * u * m * m).astype(np.int32)
+    source = source.reshape(count, u * u * m * m).astype(np.int32)
     row = units // columns * m
     column = units % columns * m
     inner = np.arange(m * m)
@@ -134,6 +143,20 @@ def window_layout(
     for array in (source, positions, slot_of_unit):
         array.flags.writeable = False
     return source, positions, slot_of_unit
+
+
+def _first_fit(windows: Sequence[np.ndarray], size: int) -> list[list[np.ndarray]]:
+    """Rows of at most `size` elements together, the largest windows placed first."""
+    rows: list[list[np.ndarray]] = []
+    free: list[int] = []
+    for window in sorted(windows, key=len, reverse=True):
+        row = next((i for i, left in enumerate(free) if len(window) <= left), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(size)
+        rows[row].append(window)
+        free[row] -= len(window)
+    return rows
 
 
 def arrange_windows(

@@ -36,7 +36,7 @@ class Buckets:
     """The static shapes of batches: a batch takes the smallest of each that holds all its rows."""
 
     prompt_tokens: Sequence[int] = (512, 1408)
-    windows: Sequence[int] = (108,)
+    windows: Sequence[int] = (91,)
     canvas: Sequence[tuple[int, int]] = ((640, 640),)
     answer_tokens: Sequence[int] = (64,)
 

@@ -10,11 +10,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 class Prompts:
     """A batch of prompts, one picture and one expression each, prepared on the host.
 
-    `patches` holds the picture in window order: windows row-major over the picture, each with its
-    merged units row-major, each unit's 2x2 patches contiguous; `patch_mask` is False on the padding
-    of border windows and of pictures smaller than the bucket. `image_index` says for every image
-    token which merged unit (flat over windows) it shows, -1 for text. `positions` are Qwen's
-    multimodal rotary positions and `next_position` the first one after the prompt.
+    `patches` holds the picture in window order: W rows of S patches, each a window of the picture
+    or several small ones from its border, a window's merged units row-major, a unit's 2x2 patches
+    contiguous. `patch_positions` are (row, column) in the picture, `patch_mask` False on padding.
+    `image_index` says for every image token which merged unit (flat over windows) it shows, -1 for
+    text. `positions` are Qwen's multimodal rotary positions and `next_position` the first one after
+    the prompt.
     """
 
     patches: Float[Array, "B W S C"]

@@ -36,12 +36,13 @@ def test_a_few_steps(tmp_path, monkeypatch):
     counts = {"dense_steps": 3, "steps": 12, "loose_steps": 2, "images": 2, "evaluation_scenes": 4}
     arguments = [text for name, n in counts.items() for text in (f"--{name}", str(n))]
     arguments += ["--learning_rate", "0.005", "--output", str(tmp_path)]
-    # A process of its own: compiled without optimization, as tests are, XLA's step gives NaN.
+    # A process of its own: without any optimization, as tests are compiled, the step gives NaN.
     command = (
         f"from tools import make_tiny_sam; make_tiny_sam.PROMPTS = {prompts}; "
         f"make_tiny_sam.LENGTHS = [3]; make_tiny_sam.main({arguments})"
     )
-    environment = dict(os.environ, XLA_FLAGS="--xla_cpu_use_fusion_emitters=false")
+    options = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+    environment = dict(os.environ, XLA_FLAGS=options)
     root = SHIPPED.parents[2]
     subprocess.run([sys.executable, "-c", command], check=True, env=environment, cwd=root)
     record = json.loads((tmp_path / "training.json").read_text())

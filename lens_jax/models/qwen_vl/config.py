@@ -39,10 +39,14 @@ class VisionConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def window_side(self) -> int:
+        """Patches on a window's side; whole merged units."""
+        return self.window_size // self.patch_size // self.merge_size * self.merge_size
+
+    @property
     def window_patches(self) -> int:
         """Patches in a window, S."""
-        merged = self.window_size // self.patch_size // self.merge_size
-        return (merged * self.merge_size) ** 2
+        return self.window_side**2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ They differ in norms, in MLPs, and in that Qwen2.5-VL attends within windows in 
 """
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -43,21 +45,13 @@ class VisionBlock(nnx.Module):
             self.down_proj = nnx.Linear(mlp, width, **linear)
 
     def __call__(
-        self,
-        x: Float[Array, "B W S d"],
-        rotation: Rotation,
-        mask: Bool[Array, "B W S"],
-        whole: Attention | None = None,
+        self, x: Float[Array, "B W S d"], rotation: Rotation, attend: Callable[..., Array]
     ) -> Float[Array, "B W S d"]:
-        """`whole` attends when x holds whole pictures."""
+        """`attend` takes queries, keys and values [B, W, S, N, H]."""
         b, w, s, _ = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(b, w, s, 3, self.num_heads, -1)
         queries, keys, values = (qkv[..., i, :, :] for i in range(3))
-        parts = rotate(queries, rotation), rotate(keys, rotation), values
-        if whole is None:
-            attended = attention(*parts, mask[:, :, None])
-        else:
-            attended = whole.full(*(y[:, 0] for y in parts), mask[:, 0])
+        attended = attend(rotate(queries, rotation), rotate(keys, rotation), values)
         x = x + self.proj(attended.reshape(x.shape))
         return x + self.mlp(self.norm2(x))
 
@@ -116,8 +110,10 @@ class VisionTower(nnx.Module):
         config = self.config
         x = self.patch_embed(patches)
         rotation = grid_rotation(positions, config.head_dim)
-        windows = (rotation, mask)
-        whole = (*jax.tree.map(_join_windows, windows), self.attention)
+        window = positions // config.window_side
+        sees = (window[:, :, :, None] == window[:, :, None]).all(-1) & mask[:, :, None]
+        in_windows = rotation, lambda *parts: attention(*parts, sees)
+        whole = jax.tree.map(_join_windows, rotation), partial(_attend_whole, self.attention, mask)
 
         full = [i in config.full_attention_blocks for i in range(config.depth)]
         stacks, period = layers.periods(self.blocks, full)
@@ -126,7 +122,7 @@ class VisionTower(nnx.Module):
             # Neighbours that attend alike run in one scan.
             for is_full, places in itertools.groupby(range(period), full.__getitem__):
                 first, *more = places
-                shape, view = x.shape, windows
+                shape, view = x.shape, in_windows
                 if is_full:
                     x, view = _join_windows(x), whole
                 x, _ = layers.scan(
@@ -142,6 +138,11 @@ class VisionTower(nnx.Module):
 
         x, _ = layers.scan(stacks, run, x)
         return self.merger(x)
+
+
+def _attend_whole(kernel: Attention, mask: Bool[Array, "B W S"], *parts: Array) -> Array:
+    """Pictures [B, 1, W * S, N, H] to all of their patches."""
+    return kernel.full(*(x[:, 0] for x in parts), mask.reshape(len(mask), -1))[:, None]
 
 
 def _join_windows(x: Array) -> Array:
