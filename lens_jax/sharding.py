@@ -81,11 +81,17 @@ def make_mesh(
         raise ConfigError(f"{named} = {wanted} devices, but {len(devices)} are present")
     if shape[0] % slices:
         raise ConfigError(f"{named}: mesh.data must be a multiple of {slices}, the slices present")
+    # A slice's grid of chips may have no axis of the mesh's: 8 x 2 of 4 x 4.
     if slices > 1:
         within = (shape[0] // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
-        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices[:wanted])
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(
+            shape, devices[:wanted], allow_split_physical_axes=True
+        )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def parameter_spec(

@@ -34,6 +34,13 @@ def test_no_mesh_named_takes_every_device():
         assert dict(sharding.make_mesh(MeshConfig(), rows=rows).shape) == shape
 
 
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"])
+def test_axes_that_the_grid_of_chips_does_not_have(topology):
+    mesh = sharding.make_mesh(MeshConfig(), tpu.devices(topology), rows=8)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 2}
+    assert len({device.id for device in mesh.devices.flat}) == 16
+
+
 def test_between_slices_lies_data_alone():
     devices = tpu.devices("v5e:2x2", slices=2)
     for config, shape in (
