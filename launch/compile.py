@@ -270,22 +270,11 @@ def table(report: dict[str, Any]) -> str:
                 f"{row['compile_seconds']:.0f}",
             ]
         )
-    lines = [f"{report['topology']}: {report['chips']} chips, {mesh}", "", *_aligned(memory)]
-    lines += ["", *_aligned(work)]
+    lines = [f"{report['topology']}: {report['chips']} chips, {mesh}", "", cli.table(memory)]
+    lines += ["", cli.table(work)]
     for row in rows:
         lines += [f"{row['name']} does not fit: try {x}" for x in row["suggestions"]]
     return "\n".join(lines)
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt
 from tqdm import tqdm
@@ -48,26 +48,12 @@ def check(data_dir: Path, page: Path | None = None, thumbnails: NonNegativeInt =
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(checking.page(report, thumbnails), encoding="utf-8")
     counts = report.counts()
-    print(table([list(counts[0]), *(list(row.values()) for row in counts)]))
+    print(cli.table([list(counts[0]), *(list(row.values()) for row in counts)]))
     for title, problems in (("unusable", report.errors()), ("to look at", report.notes())):
         if problems:
-            print("\n" + table([[title, "rows", "the first one"], *map(list, problems)]))
+            print("\n" + cli.table([[title, "rows", "the first one"], *problems], left=(0, 2)))
     print(f"\npictures and all rows that cannot be used: {page}")
     return 2 if report.unusable else 0
-
-
-def table(lines: Sequence[Sequence[Any]]) -> str:
-    """Rows as aligned text, numbers to the right; the last column is left as it is."""
-    text = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
-    numeric = [isinstance(cell, int) for cell in lines[-1]]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        ).rstrip()
-        for line in text
-    )
 
 
 def convert(
@@ -99,11 +85,10 @@ def convert(
     left_out = sum(count for _, count, _ in summary.left_out)
     lines = [["objects", "count"], *map(list, sorted(summary.rows.items()))]
     lines += [["written", rows], ["left out", left_out], ["all", rows + left_out]]
-    print(table(lines))
+    print(cli.table(lines))
     if summary.left_out:
-        print(
-            "\n" + table([["left out", "objects", "the first one"], *map(list, summary.left_out)])
-        )
+        heading = ["left out", "objects", "the first one"]
+        print("\n" + cli.table([heading, *summary.left_out], left=(0, 2)))
     if not rows:
         raise cli.UsageError("no object can be converted: nothing is written")
     print(f"\n{rows:,} rows and {summary.pictures:,} pictures: {output}")

@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from jsonargparse.typing import PositiveInt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import cli
+from lens_jax.config import Dataset
 
 EXAMPLE = """\
   python launch/evaluate.py --checkpoint runs/tiny/final --dataset refcoco --split val \\
@@ -41,18 +42,6 @@ COLUMNS = {
     "format_rate": ("format", "{:.3f}"),
     "seconds": ("seconds", "{:.0f}"),
 }
-
-
-Dataset = Literal[
-    "refcoco",
-    "refcoco+",
-    "refcocog",
-    "refclef",
-    "reason_seg",
-    "grounding_suite",
-    "tfds_ref_coco",
-    "folder",
-]
 
 
 def evaluate(
@@ -180,19 +169,12 @@ def chosen(suite: str) -> list[tuple[str, str]]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Scores as lines of a table, numbers to the right."""
+    """Scores as a table for the terminal."""
     lines = [[heading for heading, _ in COLUMNS.values()]]
     for scores in results:
         cells = COLUMNS.items()
         lines.append(["–" if scores[k] is None else f.format(scores[k]) for k, (_, f) in cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return cli.table(lines, left=(0, 1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -161,6 +161,19 @@ def _explain(message: str, flags: Iterable[str]) -> str:
         if name in why:
             return f"--{key}: expected {expected}{given}"
     return f"--{key}: {why}"
+
+
+def table(lines: Sequence[Sequence[Any]], left: Collection[int] = (0,)) -> str:
+    """Aligned text, the columns `left` to the left and all others to the right."""
+    text = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in text
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ its last complete checkpoint; what it had already evaluated is not evaluated aga
 import base64
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -90,6 +91,12 @@ class Run:
     def shapes(self) -> LensModel:
         """The model without its parameters."""
         return nnx.merge(self.model, jax.eval_shape(lambda: self.params))
+
+    @functools.cached_property
+    def relayout(self) -> Callable[[nnx.State], nnx.State]:
+        """All parameters in the layout of sampling, for evaluations: compiled once."""
+        kv_heads = self.lens.config.mllm.num_kv_heads
+        return programs.make_relayout(self.config, self.mesh, self.params, kv_heads)
 
     def release(self) -> nnx.State:
         """The parameters, for a stage that sets them anew: nothing else holds on to them."""
@@ -459,9 +466,7 @@ def score(job: Run, point: str) -> None:
         return
     job.lens.state = job.params
     if sharding.num_parts(job.mesh) > 1:  # gathered once, and not for every token
-        kv_heads = job.lens.config.mllm.num_kv_heads
-        relayout = programs.make_relayout(job.config, job.mesh, job.params, kv_heads)
-        job.lens.state = relayout(job.params)
+        job.lens.state = job.relayout(job.params)
     total = job.held_out.num_expressions
     shown = {round(i) for i in np.linspace(0, total - 1, min(job.config.samples, total))}
     masks = {}
