@@ -26,7 +26,7 @@ from flax import nnx
 from benchmarks import common
 from benchmarks.official import OfficialLayout
 from lens_jax import flops
-from lens_jax.config import GRPOConfig
+from lens_jax.config import GRPOConfig, RunConfig
 from lens_jax.data.images import window_layout
 from lens_jax.models.inputs import Batch, Prompts, Targets
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
@@ -82,9 +82,11 @@ def official_update(
     return update
 
 
-def updates(config: LensConfig, dtype: Any, reward: Callable[..., Rewards]) -> SimpleNamespace:
+def updates(
+    config: LensConfig, dtype: Any, reward: Callable[..., Rewards], remat: str = "none"
+) -> SimpleNamespace:
     """Both updates in JAX, and the model's shapes that they take."""
-    model = _shapes_of_model(config, dtype)
+    model = _shapes_of_model(config, dtype, remat)
     definition, trained, frozen = split(model, among(GRPOConfig().trained))
     _, policy, rest = split_policy(model)
     return SimpleNamespace(
@@ -98,8 +100,8 @@ def updates(config: LensConfig, dtype: Any, reward: Callable[..., Rewards]) -> S
 
 # Building it takes longer than tracing an update.
 @functools.lru_cache(1)
-def _shapes_of_model(config: LensConfig, dtype: Any) -> LensModel:
-    return abstract(config, dtype=dtype)
+def _shapes_of_model(config: LensConfig, dtype: Any, remat: str) -> LensModel:
+    return abstract(config, dtype=dtype, remat=remat)
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------
@@ -217,7 +219,7 @@ def measure(
     rollout = random_rollout(size, completion)
     rng = np.random.default_rng(2)
     earned = rng.random(rollout.lengths.shape, np.float32)
-    program = updates(config, size.dtype, given(earned))
+    program = updates(config, size.dtype, given(earned), RunConfig().remat)
 
     model = abstract(config, dtype=size.dtype)
     nnx.update(model, common.parameters(model))

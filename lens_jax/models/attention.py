@@ -22,8 +22,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from lens_jax.models import kernels
+from lens_jax.models.layers import keep
 
 MASKED = -1e30  # finite, so that a row without any key stays finite too
+LONG = 2**21  # scores of long sequences that XLA holds at a time: 8 MB, which caches keep
 
 Kernel = Literal["xla", "splash", "cudnn"]
 
@@ -43,9 +45,17 @@ def attention(
     values: Float[Array, "B G T K H"],
     mask: Bool[Array, "#B #G #S T"],
     prefix: Prefix | None = None,
+    *,
+    at_once: int | None = None,
 ) -> Float[Array, "B G S N H"]:
-    """Grouped-query attention to own keys under `mask` and to all of the prefix's valid keys."""
-    return cached_attention(queries, heads_first(keys), heads_first(values), mask, prefix)
+    """Grouped-query attention to own keys under `mask` and to all of the prefix's valid keys.
+
+    Args:
+        at_once: the most scores that are to live at the same time, for blocks of queries; None: all
+            of them.
+    """
+    keys, values = heads_first(keys), heads_first(values)
+    return cached_attention(queries, keys, values, mask, prefix, at_once=at_once)
 
 
 def cached_attention(
@@ -54,6 +64,8 @@ def cached_attention(
     values: Float[Array, "B K G T H"],
     mask: Bool[Array, "#B #G #S T"],
     prefix: Prefix | None = None,
+    *,
+    at_once: int | None = None,
 ) -> Float[Array, "B G S N H"]:
     """`attention` to keys and values that lie as caches keep them, heads first.
 
@@ -65,7 +77,9 @@ def cached_attention(
     parts = [(keys, values, mask[:, None, :, None])]
     if prefix is not None:
         parts.append((prefix.keys, prefix.values, prefix.mask[:, None, None, None, None]))
-    out = _attend(queries.transpose(0, 3, 1, 4, 2, 5), parts)
+    width = sum(keys.shape[-2] for keys, *_ in parts)
+    blocks = -(-b * g * s * n * width // at_once) if at_once else 1
+    out = _attend(min(blocks, s), queries.transpose(0, 3, 1, 4, 2, 5), parts)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, g, s, n, -1)
 
 
@@ -78,53 +92,103 @@ def heads_first(x: Float[Array, "B ... T K H"]) -> Float[Array, "B K ... T H"]:
 _Part = tuple[Float[Array, "B K ... T H"], Float[Array, "B K ... T H"], Bool[Array, "..."]]
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    queries: Float[Array, "B K G R S H"], parts: Sequence[_Part]
+    blocks: int, queries: Float[Array, "B K G R S H"], parts: Sequence[_Part]
 ) -> Float[Array, "B K G R S H"]:
     """One softmax over the keys of all parts; queries are scaled already.
 
-    The backward pass computes the scores again (FlashAttention, section 3.1): nothing as large as
-    they are is kept, and what the softmax subtracts comes from the output.
+    Scores live for one of `blocks` of the queries at a time, and the backward pass computes them
+    again (FlashAttention, section 3.1): what its softmax subtracts comes from the output.
     """
-    return _attend_forward(queries, parts)[0]
+    return _attend_forward(blocks, queries, parts)[0]
 
 
-def _attend_forward(queries, parts):
-    scores = [_scores(queries, keys, mask) for keys, _, mask in parts]
-    most = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in scores))
-    weights = [jnp.exp(x - most) for x in scores]
-    total = sum(x.sum(-1, keepdims=True) for x in weights)
-    out = sum(
-        _product(x.astype(values.dtype), values, 5, values.ndim - 2, values.ndim - 2)
-        for x, (_, values, _) in zip(weights, parts, strict=True)
-    )
-    out = (out / total).astype(queries.dtype)
-    return out, (queries, parts, out, most + jnp.log(total))
-
-
-def _attend_backward(residuals, gradient):
-    queries, parts, out, log_total = residuals
-    product = gradient.astype(jnp.float32) * out.astype(jnp.float32)
-    subtracted = product.sum(-1, keepdims=True)
-    of_queries, of_parts = 0, []
-    for keys, values, mask in parts:
-        token = keys.ndim - 2
-        weights = jnp.exp(_scores(queries, keys, mask) - log_total)
-        of_weights = _product(gradient, values, 5, token + 1, token)
-        of_scores = jnp.where(mask, weights * (of_weights - subtracted), 0).astype(keys.dtype)
-        of_queries += _product(of_scores, keys, 5, token, token)
-        # The small factor first: it is the one that is turned.
-        rows = range(token, 5)
-        of_keys, of_values = (
-            _product(small, large, rows, rows, token).swapaxes(-1, -2).astype(keys.dtype)
-            for small, large in ((queries, of_scores), (gradient, weights.astype(values.dtype)))
+def _attend_forward(blocks, queries, parts):
+    def attend(_, block):
+        queries, *masks = block
+        cut = [(*part[:2], mask) for part, mask in zip(parts, masks, strict=True)]
+        scores = [_scores(queries, keys, mask) for keys, _, mask in cut]
+        most = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in scores))
+        weights = [jnp.exp(x - most) for x in scores]
+        total = sum(x.sum(-1, keepdims=True) for x in weights)
+        out = sum(
+            _product(x.astype(values.dtype), values, 5, values.ndim - 2, values.ndim - 2)
+            for x, (_, values, _) in zip(weights, parts, strict=True)
         )
-        of_parts.append((of_keys, of_values, None))
-    return of_queries.astype(queries.dtype), of_parts
+        return None, ((out / total).astype(queries.dtype), most + jnp.log(total))
+
+    _, (out, log_total) = _scan_blocks(attend, blocks, None, [queries, *_masks(parts)])
+    out, log_total = keep((out, log_total))
+    return out, (queries, parts, out, log_total)
+
+
+def _attend_backward(blocks, residuals, gradient):
+    def attend(so_far, block):
+        queries, out, log_total, gradient, *masks = block
+        product = gradient.astype(jnp.float32) * out.astype(jnp.float32)
+        subtracted = product.sum(-1, keepdims=True)
+        of_queries, sums = 0, []
+        for (keys, values, _), mask, before in zip(parts, masks, so_far, strict=True):
+            token = keys.ndim - 2
+            weights = jnp.exp(_scores(queries, keys, mask) - log_total)
+            of_weights = _product(gradient, values, 5, token + 1, token)
+            of_scores = jnp.where(mask, weights * (of_weights - subtracted), 0).astype(keys.dtype)
+            of_queries += _product(of_scores, keys, 5, token, token)
+            # The small factor first: it is the one that is turned.
+            rows = range(token, 5)
+            of_keys, of_values = (
+                _product(small, large, rows, rows, token).swapaxes(-1, -2)
+                for small, large in ((queries, of_scores), (gradient, weights.astype(values.dtype)))
+            )
+            sums.append((before[0] + of_keys, before[1] + of_values))
+        return sums, of_queries.astype(queries.dtype)
+
+    queries, parts, out, log_total = residuals
+    zeros = [tuple(jnp.zeros(x.shape, jnp.float32) for x in part[:2]) for part in parts]
+    xs = [queries, out, log_total, gradient, *_masks(parts)]
+    sums, of_queries = _scan_blocks(attend, blocks, zeros, xs)
+    of_parts = [
+        (of_keys.astype(keys.dtype), of_values.astype(values.dtype), None)
+        for (of_keys, of_values), (keys, values, _) in zip(sums, parts, strict=True)
+    ]
+    return of_queries, of_parts
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _masks(parts: Sequence[_Part]) -> list[Bool[Array, "..."]]:
+    return [mask for *_, mask in parts]
+
+
+def _scan_blocks(function, blocks, carry, xs):
+    """`lax.scan` over blocks of the queries, the last axis but one of `xs` and of the results.
+
+    Masks of one row there are for all queries. The first of `xs` is the queries.
+    """
+    if blocks == 1:
+        return function(carry, xs)
+    length = xs[0].shape[-2]
+    size = -(-length // blocks)
+
+    def pad(x):
+        more = blocks * size - length if x.shape[-2] > 1 else 0
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
+
+    def step(carry, block):
+        def cut(x):
+            return lax.dynamic_slice_in_dim(x, block * size, size, -2) if x.shape[-2] > 1 else x
+
+        return function(carry, jax.tree.map(cut, padded))
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, -3)
+        return x.reshape(*x.shape[:-3], -1, x.shape[-1])[..., :length, :]
+
+    padded = jax.tree.map(pad, xs)
+    carry, results = lax.scan(step, carry, jnp.arange(blocks))
+    return carry, jax.tree.map(join, results)
 
 
 def _scores(queries, keys, mask) -> Float[Array, "B K G R S T"]:
@@ -241,9 +305,8 @@ def _packed(queries, keys, values, valid, *, prompt, group):
     attended = _alone(*prompt_parts, _causal(valid)[:, None])
     if not group:
         return attended
-    seen = attention(
-        *own_parts, _causal(own_valid), Prefix(*map(heads_first, prompt_parts[1:]), valid)
-    )
+    prefix = Prefix(*map(heads_first, prompt_parts[1:]), valid)
+    seen = attention(*own_parts, _causal(own_valid), prefix, at_once=LONG)
     return _together(attended, seen)
 
 
@@ -274,7 +337,7 @@ def _packed_cudnn(queries, keys, values, valid, *, prompt, group):
 
 def _alone(queries, keys, values, mask):
     """Sequences [B, L, ...] to themselves: groups of one."""
-    return attention(queries[:, None], keys[:, None], values[:, None], mask)[:, 0]
+    return attention(queries[:, None], keys[:, None], values[:, None], mask, at_once=LONG)[:, 0]
 
 
 def _causal(valid: Bool[Array, "... L"]) -> Bool[Array, "... L L"]:

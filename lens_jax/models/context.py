@@ -44,7 +44,7 @@ class QueryConvolution(nnx.Module):
 
     def __call__(self, x: Float[Array, "B G M D"]) -> Float[Array, "B G D"]:
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        return jnp.einsum("bgmd,mde->bge", x, kernel) + bias
+        return x.reshape(*x.shape[:2], -1) @ kernel.reshape(-1, len(bias)) + bias
 
 
 class Projection(nnx.Module):

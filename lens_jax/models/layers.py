@@ -8,14 +8,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+_KEPT = "kept"
 # What a backward pass keeps instead of computing again, by name.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(_KEPT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def keep(x: Any) -> Any:
+    """Marks what took matrix products inside a `custom_vjp`, where policies do not see them."""
+    return jax.tree.map(lambda x: checkpoint_name(x, _KEPT), x)
 
 
 @struct.dataclass
@@ -68,7 +78,7 @@ def _widen_backward(residuals, gradient):
     return gradient @ kernel.T, lax.dot_general(x, gradient, ((rows, rows), ((), ())))
 
 
-_widen.defvjp(lambda x, kernel: (_widen(x, kernel), (x, kernel)), _widen_backward)
+_widen.defvjp(lambda x, kernel: (keep(x @ kernel), (x, kernel)), _widen_backward)
 
 
 def widen(x: Float[Array, "... I"], kernel: Float[Array, "I O"], *_, **__) -> Float[Array, "... O"]:

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float
 
 
@@ -58,12 +57,12 @@ def segmentation_losses(
     logits: Float[Array, "B G H W"], mask: Bool[Array, "B H W"], valid: Bool[Array, "B H W"]
 ) -> tuple[Float[Array, "B G"], Float[Array, "B G"]]:
     """Binary cross-entropy (mean over true pixels) and dice loss of each mask."""
-    truth, valid = mask[:, None].astype(jnp.float32), valid[:, None]
-    cross_entropy = optax.sigmoid_binary_cross_entropy(logits, truth)
+    mask, valid = mask[:, None], valid[:, None]
+    cross_entropy = jax.nn.softplus(jnp.where(mask, -logits, logits))
     pixels = valid.sum((-2, -1))
     cross_entropy = jnp.sum(jnp.where(valid, cross_entropy, 0.0), (-2, -1)) / pixels
     probs = jnp.where(valid, jax.nn.sigmoid(logits), 0.0)
-    truth = jnp.where(valid, truth, 0.0)
+    truth = (mask & valid).astype(jnp.float32)
     overlap = jnp.sum(probs * truth, (-2, -1))
     dice = 1 - (2 * overlap + 1) / (probs.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
     return cross_entropy, dice
