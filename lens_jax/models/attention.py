@@ -10,6 +10,7 @@ accelerator's own kernel where there is one.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -192,7 +193,12 @@ def _scan_blocks(function, blocks, carry, xs):
 
 
 def _scores(queries, keys, mask) -> Float[Array, "B K G R S T"]:
-    scores = _product(queries, keys, 5, keys.ndim - 1, keys.ndim - 2)
+    token = keys.ndim - 2
+    # One factor has to be turned: the small one.
+    if math.prod(queries.shape[token:]) < math.prod(keys.shape[token:]):
+        scores = jnp.moveaxis(_product(keys, queries, token + 1, 5, token), token, -1)
+    else:
+        scores = _product(queries, keys, 5, token + 1, token)
     return jnp.where(mask, scores, MASKED)
 
 

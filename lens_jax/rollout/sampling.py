@@ -40,7 +40,7 @@ def sample(
 ) -> Int[Array, "B G"]:
     """Draws token `index` of every completion; ties of the greedy choice go to the lower id."""
     if sampling.top_k == 1:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return top_k(logits, 1)[1][..., 0].astype(jnp.int32)
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
     size = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     draw = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, (size,))))
