@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from lens_jax.models.layers import KEPT
+
 LANES = 128
 SHIFT = 16
 # Queries, and keys, of a block. Larger ones make fewer steps and waste more at the mask's edges;
@@ -110,6 +112,7 @@ def splash(
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        residual_checkpoint_name=KEPT,
     )
     lengthen = lambda x: jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
     # Only tokens of one segment see each other: that of all queries and of the valid keys.

@@ -11,13 +11,13 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-_KEPT = "kept"
+KEPT = "kept"  # the name of what `keep` marks
 # What a backward pass keeps instead of computing again, by name.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(_KEPT),
+        jax.checkpoint_policies.save_only_these_names(KEPT),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -25,7 +25,7 @@ REMAT_POLICIES = {
 
 def keep(x: Any) -> Any:
     """Marks what took matrix products inside a `custom_vjp`, where policies do not see them."""
-    return jax.tree.map(lambda x: checkpoint_name(x, _KEPT), x)
+    return jax.tree.map(lambda x: checkpoint_name(x, KEPT), x)
 
 
 @struct.dataclass

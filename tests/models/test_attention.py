@@ -69,6 +69,31 @@ def test_shared_prefix(heads, kv_heads):
     micro.same_gradients(ours, expected, 3e-6)
 
 
+@pytest.mark.parametrize("queries", [1, 2, 3])
+def test_blocks_of_queries(queries):
+    """Of 5 queries: 1, 2 (the last block has one of padding), 3; `rows` has one row for all."""
+    arrays, mask, prefix_mask = inputs(4, 2)
+    rows = np.ones((B, G, 1, S), bool)
+
+    def run(at_once):
+        def total(arrays):
+            prefix = prefix_of(arrays, prefix_mask)
+            x = [arrays[name] for name in ("queries", "keys", "values")]
+            out = [attention(*x, m, prefix, at_once=at_once) for m in (mask, rows)]
+            return sum((y**2).sum() for y in out), out
+
+        return jax.jit(jax.grad(total, has_aux=True))
+
+    at_once = B * G * queries * 4 * (S + P)
+    (ours, out), (expected, expected_out) = run(at_once)(arrays), run(None)(arrays)
+    for x, y in zip(out, expected_out, strict=True):
+        micro.close(x, y, 3e-6)
+    micro.same_gradients(ours, expected, 3e-6)
+    blocks = jax.make_jaxpr(run(at_once))(arrays)
+    assert f"{B},2,{G},2,{-(-S // -(-S // queries))},{P}]" in str(blocks)
+    assert f"{B},2,{G},2,{S},{P}]" not in str(blocks)
+
+
 def test_members_of_a_group_do_not_see_each_other():
     arrays, mask, prefix_mask = inputs(4, 2)
     run = jax.jit(shared)

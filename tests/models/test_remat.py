@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from lens_jax import flops
 from lens_jax.models import layers
 from lens_jax.models.lens import abstract, split_policy
 from tests import micro
@@ -48,6 +49,14 @@ def test_gradients(policy, expected, remat):
     micro.same_gradients(jax.jit(function)(policy), expected)
     text = str(jax.make_jaxpr(function)(policy))
     assert "checkpoint" in text or "remat" in text
+
+
+def test_dots_computes_no_product_again(policy):
+    """Neither those of attention and wide layers, whose gradients are our own."""
+    products = {
+        remat: flops.count(gradient_function(remat), policy) for remat in layers.REMAT_POLICIES
+    }
+    assert products["dots"] == products["none"] < products["full"]
 
 
 def test_none_computes_nothing_again(policy):
