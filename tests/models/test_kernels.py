@@ -208,7 +208,7 @@ def test_in_the_model(interpreted):
         return jax.jit(jax.grad(total, has_aux=True)).trace(weights)
 
     ours = gradient(attention=Attention("splash"), remat="dots")
-    # Forward, again in the backward pass (where the compiler drops it) and two backward; SAM frozen.
+    # Forward, again in the backward pass (which the compiler drops), two backward; SAM is frozen.
     assert str(ours.jaxpr).count("pallas_call[") == 4 + 4 + 1
     ours, theirs = (x.lower().compile()(weights) for x in (ours, gradient()))
     micro.same_gradients(ours[0], theirs[0])
