@@ -222,6 +222,16 @@ def compile_program(program: Program, mesh: Mesh, chip: tpu.Chip) -> tuple[Compi
     beside = {name: bytes_per_chip(x) for name, x in program.beside.items()}
     resident = {name: named.get(name, 0) + beside.get(name, 0) for name in named | beside}
     common = dict(name=program.name, hbm_limit=int(chip.memory), flops_per_chip=operations)
+    resident["caches"] = program.caches
+    if (least := sum(resident.values())) > chip.memory:  # minutes of compilation say the same
+        return Compiled(
+            **common,
+            fits=False,
+            hbm_bytes_per_chip=sum(named.values()) + program.caches,
+            resident=resident,
+            resident_bytes_per_chip=least,
+            error="even without temporaries: not compiled",
+        ), None
     begin = time.perf_counter()
     lowered = program.function.lower(*program.arguments)
     try:
@@ -229,7 +239,7 @@ def compile_program(program: Program, mesh: Mesh, chip: tpu.Chip) -> tuple[Compi
     except jax.errors.JaxRuntimeError as error:
         if (needed := _too_much(str(error), chip.memory)) is None:
             raise
-        resident["temporaries"] = max(0, needed - sum(named.values()))
+        resident["temporaries"] = max(0, needed - sum(named.values()) - program.caches)
         return Compiled(
             **common,
             fits=False,
@@ -245,7 +255,7 @@ def compile_program(program: Program, mesh: Mesh, chip: tpu.Chip) -> tuple[Compi
     # Not its sum of parts: libtpu's size of temporaries counts holes between them as well.
     needed = memory.peak_memory_in_bytes + code
     # The compiler pads arguments: what they take beyond their elements counts as temporary.
-    resident["caches"], resident["code"] = program.caches, code
+    resident["code"] = code
     resident["temporaries"] = needed - sum(named.values()) - program.caches - code
     total = sum(resident.values())
     text = compiled.as_text()

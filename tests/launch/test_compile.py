@@ -180,11 +180,21 @@ def test_update_moves_weights_and_gradients_alone(compiled, shapes):
 def test_what_does_not_fit_says_what_to_change():
     (chip, *_) = devices()
     place = jax.sharding.SingleDeviceSharding(chip)
-    large = jax.ShapeDtypeStruct((10, 2**30), jnp.float32, sharding=place)
-    program = slices.Program("grpo.update", jax.jit(lambda x: x + 1), (large,), {"x": large}, {})
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=[chip])
-    row, text = slices.compile_program(program, mesh, tpu.CHIPS["v5e"])
-    assert not row.fits and text is None and row.hbm_bytes_per_chip > 4e10
+
+    def compile_for(gib):
+        x = jax.ShapeDtypeStruct((gib, 2**28), jnp.float32, sharding=place)
+        program = slices.Program(
+            "grpo.update", jax.jit(lambda x: jnp.sort(x, axis=0)), (x,), {"x": x}, {}
+        )
+        return slices.compile_program(program, mesh, tpu.CHIPS["v5e"])
+
+    row, text = compile_for(40)
+    assert not row.fits and text is None and row.resident == {"x": 40 * 2**30, "caches": 0}
+    assert "without temporaries" in row.error and row.compile_seconds == 0
+    row, text = compile_for(12)  # and a copy
+    assert not row.fits and text is None and row.hbm_bytes_per_chip > 20 * 2**30
+    assert row.resident["temporaries"] > 8 * 2**30 and row.compile_seconds > 0
     config = configs.RunConfig(grpo=configs.GRPOConfig(steps=1, batch_size=8))
     first, second, *_ = slices.suggestions(config, mesh, "grpo.update")
     assert (first, second) == ("--grpo.per_device_batch_size 4", "--remat full")
