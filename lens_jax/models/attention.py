@@ -26,7 +26,7 @@ from lens_jax.models import kernels
 from lens_jax.models.layers import keep
 
 MASKED = -1e30  # finite, so that a row without any key stays finite too
-LONG = 2**21  # scores of long sequences that XLA holds at a time: 8 MB, which caches keep
+LONG = 2**21  # scores of long sequences that XLA holds at a time: 8 MiB, which caches keep
 
 Kernel = Literal["xla", "splash", "cudnn"]
 
@@ -172,6 +172,7 @@ def _scan_blocks(function, blocks, carry, xs):
         return function(carry, xs)
     length = xs[0].shape[-2]
     size = -(-length // blocks)
+    blocks = -(-length // size)
 
     def pad(x):
         more = blocks * size - length if x.shape[-2] > 1 else 0

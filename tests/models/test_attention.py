@@ -71,7 +71,7 @@ def test_shared_prefix(heads, kv_heads):
 
 @pytest.mark.parametrize("queries", [1, 2, 3])
 def test_blocks_of_queries(queries):
-    """Of 5 queries: 1, 2 (the last block has one of padding), 3; `rows` has one row for all."""
+    """At most so many of 5, the last block padded; `rows` is a mask of one row for all."""
     arrays, mask, prefix_mask = inputs(4, 2)
     rows = np.ones((B, G, 1, S), bool)
 
