@@ -101,7 +101,7 @@ def compile_run(
         only: programs whose name begins so.
         hlo_dir: where their scheduled HLO is written.
         quick: without updates of shorter completions, which take less than that of the longest,
-            and only until a program does not fit.
+            only until a program does not fit, and without compiling what cannot.
     """
     from lens_jax.training import programs, slices
 
@@ -119,7 +119,9 @@ def compile_run(
                 continue
             begin = time.monotonic()
             print(f"compiling {program.name} for {topology} ...", file=sys.stderr, flush=True)
-            row, compiled = slices.compile_program(program, part.mesh, part.chip)
+            row, compiled = slices.compile_program(
+                program, part.mesh, part.chip, hopeless=not quick
+            )
             print(f"  {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
             advice = [] if row.fits else slices.suggestions(config, part.mesh, program.name)
             rows.append(dataclasses.asdict(row) | {"suggestions": advice})

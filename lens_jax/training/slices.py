@@ -212,8 +212,15 @@ class Compiled:
     error: str | None = None
 
 
-def compile_program(program: Program, mesh: Mesh, chip: tpu.Chip) -> tuple[Compiled, str | None]:
-    """The report on a program, and its scheduled HLO; None if it does not fit."""
+def compile_program(
+    program: Program, mesh: Mesh, chip: tpu.Chip, *, hopeless: bool = True
+) -> tuple[Compiled, str | None]:
+    """The report on a program, and its scheduled HLO; None if it does not fit.
+
+    Args:
+        hopeless: compiles it as well where all that lies on the chip beside temporaries does not
+            fit: the program alone may.
+    """
     operations = (
         flops.count(program.function, *program.arguments, while_trips=program.while_trips)
         // mesh.size
@@ -223,7 +230,7 @@ def compile_program(program: Program, mesh: Mesh, chip: tpu.Chip) -> tuple[Compi
     resident = {name: named.get(name, 0) + beside.get(name, 0) for name in named | beside}
     common = dict(name=program.name, hbm_limit=int(chip.memory), flops_per_chip=operations)
     resident["caches"] = program.caches
-    if (least := sum(resident.values())) > chip.memory:  # minutes of compilation say the same
+    if (least := sum(resident.values())) > chip.memory and not hopeless:
         return Compiled(
             **common,
             fits=False,

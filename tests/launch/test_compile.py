@@ -182,14 +182,17 @@ def test_what_does_not_fit_says_what_to_change():
     place = jax.sharding.SingleDeviceSharding(chip)
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=[chip])
 
-    def compile_for(gib):
+    def compile_for(gib, **options):
         x = jax.ShapeDtypeStruct((gib, 2**28), jnp.float32, sharding=place)
         program = slices.Program(
             "grpo.update", jax.jit(lambda x: jnp.sort(x, axis=0)), (x,), {"x": x}, {}
         )
-        return slices.compile_program(program, mesh, tpu.CHIPS["v5e"])
+        return slices.compile_program(program, mesh, tpu.CHIPS["v5e"], **options)
 
     row, text = compile_for(40)
+    assert not row.fits and text is None and row.hbm_bytes_per_chip > 4e10
+    assert row.compile_seconds > 0
+    row, text = compile_for(40, hopeless=False)
     assert not row.fits and text is None and row.resident == {"x": 40 * 2**30, "caches": 0}
     assert "without temporaries" in row.error and row.compile_seconds == 0
     row, text = compile_for(12)  # and a copy
