@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The same on Google Kubernetes Engine, through xpk (pip install xpk): create a cluster of slices,
-# run a command on all workers of a job, follow its log, delete. --dry_run prints every command
-# instead of running it.
+# mount a share in all its jobs, run a command on all workers of a job, follow its log, delete.
+# --dry_run prints every command instead of running it.
 set -euo pipefail
 # shellcheck source=launch/tpu/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -12,16 +12,23 @@ usage: launch/tpu/gke.sh COMMAND --cluster C --zone ZONE --project P [--dry_run]
 
 commands, in the order of use:
   create   --type v5litepod-16 [--slices 1] [--spot]   a cluster with room for so many slices
+  mount    --share INSTANCE:/EXPORT [--at /mnt/lens]   a Filestore instance in every later job, for
+                                                       weights, data and runs
   run      --job J --type T [--slices 1] -- COMMAND    builds the image of this checkout, and starts
                                                        COMMAND in it on every worker
-  log      --job J                                     follows the output of the first worker
-  stop     --job J                                     SIGTERM: the run saves, and ends
-  delete                                               the cluster
+  log      --job J [--worker 0]                        follows the output of one worker
+  stop     --job J                                     SIGTERM: the run saves, and ends, in an hour
+                                                       at most
+  delete                                               the cluster; what still runs is lost
 
 example:
-  launch/tpu/gke.sh create --cluster lens --zone us-west4-a --project P --type v5litepod-16
-  launch/tpu/gke.sh run --cluster lens --zone us-west4-a --project P --type v5litepod-16 --job one \
-      -- python launch/train.py --config configs/lens_3b_refcoco.yaml --run_dir gs://B/lens
+  C="--cluster lens --zone us-west4-a --project P"
+  launch/tpu/gke.sh create $C --type v5litepod-16
+  launch/tpu/gke.sh mount $C --share lens:/lens
+  launch/tpu/gke.sh run $C --type v5litepod-16 --job one -- \
+      python launch/train.py --config configs/lens_3b_refcoco.yaml \
+      --model.checkpoint /mnt/lens/runs/lens_3b_stage1/final --data.data_dir /mnt/lens/data \
+      --run_dir /mnt/lens/runs/lens_3b_refcoco
 HELP
 }
 
@@ -30,8 +37,8 @@ case $command in
   "" | -h | --help) usage && exit 0 ;;
 esac
 shift
-cluster='' zone='' project='' type='' slices=1 job='' rest=()
-parse "cluster zone project type slices job" "$@"
+cluster='' zone='' project='' type='' slices=1 job='' worker=0 share='' at=/mnt/lens rest=()
+parse "cluster zone project type slices job worker share at" "$@"
 need cluster zone project
 where=(--cluster "$cluster" --zone "$zone" --project "$project")
 
@@ -42,19 +49,28 @@ case $command in
     [[ $spot == false ]] || price=--spot
     run xpk cluster create "${where[@]}" --tpu-type "$type" --num-slices "$slices" "$price"
     ;;
+  mount)
+    need share
+    [[ $share == ?*:/[!/]* ]] || fail "--share $share: INSTANCE:/EXPORT is needed, as lens:/lens"
+    [[ $at == /* ]] || fail "--at $at: begins with /"
+    run xpk storage attach "${share%%:*}" "${where[@]}" --type gcpfilestore --vol "${share#*:/}" \
+      --mount-point "$at" --readonly false --auto-mount true
+    ;;
   run)
     need job type
     ((${#rest[@]})) || fail "give the command after --"
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
     printf -v line '%q ' "${rest[@]}"
-    # xpk lays the directory over the base image; the package is installed when a worker starts.
+    # xpk lays the directory over the base image; the package is installed when a worker starts. After
+    # SIGTERM Kubernetes kills at the end of the grace period, by itself after 30 s.
     run xpk workload create "${where[@]}" --workload "$job" --tpu-type "$type" \
       --num-slices "$slices" --base-docker-image python:3.12 --script-dir "$root" \
+      --termination-grace-period-seconds 3600 \
       --command "pip install --quiet --editable '.[tpu]' && exec $line"
     ;;
   log)
     need job
-    selector="jobset.sigs.k8s.io/jobset-name=$job,batch.kubernetes.io/job-completion-index=0"
+    selector="jobset.sigs.k8s.io/jobset-name=$job,batch.kubernetes.io/job-completion-index=$worker"
     run kubectl logs --follow --tail 100 --selector "$selector"
     ;;
   stop)

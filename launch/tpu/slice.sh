@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A slice of TPU VMs as a queued resource of Google Cloud: create it, bring the code, run the same
-# command on all its workers, follow the log, delete it. Needs gcloud; --dry_run prints every
-# command instead of running it.
+# A slice of TPU VMs as a queued resource of Google Cloud: create it, bring the code, mount a share,
+# run the same command on all its workers, follow the log, stop, delete. Needs gcloud; --dry_run
+# prints every command instead of running it.
 set -euo pipefail
 # shellcheck source=launch/tpu/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -13,21 +13,31 @@ usage: launch/tpu/slice.sh COMMAND --name NAME --zone ZONE [--project P] [--dry_
 commands, in the order of use:
   create   --type v5litepod-16 [--spot]    asks for the slice; it comes when there is room
   wait                                     returns when the slice is ready
-  copy                                     this checkout (tracked files) to every worker, installed
-  clone    --repository URL [--branch B]   or a clone of it, installed
-  run      -- COMMAND                      starts COMMAND on every worker, detached, in the checkout
-  log      [--worker 0]                    follows the output of the command
-  stop                                     SIGTERM: the run saves, and ends
-  delete                                   the slice and its request
+  copy                                     this checkout to every worker, installed: tracked files
+                                           with your edits (git add what is new)
+  clone    --repository URL [--branch B]   or a clone, in place of what is there, installed
+  mount    --share SERVER:/EXPORT          an NFS share (Filestore) on every worker, for weights,
+           [--at /mnt/lens]                data and runs
+  run      -- COMMAND                      starts COMMAND on every worker, detached, in the
+                                           checkout; its output is appended to run.log
+  log      [--worker 0]                    follows run.log of one worker, or of all (--worker all),
+                                           each line with its worker's name before it
+  stop                                     SIGTERM: the run saves and ends; returns after that
+  delete                                   the slice and its request; what still runs is lost
 
 example:
-  launch/tpu/slice.sh create --name lens --zone us-west4-a --type v5litepod-16 --spot
-  launch/tpu/slice.sh wait --name lens --zone us-west4-a
-  launch/tpu/slice.sh copy --name lens --zone us-west4-a
-  launch/tpu/slice.sh run --name lens --zone us-west4-a -- \
-      .venv/bin/python launch/train.py --config configs/lens_3b_refcoco.yaml --run_dir gs://B/lens
-  launch/tpu/slice.sh log --name lens --zone us-west4-a
-  launch/tpu/slice.sh delete --name lens --zone us-west4-a
+  A="--name lens --zone us-west4-a"
+  launch/tpu/slice.sh create $A --type v5litepod-16 --spot
+  launch/tpu/slice.sh wait $A
+  launch/tpu/slice.sh copy $A
+  launch/tpu/slice.sh mount $A --share 10.1.2.2:/lens
+  launch/tpu/slice.sh run $A -- .venv/bin/python launch/train.py --config configs/lens_3b_refcoco.yaml \
+      --model.checkpoint /mnt/lens/runs/lens_3b_stage1/final --data.data_dir /mnt/lens/data \
+      --run_dir /mnt/lens/runs/lens_3b_refcoco
+  launch/tpu/slice.sh log $A
+  launch/tpu/slice.sh stop $A
+and when that has returned:
+  launch/tpu/slice.sh delete $A
 HELP
 }
 
@@ -36,8 +46,9 @@ case $command in
   "" | -h | --help) usage && exit 0 ;;
 esac
 shift
-name='' zone='' project='' type='' repository='' branch=main worker=0 rest=()
-parse "name zone project type repository branch worker" "$@"
+name='' zone='' project='' type='' repository='' branch=main worker=0
+share='' at=/mnt/lens rest=()
+parse "name zone project type repository branch worker share at" "$@"
 need name zone
 where=(--zone "$zone")
 [[ -z $project ]] || where+=(--project "$project")
@@ -57,6 +68,55 @@ runtime() {
     *) fail "--type $1: known are v5litepod-N, v5p-N (N counts cores, two a chip) and v6e-N" ;;
   esac
 }
+
+# Run on a worker where the archive of the checkout has come. What the copy before it brought goes
+# first, so that no deleted file stays; .venv, run.log, runs/ and all else there are kept.
+unpack=$(
+  cat <<'STEPS'
+set -e
+mkdir -p lens-jax
+touch lens-jax/.copied
+xargs -d "\n" rm -f <lens-jax/.copied
+tar xzf lens-jax.tar.gz
+tar tzf lens-jax.tar.gz | grep -v "/$" >lens-jax/.copied
+STEPS
+)
+
+# Run on a worker after `at` and `share` have been set: mounts, if it is not mounted already.
+attach=$(
+  cat <<'STEPS'
+set -e
+if ! command -v mount.nfs >/dev/null; then
+  sudo apt-get update -qq
+  sudo apt-get install -qq -y nfs-common
+fi
+sudo mkdir -p "$at"
+mounted=$(findmnt --noheadings --output SOURCE --mountpoint "$at" || true)
+if [ -z "$mounted" ]; then
+  sudo mount -t nfs "$share" "$at"
+elif [ "$mounted" != "$share" ]; then
+  echo "$(hostname): $at is $mounted already" >&2
+  exit 1
+fi
+sudo chmod 1777 "$at"
+test -w "$at"
+echo "$(hostname): $share is at $at, for $(id -un), user $(id -u)"
+STEPS
+)
+
+# Run on a worker: returns when the command that `run` started has ended.
+finish=$(
+  cat <<'STEPS'
+cd lens-jax || exit 1
+pid=$(cat run.pid) || exit 1
+if kill -TERM "$pid" 2>/dev/null; then
+  while sleep 1; kill -0 "$pid" 2>/dev/null; do
+    [ $((waited++ % 30)) -gt 0 ] || echo "$(hostname): still running: $(tail -n 1 run.log)"
+  done
+fi
+echo "$(hostname): has ended: $(tail -n 1 run.log)"
+STEPS
+)
 
 # Run on a worker beside the code. Images hold older Pythons: uv brings one.
 install=$(
@@ -82,7 +142,9 @@ case $command in
       run "${describe[@]}"
       exit 0
     fi
-    while state=$("${describe[@]}"); [[ $state != ACTIVE ]]; do
+    while true; do
+      state=$("${describe[@]}") || fail "the state of $name cannot be read, as said above"
+      [[ $state != ACTIVE ]] || break
       echo "$(date +%H:%M) $state"
       case $state in
         FAILED | SUSPENDED | SUSPENDING) fail "$name is $state: delete it and create it again" ;;
@@ -94,26 +156,47 @@ case $command in
   copy)
     archive=$(mktemp -d)/lens-jax.tar.gz
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-    run git -C "$root" archive --format tar.gz --prefix lens-jax/ --output "$archive" HEAD
+    # A commit of tracked files as they are now, on no branch; nothing where they are as in HEAD.
+    edited=''
+    [[ $dry_run == true ]] || edited=$(git -C "$root" stash create)
+    run git -C "$root" archive --format tar.gz --prefix lens-jax/ --output "$archive" \
+      "${edited:-HEAD}"
     run "${tpu[@]}" tpu-vm scp "$archive" "$name:lens-jax.tar.gz" "${where[@]}" --worker all
-    on all "tar xzf lens-jax.tar.gz; $install"
+    on all "$unpack"$'\n'"$install"
     ;;
   clone)
     need repository
     printf -v from '%q %q' "$branch" "$repository"
     on all "rm -rf lens-jax; git clone --quiet --depth 1 --branch $from lens-jax; $install"
     ;;
+  mount)
+    need share
+    [[ $share == ?*:/* && $share != *://* ]] ||
+      fail "--share $share: SERVER:/EXPORT is needed, as 10.1.2.2:/lens"
+    [[ $at == /* ]] || fail "--at $at: begins with /"
+    printf -v given 'share=%q at=%q' "$share" "$at"
+    on all "$given"$'\n'"$attach"
+    ;;
   run)
     ((${#rest[@]})) || fail "give the command after --"
     printf -v line '%q ' "${rest[@]}"
-    # Every worker writes its own log; the shell returns at once, the command stays.
-    on all "cd lens-jax; nohup setsid $line>run.log 2>&1 </dev/null & echo \$! >run.pid"
+    # Every worker writes its own log; the shell returns at once, the command stays. The log of the
+    # command before may say why that one died: it stays as well.
+    printf -v title '%q' "${line% }"
+    busy="kill -0 \$(cat run.pid 2>/dev/null) 2>/dev/null"
+    refuse="{ echo \$(hostname): another command is running, stop it first >&2; exit 1; }"
+    start="nohup setsid $line>>run.log 2>&1 </dev/null & echo \$! >run.pid"
+    head="echo == \$(date +%F\ %T) $title >>run.log"
+    on all "cd lens-jax || exit; $busy && $refuse; $head; $start"
     ;;
   log)
-    on "$worker" "tail -n 100 -F lens-jax/run.log"
+    follow="tail -n 100 -F lens-jax/run.log"
+    [[ $worker =~ ^[0-9]+$ ]] || follow+=" | sed -u \"s/^/\$(hostname): /\""
+    on "$worker" "$follow"
     ;;
   stop)
-    on all "kill -TERM \$(cat lens-jax/run.pid)"
+    on all "$finish"
+    [[ $dry_run == true ]] || echo "the command has ended on all workers"
     ;;
   delete)
     run "${tpu[@]}" queued-resources delete "$name" "${where[@]}" --force --quiet
