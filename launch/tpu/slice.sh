@@ -110,7 +110,7 @@ finish=$(
 cd lens-jax || exit 1
 pid=$(cat run.pid) || exit 1
 if kill -TERM "$pid" 2>/dev/null; then
-  while sleep 1; kill -0 "$pid" 2>/dev/null; do
+  while sleep 1; grep -q "^State:.[^Z]" "/proc/$pid/status" 2>/dev/null; do
     [ $((waited++ % 30)) -gt 0 ] || echo "$(hostname): still running: $(tail -n 1 run.log)"
   done
 fi
