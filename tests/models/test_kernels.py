@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lens_jax.models import kernels
+from lens_jax.models import kernels, layers
 from lens_jax.models.attention import Attention
 from lens_jax.models.lens import abstract
 from tests import micro, tpu
@@ -299,6 +299,28 @@ def test_compiled(method, inputs):
     batch, length, heads, _ = queries.shape
     scores = 4 * batch * heads * length**2
     assert length < 1000 or compiled.memory_analysis().temp_size_in_bytes < scores / 4
+
+
+@pytest.mark.parametrize(("remat", "calls"), [("none", 3), ("dots", 3), ("full", 4)])
+def test_what_is_computed_again(remat, calls):
+    """In a stack of layers `dots` keeps what the forward kernel wrote, `full` runs it twice."""
+    tokens, *_, valid, _ = shapes(1, 200, 4, 4, 64)
+    stack = layers.stack(
+        lambda rngs: nnx.Linear(64, 64, dtype=jnp.bfloat16, rngs=rngs), 3, nnx.Rngs(0)
+    )
+    definition, weights = nnx.split(stack)
+
+    def total(weights, x, valid):
+        def step(layer, x):
+            y = layer(x)
+            return y + Attention("splash").full(y, y, y, valid), None
+
+        x, _ = layers.scan(nnx.merge(definition, weights), step, x, remat=remat)
+        return x.astype(jnp.float32).sum()
+
+    with jax.default_matmul_precision("default"):
+        compiled = tpu.compile_for_one(jax.grad(total), weights, tokens, valid)
+    assert compiled.as_text().count("tpu_custom_call") == calls
 
 
 def test_compiled_for_a_mesh():
