@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError("give one of --topology and --suggest")
         if options.topology and not options.config:
             raise UsageError("give --config, the run to compile")
-        stages = [options.stage] if options.stage else ["alignment", "grpo"]
+        stages = [options.stage] if options.stage else ["alignment", "grpo", "evaluation"]
         if options.suggest:
             for file in files:
                 config = configuration.load(["--config", str(file), *overrides])
@@ -72,7 +72,11 @@ def _flags() -> cli.Flags:
     flags.add_argument("--config", type=Path, help="The run's YAML file.")
     flags.add_argument("--topology", help="The slice: v5e:4x4, v5p:2x2x4, v6e:8x8, ...")
     flags.add_argument("--output", type=Path, help="Where the report is written as JSON.")
-    flags.add_argument("--stage", choices=("alignment", "grpo"), help="Default: both, if they run.")
+    flags.add_argument(
+        "--stage",
+        choices=("alignment", "grpo", "evaluation"),
+        help="Default: the stages that run, and evaluation.",
+    )
     flags.add_argument(
         "--suggest",
         metavar="CHIPS",
@@ -197,7 +201,7 @@ def _sam_shapes(path: Path) -> Any:
 
 
 def text(config: Any) -> dict[str, Any]:
-    """What the programs of stage 2 know of the tokenizer.
+    """What the programs know of the tokenizer and of how completions are written.
 
     Without its files that of the tiny checkpoint: its rewards' tables are some megabytes smaller.
     """
@@ -207,10 +211,12 @@ def text(config: Any) -> dict[str, Any]:
 
     places = [config.model.checkpoint, config.model.mllm, ROOT / "checkpoints/tiny/qwen2_5_vl"]
     place = next(x for x in places if x and (Path(x) / "tokenizer.json").exists())
-    ends = json.loads((Path(place) / "generation_config.json").read_text())["eos_token_id"]
+    generation = json.loads((Path(place) / "generation_config.json").read_text())
+    ends = generation["eos_token_id"]
     return {
         "read_text": text_rewards(AutoTokenizer.from_pretrained(place)),
         "end_tokens": tuple(ends) if isinstance(ends, list) else (ends,),
+        "repetition_penalty": generation.get("repetition_penalty") or 1.0,
     }
 
 

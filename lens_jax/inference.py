@@ -93,7 +93,7 @@ class Responses:
 
 
 @partial(jax.jit, static_argnames=("definition", "max_new_tokens"))
-def _write(
+def write(
     state, prompts: Prompts, sample_id, key, sampling, ends, limit, *, definition, max_new_tokens
 ) -> tuple[Rollout, Array, Array | None]:
     """Completions, the embedded prompts, and the queries' hidden states if the caches serve them.
@@ -121,17 +121,19 @@ def _write(
 
 
 @partial(jax.jit, static_argnames=("definition",))
-def _embed(state, prompts: Prompts, *, definition) -> Array:
+def embed(state, prompts: Prompts, *, definition) -> Array:
+    """Embedded prompts [B, P, D], what `write` gives besides."""
     return nnx.merge(definition, state).embed(prompts)
 
 
 @partial(jax.jit, static_argnames=("definition",))
-def _read(state, prompts: Prompts, embedded, tokens, lengths, *, definition) -> Array:
+def read(state, prompts: Prompts, embedded, tokens, lengths, *, definition) -> Array:
+    """The queries' hidden states [B, M, D] after given completions [B, T]."""
     return nnx.merge(definition, state).read(prompts, embedded, tokens, lengths)
 
 
 @partial(jax.jit, static_argnames=("definition",))
-def _draw(state, prompts: Prompts, hidden, *, definition) -> tuple[Array, Array]:
+def draw(state, prompts: Prompts, hidden, *, definition) -> tuple[Array, Array]:
     """SAM's prompt token [B, E] and mask logits [B, h, w] from the queries' hidden states."""
     model = nnx.merge(definition, state)
     masks = model.masks(model.sam_features(prompts), hidden, stability=True)
@@ -154,7 +156,8 @@ def check_length(
         )
 
 
-def _round_up(length: int) -> int:
+def round_up(length: int) -> int:
+    """How many tokens completions of up to `length` take."""
     return -(-length // COMPLETION_BUCKET) * COMPLETION_BUCKET
 
 
@@ -270,7 +273,6 @@ class Lens:
         longest = self.generation.max_new_tokens
         limit = np.minimum(longest if limit is None else limit, np.full(len(sample_id), longest))
         prompts, sample_id, limit = self._place((prompts, sample_id, limit.astype(np.int32)))
-        write, read, draw = (partial(f, definition=self.definition) for f in (_write, _read, _draw))
         written, embedded, hidden = write(
             self.state,
             prompts,
@@ -279,13 +281,16 @@ class Lens:
             sampling,
             np.array(self.generation.end_tokens, np.int32),
             limit,
-            max_new_tokens=_round_up(longest),
+            definition=self.definition,
+            max_new_tokens=round_up(longest),
         )
-        kept = _round_up(int(written.lengths.max()))
+        kept = round_up(int(written.lengths.max()))
         tokens, lengths = written.tokens[:, 0, :kept], written.lengths[:, 0]
         if hidden is None:
-            hidden = read(self.state, prompts, embedded, tokens, lengths)
-        _, logits = draw(self.state, prompts, hidden)
+            hidden = read(
+                self.state, prompts, embedded, tokens, lengths, definition=self.definition
+            )
+        _, logits = draw(self.state, prompts, hidden, definition=self.definition)
         text = dict(self._read_text(tokens, lengths))
         tokens, lengths, ended, logits, text = self._take(
             (tokens, lengths, written.ended[:, 0], logits, text)
@@ -315,12 +320,12 @@ class Lens:
         if isinstance(completion, str):
             ids = self.processor.encoder.encode(completion)
         ids = np.asarray(ids, np.int32)
-        tokens = np.pad(ids, (0, _round_up(max(1, len(ids))) - len(ids)))[None]
+        tokens = np.pad(ids, (0, round_up(max(1, len(ids))) - len(ids)))[None]
         lengths = np.array([len(ids)], np.int32)
         prompts = self._prompts([image], [prompt], reasoning)
-        embedded = _embed(self.state, prompts, definition=self.definition)
-        hidden = _read(self.state, prompts, embedded, tokens, lengths, definition=self.definition)
-        drawn = _draw(self.state, prompts, hidden, definition=self.definition)
+        embedded = embed(self.state, prompts, definition=self.definition)
+        hidden = read(self.state, prompts, embedded, tokens, lengths, definition=self.definition)
+        drawn = draw(self.state, prompts, hidden, definition=self.definition)
         return tuple(np.asarray(x[0], np.float32) for x in drawn)
 
     def _prompts(self, images, prompts, reasoning) -> Prompts:

@@ -9,19 +9,23 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lens_jax import flops, hlo, sharding, tpu
+from lens_jax import flops, hlo, inference, sharding, tpu
 from lens_jax.config import RunConfig, batch_rows, check_batches
 from lens_jax.data.pipeline import Buckets
 from lens_jax.models.inputs import Batch, Prompts, Targets
 from lens_jax.models.lens import LensConfig
 from lens_jax.rewards.sentence import Score
+from lens_jax.rollout.sampling import GREEDY
 from lens_jax.training import programs
 
 
@@ -72,13 +76,77 @@ def list_programs(
     stages: Sequence[str],
     read_text: Score,
     end_tokens: Sequence[int],
+    repetition_penalty: float,
 ) -> Iterator[Program]:
-    """The programs of a run at the largest bucket of each input, updates at each of completions."""
+    """The programs of a run at the largest bucket of each input, updates at each of completions.
+
+    `stages` may hold `evaluation` besides: what a run does before the first, and after each.
+    """
     model = programs.abstract_model(config, shapes, mesh)
     if "alignment" in stages and config.alignment.steps:
         yield from _alignment(config, mesh, model)
     if "grpo" in stages and config.grpo.steps:
         yield from _reinforcement(config, mesh, model, read_text, end_tokens)
+    if "evaluation" in stages:
+        yield from _evaluation(config, mesh, model, end_tokens, repetition_penalty)
+
+
+def _evaluation(config, mesh, model, end_tokens, repetition_penalty) -> Iterator[Program]:
+    """The re-layout, and what `Lens.respond` runs; parameters alone lie beside.
+
+    Each of these reads a part of the model, and all of it is there.
+    """
+    kv_heads = model.config.mllm.num_kv_heads
+    definition, params = nnx.split(model)
+    params = _placed(params, sharding.shardings(params, mesh, kv_heads=kv_heads))
+    copy, named = params, {"parameters": params}
+    if sharding.num_parts(mesh) > 1:
+        relayout = programs.make_relayout(config, mesh, params, kv_heads)
+        light = jax.eval_shape(relayout, params)
+        copy = _placed(light, sharding.sampling_shardings(light, mesh, kv_heads=kv_heads))
+        yield Program("evaluation.relayout", relayout, (params,), named=named, beside={})
+    beside = {} if copy is params else named
+    named = named if copy is params else {"sampling copy": copy}
+
+    rows, longest = config.data.eval_batch_size, config.rollout.max_new_tokens
+    batch = batch_shapes(config, model.config, rows, mesh)
+    prompts, ids = batch.prompts, batch.sample_id
+    key = _placed(jax.eval_shape(partial(jax.random.key, 0)), sharding.replicated(mesh))
+    sampling = dataclasses.replace(GREEDY, repetition_penalty=repetition_penalty)
+    write = partial(
+        inference.write, definition=definition, max_new_tokens=inference.round_up(longest)
+    )
+    arguments = (copy, prompts, ids, key, sampling, np.array(end_tokens, np.int32), ids)
+    written, embedded, hidden = _placed(
+        jax.eval_shape(write, *arguments), sharding.batch_sharding(mesh)
+    )
+    yield Program(
+        "evaluation.write",
+        jax.jit(write, keep_unused=True),
+        arguments,
+        named=named | {"batch": prompts},
+        beside=beside,
+        while_trips=longest - 1,
+        caches=_cache_bytes(config, model, mesh, rows, 1, copy),
+    )
+    if hidden is None:
+        read = partial(inference.read, definition=definition)
+        arguments = (copy, prompts, embedded, written.tokens[:, 0], written.lengths[:, 0])
+        yield Program(
+            "evaluation.read",
+            jax.jit(read, keep_unused=True),
+            arguments,
+            named=named | {"batch": arguments[1:]},
+            beside=beside,
+        )
+    draw = partial(inference.draw, definition=definition)
+    yield Program(
+        "evaluation.draw",
+        jax.jit(draw, keep_unused=True),
+        (copy, prompts, hidden),
+        named=named | {"batch": (prompts, hidden)},
+        beside=beside,
+    )
 
 
 def _alignment(config, mesh, model) -> Iterator[Program]:
@@ -98,7 +166,7 @@ def _reinforcement(config, mesh, model, read_text, end_tokens) -> Iterator[Progr
     stage = programs.build_reinforcement(
         config, mesh, model, read_text=read_text, end_tokens=end_tokens
     )
-    mllm, kv_heads = model.config.mllm, model.config.mllm.num_kv_heads
+    kv_heads = model.config.mllm.num_kv_heads
     state, frozen = _state(stage, mesh, model)
     batch = batch_shapes(config, model.config, config.grpo.batch_size, mesh)
     step = _placed(state.step, NamedSharding(mesh, P()))
@@ -124,11 +192,7 @@ def _reinforcement(config, mesh, model, read_text, end_tokens) -> Iterator[Progr
         beside=rest | {"parameters": _without(state.params, policy)} | batches,
     )
 
-    prompt = batch.prompts.tokens.shape[1]
-    tokens = prompt + config.grpo.num_generations * config.rollout.max_new_tokens
-    heads = kv_heads // math.gcd(kv_heads, mesh.shape["tensor"])
-    itemsize = jax.tree.leaves(light)[0].dtype.itemsize
-    share = config.grpo.batch_size // sharding.num_parts(mesh)
+    settings = config.grpo
     yield Program(
         "grpo.rollout",
         stage.write,
@@ -136,7 +200,9 @@ def _reinforcement(config, mesh, model, read_text, end_tokens) -> Iterator[Progr
         named={"sampling copy": copy, "batch": batch},
         beside=on_chip | {"next batch": batch},
         while_trips=config.rollout.max_new_tokens - 1,
-        caches=2 * mllm.num_layers * share * tokens * heads * mllm.head_dim * itemsize,
+        caches=_cache_bytes(
+            config, model, mesh, settings.batch_size, settings.num_generations, copy
+        ),
     )
     for length in stage.completion_tokens:
         cut = dataclasses.replace(
@@ -152,6 +218,17 @@ def _reinforcement(config, mesh, model, read_text, end_tokens) -> Iterator[Progr
             beside={"next batch": batch} | base,
             shorter=length < stage.completion_tokens[-1],
         )
+
+
+def _cache_bytes(config, model, mesh, rows: int, num_completions: int, copy) -> int:
+    """Keys and values a chip of prompts and completions; heads that `tensor` does not cut whole."""
+    mllm, tensor = model.config.mllm, mesh.shape["tensor"]
+    heads = mllm.num_kv_heads // (1 if mllm.num_kv_heads % tensor else tensor)
+    prompt = max(config.data.prompt_tokens)
+    tokens = prompt + num_completions * config.rollout.max_new_tokens
+    share = rows // sharding.num_parts(mesh)
+    itemsize = jax.tree.leaves(copy)[0].dtype.itemsize
+    return 2 * mllm.num_layers * share * tokens * heads * mllm.head_dim * itemsize
 
 
 def batch_shapes(config: RunConfig, shapes: LensConfig, rows: int, mesh: Mesh) -> Batch:
@@ -295,11 +372,13 @@ def compile_program(
 def suggestions(config: RunConfig, mesh: Mesh, name: str) -> list[str]:
     """What may make a program fit, the cheapest change first, as flags."""
     stage, _, kind = name.partition(".")
-    settings = getattr(config, stage)
     found = []
     parts, tensor = sharding.num_parts(mesh), mesh.shape["tensor"]
-    at_once = settings.batch_size // parts // settings.portions(parts)
+    if stage == "evaluation" and config.data.eval_batch_size > parts:
+        found.append(f"--data.eval_batch_size {config.data.eval_batch_size // 2}")
     if kind.startswith("update"):
+        settings = getattr(config, stage)
+        at_once = settings.batch_size // parts // settings.portions(parts)
         if at_once > 1:
             found.append(f"--{stage}.per_device_batch_size {at_once // 2}")
         if config.remat != "full":
@@ -311,7 +390,7 @@ def suggestions(config: RunConfig, mesh: Mesh, name: str) -> list[str]:
             f"--mesh.data {mesh.shape['data']} --mesh.fsdp {mesh.shape['fsdp'] // 2} "
             f"--mesh.tensor {2 * tensor}"
         )
-    if kind == "rollout":
+    if kind in ("rollout", "write"):
         found.append(f"--rollout.max_new_tokens {config.rollout.max_new_tokens // 2}")
     return [*found, "a larger slice"]
 

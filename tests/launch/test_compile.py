@@ -22,7 +22,7 @@ from lens_jax import hlo, sharding, tpu
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
 from lens_jax.models.sam.config import PRESETS as SAM2
-from lens_jax.training import slices
+from lens_jax.training import programs, slices
 from tests.tpu import devices
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +177,31 @@ def test_update_moves_weights_and_gradients_alone(compiled, shapes):
     assert update["collective_bytes_per_chip"] < 1.2 * (gathers + portions * trained)
 
 
+def test_evaluation(shapes):
+    """It reads a whole copy beside the parameters; nobody waits for another chip's rows."""
+    run = RUN | {"model.mllm": "Qwen2.5-VL-3B-Instruct", "model.sam": "sam2_hiera_large.pt"}
+    argv = [str(x) for key, value in run.items() for x in (f"--{key}", value)]
+    config = configs.load([*argv, "--precision", "bfloat16"])
+    mesh = sharding.make_mesh(config.mesh, devices())
+    options = dict(stages=["evaluation"], end_tokens=(1,), repetition_penalty=1.05)
+    rows = {}
+    with programs.precision(config):
+        for program in slices.list_programs(config, shapes, mesh, read_text=None, **options):
+            row, _ = slices.compile_program(program, mesh, tpu.CHIPS["v5e"])
+            assert row.fits and min(row.resident.values()) >= 0
+            rows[program.name.removeprefix("evaluation.")] = row
+    assert [*rows] == ["relayout", "write", "draw"]
+    leaves = jax.tree.leaves(nnx.state(abstract(shapes)))
+    whole = 2 * sum(math.prod(x.shape) for x in leaves)
+    gathered = rows["relayout"].collectives
+    assert set(gathered) == {"all-gather"} and 0.7 * whole < gathered["all-gather"] <= whole
+    for name in ("write", "draw"):
+        assert rows[name].resident["sampling copy"] == whole
+        assert 0 < rows[name].resident["parameters"] < whole
+        assert rows[name].collective_bytes_per_chip < 1e-3 * whole  # whether all have ended
+    assert rows["write"].resident["caches"] > 0
+
+
 def test_what_does_not_fit_says_what_to_change():
     (chip, *_) = devices()
     place = jax.sharding.SingleDeviceSharding(chip)
@@ -201,6 +226,8 @@ def test_what_does_not_fit_says_what_to_change():
     config = configs.RunConfig(grpo=configs.GRPOConfig(steps=1, batch_size=8))
     first, second, *_ = slices.suggestions(config, mesh, "grpo.update")
     assert (first, second) == ("--grpo.per_device_batch_size 4", "--remat full")
+    first, *_ = slices.suggestions(config, mesh, "evaluation.draw")
+    assert first == "--data.eval_batch_size 16"
 
 
 def test_the_smallest_slice_that_fits(monkeypatch, capsys):
