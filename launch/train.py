@@ -45,16 +45,19 @@ def main(argv: list[str] | None = None) -> int:
         loop.NotFinite, processes.RemoteError,
     ) as error:  # fmt: skip
         return processes.leave(cli.complain(error))
-    except Exception:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
-        # Most likely another process has died and a transfer from it broke. When its heartbeats
-        # have been missing for long enough, JAX says which one it was and ends this process.
         traceback.print_exc()
-        wait = config.distributed.heartbeat_timeout + 5
         who = f"process {jax.process_index()} of {jax.process_count()}"
-        print(f"{who} ends within {wait} s; if another one died, its number follows", flush=True)
-        time.sleep(wait)
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            # Most likely another process has died and a transfer from it broke. When its heartbeats
+            # have been missing for long enough, JAX says which one it was and ends this process.
+            wait = config.distributed.heartbeat_timeout + 5
+            print(f"{who} ends within {wait} s", end="; ")
+            print("if another one died, what follows says which", flush=True)
+            time.sleep(wait)
+        print(f"{who} ends by its own error, as above", flush=True)
         return processes.leave(1)
     return 0
 

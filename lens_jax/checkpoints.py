@@ -88,7 +88,13 @@ def write_manifest(directory: str | os.PathLike[str], score: float | None = None
 
 def check_manifest(directory: str | os.PathLike[str]) -> str | None:
     """The first thing wrong with a checkpoint's files, in words, or None. Extra files may be."""
-    directory = _path(directory)
+    try:
+        return _trouble(_path(directory))
+    except OSError as error:
+        return f"it cannot be read: {error}"
+
+
+def _trouble(directory: epath.Path) -> str | None:
     manifest = directory / MANIFEST
     if not manifest.exists():
         return f"it has no {MANIFEST}: it was not written to its end"
@@ -179,12 +185,20 @@ class TrainingCheckpoints:
             name: np.asarray(jax.random.key_data(leaf)) if _is_key(leaf) else leaf
             for name, leaf in _flatten(state).items()
         }
+        response, failure = None, None
         try:
             processes.by_main(lambda: self._make_room(step))
             response = ocp.save_async(target, leaves)
         except Exception as error:
-            raise self._failed(target, f"{error}") from error
-        self._pending = target, self._thread.submit(self._finish, response, target, score)
+            failure = error
+        reason = _first_reason(failure)
+        if reason is None:
+            self._pending = target, self._thread.submit(self._finish, response, target, score)
+            return
+        if response is not None:  # nobody completes it
+            with contextlib.suppress(Exception):
+                response.result()
+        raise self._failed(target, reason) from failure
 
     def _make_room(self, step: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -204,9 +218,10 @@ class TrainingCheckpoints:
         complete = {s: score for s, score in complete.items() if score is not None}
         scored = sorted((score, s) for s, score in complete.items() if score > -math.inf)
         best = [s for _, s in scored[::-1][: self.keep_best]]
-        for step in list(complete)[: -self.keep]:
-            if step not in best:
-                self._remove(step)
+        dropped = [step for step in list(complete)[: -self.keep] if step not in best]
+        # Incomplete ones are what killed saves left after orbax's part of the work.
+        for step in [*dropped, *(set(self.steps()) - complete.keys())]:
+            self._remove(step)
 
     def _score(self, step: int) -> float | None:
         """Of a complete checkpoint, -inf without one; None if it is not complete."""
@@ -238,8 +253,7 @@ class TrainingCheckpoints:
             return
         (target, pending), self._pending = self._pending, None
         error = pending.exception()
-        reasons = processes.gather(error and (f"{error}" or type(error).__name__))
-        reason = next(filter(None, reasons), None)
+        reason = _first_reason(error)
         if reason is not None:
             raise self._failed(target, reason) from error
 
@@ -255,16 +269,28 @@ class TrainingCheckpoints:
         )
 
     def latest(self) -> int | None:
-        """The last complete step. Names every half-written or damaged one that it passes over."""
+        """The last complete step. Names every half-written or damaged one that it passes over.
+
+        Raises:
+            CheckpointError: all that were written to their end are damaged.
+        """
         self.wait()
         return processes.by_main(self._latest)
 
     def _latest(self) -> int | None:
+        damaged = 0
         for step in reversed(self.steps()):
-            trouble = check_manifest(self.directory / str(step))
+            directory = self.directory / str(step)
+            trouble = check_manifest(directory)
             if trouble is None:
                 return step
-            log.warning("checkpoint %s is left out: %s", self.directory / str(step), trouble)
+            log.warning("checkpoint %s is left out: %s", directory, trouble)
+            damaged += (directory / MANIFEST).exists()
+        if damaged:
+            raise CheckpointError(
+                f"{self.directory}: every checkpoint there is damaged, as said above; bring one "
+                "back, or remove the directory to begin this stage anew"
+            )
         return None
 
     def best(self) -> int | None:
@@ -314,6 +340,12 @@ class TrainingCheckpoints:
         wanted = {name: leaf for name, leaf in saved.items() if name.startswith(prefix)}
         loaded = _load(directory, {n: np.empty(x.shape, x.dtype) for n, x in wanted.items()})
         return {n.removeprefix(prefix).removesuffix("/value"): x for n, x in loaded.items()}
+
+
+def _first_reason(error: BaseException | None) -> str | None:
+    """What went wrong in the first process that met an error; None if none did."""
+    reasons = processes.gather(error and (f"{error}" or type(error).__name__))
+    return next(filter(None, reasons), None)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class DistributedConfig:
     """Which one this is, from 0, with coordinator; the only key that differs between them."""
     join_timeout: PositiveInt = 300
     """Seconds to wait at the start until all have come."""
-    heartbeat_timeout: PositiveInt = 30
+    heartbeat_timeout: PositiveInt = 25
     """Seconds without a sign of life after which a process counts as dead; the others then end."""
 
 
@@ -449,6 +449,11 @@ def validate(config: RunConfig) -> None:
     if config.model.checkpoint is None and not (config.model.mllm and config.model.sam):
         raise ConfigError(
             "no start weights: give model.checkpoint, or model.mllm and model.sam to convert"
+        )
+    if "://" in (config.run_dir or ""):
+        raise ConfigError(
+            f"run_dir {config.run_dir}: a run needs a directory of a file system that all hosts "
+            "see; its checkpoints alone may lie in a bucket: checkpoint.directory"
         )
     _validate_data(config.data)
     if config.data.data_dir is None and not config.data.generated:

@@ -191,11 +191,15 @@ def share(mesh: Mesh) -> Share:
     Which these are, the mesh alone decides: it may put devices of one process anywhere, and along
     `tensor` several processes hold the same rows.
     """
-    count = num_parts(mesh)
-    held = {
-        place for place, device in _rows_of(mesh) if device.process_index == jax.process_index()
-    }
-    return Share() if len(held) == count else Share(tuple(sorted(held)), count)
+    count, own = num_parts(mesh), jax.process_index()
+    holders: dict[int, set[int]] = {}
+    for part, device in _rows_of(mesh):
+        holders.setdefault(part, set()).add(device.process_index)
+    held = [part for part in sorted(holders) if own in holders[part]]
+    repeated = tuple(part for part in held if min(holders[part]) < own)
+    if len(held) == count and len(repeated) in (0, count):
+        return Share(repeated=(0,) if repeated else ())
+    return Share(tuple(held), count, repeated)
 
 
 def global_batch(batch: Any, mesh: Mesh) -> Any:

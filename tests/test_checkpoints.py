@@ -1,5 +1,6 @@
 """What is written is read back; what is damaged is named and not used."""
 
+import errno
 import resource
 from pathlib import Path
 
@@ -147,6 +148,45 @@ def test_a_half_written_checkpoint_is_passed_over(stage, what, caplog):
         manifest.write_text('{"files": {}}')
     assert stage.latest() == 1
     assert "manifest" in caplog.text
+
+
+def test_an_unreadable_checkpoint_is_passed_over(stage, monkeypatch, caplog):
+    """As on a disk or a network that fails: it says so and names the file."""
+    stage.save(1, state_at(1))
+    stage.save(2, state_at(2))
+    stage.wait()
+    read = checkpoints._sha256
+
+    def failing(file):
+        if "/2/" in str(file):
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return read(file)
+
+    monkeypatch.setattr(checkpoints, "_sha256", failing)
+    assert stage.latest() == 1
+    assert "grpo/2 is left out: it cannot be read: [Errno 5] Input/output error: " in caplog.text
+
+
+def test_nothing_begins_anew_over_damaged_checkpoints(stage):
+    stage.save(1, state_at(1))
+    stage.wait()
+    flip_a_byte(max(files_of(stage.directory / "1").values()))
+    with pytest.raises(CheckpointError, match="grpo: every checkpoint there is damaged"):
+        stage.latest()
+    (stage.directory / "1" / checkpoints.MANIFEST).unlink()  # not written to its end: lost steps
+    assert stage.latest() is None
+
+
+def test_what_killed_saves_have_left_goes_with_the_next(stage):
+    """A kill between the arrays and the manifest leaves a whole checkpoint's bytes."""
+    for step in (10, 13):
+        stage.save(step, state_at(step))
+    stage.wait()
+    (stage.directory / "13" / checkpoints.MANIFEST).unlink()
+    assert stage.latest() == 10
+    stage.save(20, state_at(20))
+    stage.wait()
+    assert stage.steps() == [10, 20]
 
 
 def test_saving_an_earlier_step_leaves_the_abandoned_course(stage):

@@ -113,6 +113,7 @@ def processes(coordinator, count, number):
         (["--rollout.top_k", "1"], "rollout.top_k 1 is greedy"),
         (["--rollout.top_p", "0"], "rollout.top_p 0.0 is greedy"),
         (["--rollout.final_temperature", "0"], "rollout.final_temperature: expected a number"),
+        (["--run_dir", "gs://bucket/run"], "may lie in a bucket: checkpoint.directory"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, says, file, capsys):

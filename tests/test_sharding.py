@@ -170,5 +170,8 @@ def test_a_process_reads_what_its_devices_hold(monkeypatch):
 
     assert [share((0, 0, 1, 1), 1, i) for i in range(2)] == [Share((0, 1), 4), Share((2, 3), 4)]
     assert [share((0, 1, 1, 0), 1, i) for i in range(2)] == [Share((0, 3), 4), Share((1, 2), 4)]
-    assert [share((0, 1, 2, 3), 2, i).parts for i in range(4)] == [(0,), (0,), (1,), (1,)]
-    assert [share((0, 1), 2, i) for i in range(2)] == [Share(), Share()]
+    four = [share((0, 1, 2, 3), 2, i) for i in range(4)]
+    assert [x.parts for x in four] == [(0,), (0,), (1,), (1,)]
+    assert [x.repeated for x in four] == [(), (0,), (), (1,)]
+    assert [share((0, 1), 2, i) for i in range(2)] == [Share(), Share(repeated=(0,))]
+    assert [share((0, 1, 1, 1), 2, i).repeated for i in range(2)] == [(), (0,)]

@@ -355,6 +355,8 @@ class _Rows:
         self.batch_size, self.parts = batch_size, share.parts
         self.part_size = batch_size // share.count
         self.local_size = self.part_size * len(share.parts)
+        # Of the rows of a batch, those that are counted here.
+        self.counted = np.repeat([p not in share.repeated for p in share.parts], self.part_size)
 
     def number(self, local: int) -> int:
         batch, row = divmod(local, self.local_size)
@@ -368,7 +370,8 @@ class Pipeline:
     `position` is the number of the next sample: hand it to another pipeline's `start` to go on from
     there, with any number of processes. `bad_samples` and `shrunken_masks` count, among the batches
     handed out since `start`, the samples of this process that were replaced because they could not
-    be read or did not fit the largest bucket, and the masks made smaller to fit the canvas.
+    be read or did not fit the largest bucket, and the masks made smaller to fit the canvas; what
+    several processes hold, the first of them counts.
 
     A `Joined` source with `weights` is drawn from in their proportion, exactly and evenly, each
     part by its own permutations; otherwise every sample comes once before any comes again.
@@ -415,7 +418,7 @@ class Pipeline:
         sizes = [len(source)] if weights is None else [len(part) for part in source.sources]
         self._order = Order(sizes, seed, weights=weights or (1.0,), shuffle=shuffle)
         self._reported: set[int] = set()
-        rows = _Rows(batch_size, share)
+        self._rows = rows = _Rows(batch_size, share)
         batches = (
             grain.MapDataset.range(sys.maxsize // batch_size - start)
             .map(lambda local: self._example(start + rows.number(local)))
@@ -460,10 +463,9 @@ class Pipeline:
         numbers, examples, bad = zip(*rows, strict=True)
         batch = stack(examples, numbers, self.buckets)
         largest = self.buckets.largest_canvas
-        shrunken = sum(
-            e.mask.shape[0] > largest[0] or e.mask.shape[1] > largest[1] for e in examples
-        )
-        return batch, sum(bad), shrunken
+        shrunken = [e.mask.shape[0] > largest[0] or e.mask.shape[1] > largest[1] for e in examples]
+        counted = self._rows.counted
+        return batch, int(np.sum(counted & bad)), int(np.sum(counted & shrunken))
 
 
 def check_fits(example: Example, buckets: Buckets) -> None:

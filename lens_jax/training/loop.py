@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import math
+import shutil
 import signal
 import threading
 import time
@@ -49,7 +50,7 @@ from lens_jax.models.lens import LensConfig, LensModel
 from lens_jax.rewards import text_rewards
 from lens_jax.training import drawing, programs, report
 from lens_jax.training.compilations import Compilations
-from lens_jax.training.metrics import StageLog
+from lens_jax.training.metrics import StageLog, last_step
 from lens_jax.training.state import (
     TrainState,
 )
@@ -236,6 +237,9 @@ def _train(
     )
     key, done = jax.random.key(config.seed), store.latest() or 0
     at = {"position": first_sample, "bad_samples": 0, "skipped_in_row": 0}
+    if not done:
+        every = config.checkpoint.every
+        processes.by_main(lambda: _refuse_to_forget(job.directory, stage, store.directory, every))
     if done:
         saved = store.restore(done, {"state": state, "key": key} | at)
         state, at = saved["state"], {name: int(saved[name]) for name in at}
@@ -324,6 +328,17 @@ def _train(
     return state
 
 
+def _refuse_to_forget(directory: Path, stage: str, place: Any, every: int) -> None:
+    """Raises ConfigError if a stage without a checkpoint has taken steps enough for one."""
+    taken = last_step(directory, stage)
+    if taken >= 2 * every:  # the second waits for the first
+        raise ConfigError(
+            f"{directory} has logged {taken} steps of {stage}, and {place} holds no checkpoint of "
+            "them: name their checkpoint.directory, or remove metrics.jsonl to begin this stage "
+            "anew"
+        )
+
+
 def _warn(text: str, *values: Any) -> None:
     """Warns, once for all processes."""
     if processes.is_main():
@@ -370,6 +385,9 @@ def _claim(directory: Path, config: RunConfig) -> bool:
                 f"{directory} holds a run with another configuration ({', '.join(changed)}); "
                 "name another run_dir or remove it"
             )
+        for name in ("start", "final"):  # what a killed process was writing
+            for unfinished in directory.glob(f".{name}.*"):
+                shutil.rmtree(unfinished)
         return not (directory / "report.html").exists()
     directory.mkdir(parents=True, exist_ok=True)
     _write(file, dump_yaml(config))

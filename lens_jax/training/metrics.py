@@ -73,10 +73,19 @@ def read(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def last_step(run_dir: str | os.PathLike[str], stage: str) -> int:
+    """The last step of `stage` that a run has logged; 0 without any."""
+    return max((row["step"] for row in read(run_dir) if row["stage"] == stage), default=0)
+
+
 def cut(run_dir: str | os.PathLike[str], stage: str, step: int) -> None:
-    """Drops the rows past `step` of `stage`, those of later stages, and an unfinished last line."""
-    last = (STAGES.index(stage), step)
-    kept = [r for r in read(run_dir) if (STAGES.index(r["stage"]), r["step"]) <= last]
+    """Drops the rows past `step` of `stage` and an unfinished last line; the rest in order.
+
+    Later stages keep theirs: if the end of a stage has to be trained again, for its checkpoint was
+    damaged, it ends the same, and a later one goes on from its own checkpoint.
+    """
+    rows = [r for r in read(run_dir) if r["stage"] != stage or r["step"] <= step]
+    kept = sorted(rows, key=lambda r: (STAGES.index(r["stage"]), r["step"]))
     file = Path(run_dir) / _FILE
     unfinished = file.with_name(f".{_FILE}")
     unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept))

@@ -155,6 +155,18 @@ def test_bad_samples_are_replaced_and_counted(processor, tokenizer):
     assert rows == rows_of(make(processor, Numbered(10, bad=[3, 7])), 10, tokenizer)
 
 
+def test_what_several_processes_hold_is_counted_once(processor):
+    def count(*shares):
+        made = [make(processor, Numbered(10, bad=[3, 7], side=120), share=s) for s in shares]
+        for pipeline in made:
+            list(itertools.islice(pipeline, 10))
+        return [(pipeline.bad_samples, pipeline.shrunken_masks) for pipeline in made]
+
+    first, second = count(Share((0,), 2), Share((0, 1), 2, repeated=(0,)))
+    assert (first[0] + second[0], first[1] + second[1]) == (8, 40) and first[0] and second[0]
+    assert count(Share(), Share(repeated=(0,))) == [(8, 40), (0, 0)]
+
+
 def test_nothing_readable_is_an_error(processor):
     with pytest.raises(SampleError, match="no such picture"):
         next(make(processor, Numbered(5, bad=range(5))))

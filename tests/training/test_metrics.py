@@ -51,11 +51,14 @@ def test_rows_past_the_restored_step_are_cut(tmp_path):
     ]
 
 
-def test_resuming_in_the_first_stage_drops_the_second(tmp_path):
+def test_the_end_of_the_first_stage_again_leaves_the_second(tmp_path):
+    """Its last checkpoint was damaged; the second goes on from its own."""
     write(tmp_path, "alignment", 1, 3)
     write(tmp_path, "grpo", 1, 2)
     write(tmp_path, "alignment", 3, 3)
-    assert rows_of(tmp_path) == [("alignment", s) for s in (1, 2, 3)]
+    write(tmp_path, "grpo", 3, 3)
+    stages = ("alignment", "grpo")
+    assert rows_of(tmp_path) == [(stage, s) for stage in stages for s in (1, 2, 3)]
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
