@@ -143,7 +143,8 @@ def _sha256(file: epath.Path) -> str:
 
 
 class TrainingCheckpoints:
-    """The checkpoints of one stage: `directory/<step>/`, the last `keep` and the `keep_best` best.
+    """The checkpoints of one stage: `directory/<step>/`, the last `keep`, the `keep_best` best, and
+    those of `milestones`.
 
     A state is any pytree of arrays, typed random keys, ints and floats (parameters, optimizer
     state, step, random key, data position). It is saved as a flat dict from path to leaf. Every
@@ -151,9 +152,15 @@ class TrainingCheckpoints:
     the rest. The directory may be remote (gs://bucket/name).
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int, keep_best: int = 0):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int,
+        keep_best: int = 0,
+        milestones: Iterable[int] = (),
+    ):
         self.directory = _path(directory)
-        self.keep, self.keep_best = keep, keep_best
+        self.keep, self.keep_best, self.milestones = keep, keep_best, frozenset(milestones)
         try:
             self.directory.exists()
         except ImportError as error:
@@ -218,10 +225,11 @@ class TrainingCheckpoints:
         complete = {s: score for s, score in complete.items() if score is not None}
         scored = sorted((score, s) for s, score in complete.items() if score > -math.inf)
         best = [s for _, s in scored[::-1][: self.keep_best]]
-        dropped = [step for step in list(complete)[: -self.keep] if step not in best]
-        # Incomplete ones are what killed saves left after orbax's part of the work.
-        for step in [*dropped, *(set(self.steps()) - complete.keys())]:
-            self._remove(step)
+        kept = {*best, *list(complete)[-self.keep :], *self.milestones}
+        for step in self.steps():
+            # What is not complete, a killed save has left after orbax's part of the work.
+            if step not in kept or step not in complete:
+                self._remove(step)
 
     def _score(self, step: int) -> float | None:
         """Of a complete checkpoint, -inf without one; None if it is not complete."""

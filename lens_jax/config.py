@@ -287,6 +287,8 @@ class CheckpointConfig:
     """The newest ones that are kept, a stage."""
     keep_best: NonNegativeInt = 0
     """The best ones by best_by that are kept besides, a stage."""
+    milestones: tuple[PositiveInt, ...] = ()
+    """Steps after which a checkpoint is written, and kept whatever the others are."""
     best_by: Literal["reward", "box_iou", "mask_iou", "loss"] = "reward"
     """Number of metrics.jsonl, averaged since the checkpoint before; of loss the lowest is best.
     A stage without it (stage 1 has mask_iou and loss) keeps none by it."""

@@ -101,6 +101,14 @@ def test_keeps_the_best_besides(tmp_path):
     assert TrainingCheckpoints(tmp_path / "none", keep=1).best() is None
 
 
+def test_keeps_milestones(tmp_path):
+    stage = TrainingCheckpoints(tmp_path, keep=1, milestones=[2])
+    for step in (1, 2, 3, 4):
+        stage.save(step, state_at(step))
+    stage.wait()
+    assert stage.steps() == [2, 4]
+
+
 def test_buffers_may_be_donated_at_once(stage):
     update = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     tree = {"w": jnp.arange(2.0**20)}

@@ -233,7 +233,10 @@ def _train(
     config = job.config
     place = config.checkpoint.directory or job.directory / "checkpoints"
     store = checkpoints.TrainingCheckpoints(
-        f"{place}/{stage}", config.checkpoint.keep, config.checkpoint.keep_best
+        f"{place}/{stage}",
+        config.checkpoint.keep,
+        config.checkpoint.keep_best,
+        config.checkpoint.milestones,
     )
     key, done = jax.random.key(config.seed), store.latest() or 0
     at = {"position": first_sample, "bad_samples": 0, "skipped_in_row": 0}
@@ -315,7 +318,8 @@ def _train(
             if hopeless:
                 at["skipped_in_row"] = 0  # so that whoever goes on has as many tries
             ends = index + 1 == settings.steps or stopping or hopeless
-            if ends or (index + 1) % config.checkpoint.every == 0:
+            due = (index + 1) % config.checkpoint.every == 0
+            if ends or due or index + 1 in config.checkpoint.milestones:
                 save(index + 1, must=ends)
             if hopeless:
                 raise NotFinite(
