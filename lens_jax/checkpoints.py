@@ -351,9 +351,13 @@ class TrainingCheckpoints:
 
 
 def _first_reason(error: BaseException | None) -> str | None:
-    """What went wrong in the first process that met an error; None if none did."""
+    """What went wrong in whichever process; None if nothing did.
+
+    Where one fails the others wait for it in vain: what they say is asked last.
+    """
     reasons = processes.gather(error and (f"{error}" or type(error).__name__))
-    return next(filter(None, reasons), None)
+    found = [f"process {i}: {x}" if i else x for i, x in enumerate(reasons) if x is not None]
+    return min(found, key=lambda reason: "barrier" in reason.lower(), default=None)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -45,6 +45,9 @@ MESHES = {
     "1x8x1": dict(fsdp=8),
     "2x2x2": dict(data=2, fsdp=2, tensor=2),
     "1x4x2": dict(fsdp=4, tensor=2),
+    # `tensor` above the number of KV heads, and above that of heads.
+    "1x2x4": dict(fsdp=2, tensor=4),
+    "1x1x8": dict(tensor=8),
 }
 
 
