@@ -221,9 +221,9 @@ def _reinforcement(config, mesh, model, read_text, end_tokens) -> Iterator[Progr
 
 
 def _cache_bytes(config, model, mesh, rows: int, num_completions: int, copy) -> int:
-    """Keys and values a chip of prompts and completions; heads that `tensor` does not cut whole."""
-    mllm, tensor = model.config.mllm, mesh.shape["tensor"]
-    heads = mllm.num_kv_heads // (1 if mllm.num_kv_heads % tensor else tensor)
+    """Keys and values a chip of prompts and completions: of the heads that its queries read."""
+    mllm = model.config.mllm
+    heads = mllm.num_kv_heads // math.gcd(mllm.num_kv_heads, mesh.shape["tensor"])
     prompt = max(config.data.prompt_tokens)
     tokens = prompt + num_completions * config.rollout.max_new_tokens
     share = rows // sharding.num_parts(mesh)
