@@ -52,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         config = configuration.load(["--config", str(options.config), *overrides])
         report = compile_run(
-            config, options.topology, stages, only=options.program, hlo_dir=options.hlo_dir
+            config,
+            options.topology,
+            stages,
+            slices=options.slices,
+            only=options.program,
+            hlo_dir=options.hlo_dir,
         )
     except (UsageError, configuration.ConfigError, tpu.TopologyError, OSError) as error:
         return cli.complain(error)
@@ -71,6 +76,9 @@ def _flags() -> cli.Flags:
     )
     flags.add_argument("--config", type=Path, help="The run's YAML file.")
     flags.add_argument("--topology", help="The slice: v5e:4x4, v5p:2x2x4, v6e:8x8, ...")
+    flags.add_argument(
+        "--slices", type=int, default=1, help="How many of it; mesh.data goes over them."
+    )
     flags.add_argument("--output", type=Path, help="Where the report is written as JSON.")
     flags.add_argument(
         "--stage",
@@ -95,6 +103,7 @@ def compile_run(
     topology: str,
     stages: Sequence[str],
     *,
+    slices: int = 1,
     only: str = "",
     hlo_dir: Path | None = None,
     quick: bool = False,
@@ -102,17 +111,19 @@ def compile_run(
     """The report that --output writes.
 
     Args:
+        slices: how many slices of that topology.
         only: programs whose name begins so.
         hlo_dir: where their scheduled HLO is written.
         quick: without updates of shorter completions, which take less than that of the longest,
             only until a program does not fit, and without compiling what cannot.
     """
-    from lens_jax.training import programs, slices
+    from lens_jax.training import programs
+    from lens_jax.training.slices import Slice, compile_program, list_programs, suggestions
 
-    part = slices.Slice.of(topology, config)
+    part = Slice.of(topology, config, slices)
     rows = []
     with programs.precision(config):
-        for program in slices.list_programs(
+        for program in list_programs(
             config,
             model_shapes(config),
             part.mesh,
@@ -123,11 +134,9 @@ def compile_run(
                 continue
             begin = time.monotonic()
             print(f"compiling {program.name} for {topology} ...", file=sys.stderr, flush=True)
-            row, compiled = slices.compile_program(
-                program, part.mesh, part.chip, hopeless=not quick
-            )
+            row, compiled = compile_program(program, part.mesh, part.chip, hopeless=not quick)
             print(f"  {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-            advice = [] if row.fits else slices.suggestions(config, part.mesh, program.name)
+            advice = [] if row.fits else suggestions(config, part.mesh, program.name)
             rows.append(dataclasses.asdict(row) | {"suggestions": advice})
             if hlo_dir and compiled:
                 hlo_dir.mkdir(parents=True, exist_ok=True)
@@ -136,6 +145,7 @@ def compile_run(
                 break
     return {
         "topology": topology,
+        "slices": slices,
         "chips": part.mesh.size,
         "mesh": dict(part.mesh.shape),
         "fits": all(row["fits"] for row in rows),
@@ -278,7 +288,9 @@ def table(report: dict[str, Any]) -> str:
                 f"{row['compile_seconds']:.0f}",
             ]
         )
-    lines = [f"{report['topology']}: {report['chips']} chips, {mesh}", "", cli.table(memory)]
+    several = f"{report['slices']} x " if report["slices"] > 1 else ""
+    lines = [f"{several}{report['topology']}: {report['chips']} chips, {mesh}", ""]
+    lines += [cli.table(memory)]
     lines += ["", cli.table(work)]
     for row in rows:
         lines += [f"{row['name']} does not fit: try {x}" for x in row["suggestions"]]

@@ -192,20 +192,17 @@ class TrainingCheckpoints:
             name: np.asarray(jax.random.key_data(leaf)) if _is_key(leaf) else leaf
             for name, leaf in _flatten(state).items()
         }
-        response, failure = None, None
         try:
             processes.by_main(lambda: self._make_room(step))
+        except Exception as error:
+            raise self._failed(target, f"{error}") from error
+        try:
             response = ocp.save_async(target, leaves)
         except Exception as error:
-            failure = error
-        reason = _first_reason(failure)
-        if reason is None:
-            self._pending = target, self._thread.submit(self._finish, response, target, score)
-            return
-        if response is not None:  # nobody completes it
-            with contextlib.suppress(Exception):
-                response.result()
-        raise self._failed(target, reason) from failure
+            if jax.process_count() > 1:  # the others wait inside of it: they end with this one
+                raise
+            raise self._failed(target, f"{error}") from error
+        self._pending = target, self._thread.submit(self._finish, response, target, score)
 
     def _make_room(self, step: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -170,7 +170,8 @@ class Module:
 
         A collective that is cut into several steps, which share its channel, counts once. Its
         result counts whole, its own part included, and so does what a reduce-scatter sums; an
-        all-reduce twice: its parts are summed, then spread.
+        all-reduce twice: its parts are summed, then spread. What comes from other slices, over the
+        network of the hosts, is `between slices`.
         """
         total: dict[str, int] = {}
         computation = computation or self.entry
@@ -178,9 +179,11 @@ class Module:
             seen = set()
             for instruction in self._straight(body):
                 kind = instruction.op.removesuffix("-start")
-                if kind not in COLLECTIVES or instruction.name in self._continued:
+                if kind == "recv" and "megascale" in instruction.text:
+                    kind = "between slices"
+                elif kind not in COLLECTIVES or instruction.name in self._continued:
                     continue
-                if instruction.name in self._scattered:
+                elif instruction.name in self._scattered:
                     kind = "reduce-scatter"
                 channel = re.search(r"channel_id=(\d+)", instruction.text)
                 alone = kind == "reduce-scatter" or instruction.name in self._started

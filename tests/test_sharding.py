@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lens_jax import sharding
+from lens_jax import hlo, sharding
 from lens_jax.config import ConfigError, MeshConfig
 from lens_jax.models.inputs import Share
 from tests import tpu
@@ -54,6 +55,18 @@ def test_between_slices_lies_data_alone():
             assert len({device.slice_index for device in half.flat}) == 1
     with pytest.raises(ConfigError, match=r"mesh\.data must be a multiple of 2, the slices"):
         sharding.make_mesh(MeshConfig(fsdp=8), devices)
+
+
+def test_between_slices_travel_sums_of_gradients_in_parts():
+    """Weights are gathered within each slice; of their gradient a chip sends what it keeps."""
+    mesh = sharding.make_mesh(MeshConfig(), tpu.devices("v5e:2x2", slices=2))
+    place = NamedSharding(mesh, P("fsdp"))
+    kernel = jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=place)
+    x = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    gradient = jax.jit(jax.grad(lambda kernel, x: jnp.tanh(x @ kernel).sum()), out_shardings=place)
+    moved = hlo.Module(gradient.lower(kernel, x).compile().as_text()).collective_bytes()
+    assert moved["between slices"] == 4 * 512 * 512 / 4
+    assert moved["all-gather"] in (2 * 512 * 512, 4 * 512 * 512)
 
 
 def test_named_axes_leave_the_others_at_one():

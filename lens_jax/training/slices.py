@@ -50,16 +50,17 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A slice with the mesh that a run makes of it."""
+    """A slice, or several alike, with the mesh that a run makes of it."""
 
     topology: str
     mesh: Mesh
 
     @classmethod
-    def of(cls, topology: str, config: RunConfig) -> "Slice":
+    def of(cls, topology: str, config: RunConfig, slices: int = 1) -> "Slice":
         """Raises tpu.TopologyError, ConfigError."""
         tpu.chip(topology)
-        mesh = sharding.make_mesh(config.mesh, tpu.devices(topology), rows=batch_rows(config))
+        devices = tpu.devices(topology, slices)
+        mesh = sharding.make_mesh(config.mesh, devices, rows=batch_rows(config))
         check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
         return cls(topology, mesh)
 
