@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = [options.config] if options.config else sorted((ROOT / "configs").glob("lens_*"))
         if bool(options.topology) == bool(options.suggest):
             raise UsageError("give one of --topology and --suggest")
+        if options.slices < 1:
+            raise UsageError(f"--slices {options.slices}: at least 1")
         if options.topology and not options.config:
             raise UsageError("give --config, the run to compile")
         stages = [options.stage] if options.stage else ["alignment", "grpo", "evaluation"]

@@ -284,6 +284,7 @@ def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
         *recipe, "--topology", "v7:4x4"
     )
     assert "give --config" in refused("--topology", "v5e:4x4")
+    assert "--slices 0: at least 1" in refused(*recipe, "--topology", "v5e:4x4", "--slices", 0)
     assert "--suggest knows v5e, v5p, v6e" in refused(*recipe, "--suggest", "v4")
     unknown = [*recipe, "--model.mllm", tmp_path / "Qwen9", "--topology", "v5e:4x4"]
     assert "Qwen9/config.json does not exist" in refused(*unknown)
