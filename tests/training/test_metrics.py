@@ -5,7 +5,8 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from lens_jax.training import metrics
+from lens_jax.config import ConfigError
+from lens_jax.training import loop, metrics
 from lens_jax.training.metrics import METRICS, StageLog
 
 
@@ -59,6 +60,16 @@ def test_the_end_of_the_first_stage_again_leaves_the_second(tmp_path):
     write(tmp_path, "grpo", 3, 3)
     stages = ("alignment", "grpo")
     assert rows_of(tmp_path) == [(stage, s) for stage in stages for s in (1, 2, 3)]
+
+
+def test_a_stage_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path):
+    """As with another checkpoint.directory; a kill before the first checkpoint is no such case."""
+    write(tmp_path, "grpo", 1, 7)
+    loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
+    loop._refuse_to_forget(tmp_path, "alignment", "elsewhere", every=1)
+    write(tmp_path, "grpo", 8, 8)
+    with pytest.raises(ConfigError, match="has logged 8 steps of grpo, and elsewhere holds no"):
+        loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
