@@ -118,9 +118,8 @@ def _evaluation(config, mesh, model, end_tokens, repetition_penalty) -> Iterator
         inference.write, definition=definition, max_new_tokens=inference.round_up(longest)
     )
     arguments = (copy, prompts, ids, key, sampling, np.array(end_tokens, np.int32), ids)
-    written, embedded, hidden = _placed(
-        jax.eval_shape(write, *arguments), sharding.batch_sharding(mesh)
-    )
+    by_rows = sharding.batch_sharding(mesh)
+    written, embedded, hidden = _placed(jax.eval_shape(write, *arguments), by_rows)
     yield Program(
         "evaluation.write",
         jax.jit(write, keep_unused=True),
@@ -132,7 +131,8 @@ def _evaluation(config, mesh, model, end_tokens, repetition_penalty) -> Iterator
     )
     if hidden is None:
         read = partial(inference.read, definition=definition)
-        arguments = (copy, prompts, embedded, written.tokens[:, 0], written.lengths[:, 0])
+        tokens = _shape((rows, written.tokens.shape[2]), jnp.int32, by_rows)
+        arguments = (copy, prompts, embedded, tokens, ids)
         yield Program(
             "evaluation.read",
             jax.jit(read, keep_unused=True),
@@ -140,6 +140,7 @@ def _evaluation(config, mesh, model, end_tokens, repetition_penalty) -> Iterator
             named=named | {"batch": arguments[1:]},
             beside=beside,
         )
+        hidden = _placed(jax.eval_shape(read, *arguments), by_rows)
     draw = partial(inference.draw, definition=definition)
     yield Program(
         "evaluation.draw",

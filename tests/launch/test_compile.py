@@ -183,10 +183,13 @@ def test_evaluation(shapes):
     argv = [str(x) for key, value in run.items() for x in (f"--{key}", value)]
     config = configs.load([*argv, "--precision", "bfloat16"])
     mesh = sharding.make_mesh(config.mesh, devices())
-    options = dict(stages=["evaluation"], end_tokens=(1,), repetition_penalty=1.05)
+    options = dict(stages=["evaluation"], read_text=None, end_tokens=(1,), repetition_penalty=1.05)
     rows = {}
     with programs.precision(config):
-        for program in slices.list_programs(config, shapes, mesh, read_text=None, **options):
+        official = dataclasses.replace(shapes, context_positions="text")
+        listed = [x.name for x in slices.list_programs(config, official, mesh, **options)]
+        assert listed == [f"evaluation.{x}" for x in ("relayout", "write", "read", "draw")]
+        for program in slices.list_programs(config, shapes, mesh, **options):
             row, _ = slices.compile_program(program, mesh, tpu.CHIPS["v5e"])
             assert row.fits and min(row.resident.values()) >= 0
             rows[program.name.removeprefix("evaluation.")] = row
