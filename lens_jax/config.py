@@ -101,7 +101,7 @@ class DataConfig:
     eval_limit: PositiveInt | None = None
     """Evaluate on this many expressions; null: all."""
     eval_batch_size: PositiveInt = 32
-    """Expressions decoded together."""
+    """Expressions decoded together; filled up to as many on every device."""
     max_bad: ClosedUnitInterval = 0.01
     """Stop when more than this fraction of samples cannot be read."""
     windows: tuple[PositiveInt, ...] = (91,)
@@ -577,7 +577,7 @@ def check_batches(config: RunConfig, data: int, fsdp: int) -> None:
         for name in ("alignment", "grpo")
         if getattr(config, name).steps
     }
-    for name, size in (sizes | {"data.eval_batch_size": config.data.eval_batch_size}).items():
+    for name, size in sizes.items():
         if size % (data * fsdp):
             raise ConfigError(
                 f"{name} {size} does not divide over mesh.data {data} x mesh.fsdp {fsdp} = "

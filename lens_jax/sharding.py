@@ -168,6 +168,11 @@ def num_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def equal_parts(rows: int, mesh: Mesh) -> int:
+    """As many rows, or so many more that they come in equal parts."""
+    return -(-rows // num_parts(mesh)) * num_parts(mesh)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

@@ -168,6 +168,11 @@ def test_batches_lie_over_data_and_fsdp(axes):
     )
 
 
+def test_rows_are_filled_up_to_equal_parts():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    assert [sharding.equal_parts(rows, mesh) for rows in (1, 4, 5)] == [4, 4, 8]
+
+
 def test_a_process_reads_what_its_devices_hold(monkeypatch):
     """Wherever the mesh puts them; along `tensor` several processes may hold the same rows."""
 

@@ -453,7 +453,7 @@ def _prepare(
         held_out=Evaluation(
             held_out,
             processor,
-            data.eval_batch_size,
+            sharding.equal_parts(data.eval_batch_size, mesh),
             buckets=buckets,
             limit=data.eval_limit,
             reasoning=data.reasoning,

@@ -109,7 +109,8 @@ def _evaluation(config, mesh, model, end_tokens, repetition_penalty) -> Iterator
     beside = {} if copy is params else named
     named = named if copy is params else {"sampling copy": copy}
 
-    rows, longest = config.data.eval_batch_size, config.rollout.max_new_tokens
+    rows = sharding.equal_parts(config.data.eval_batch_size, mesh)
+    longest = config.rollout.max_new_tokens
     batch = batch_shapes(config, model.config, rows, mesh)
     prompts, ids = batch.prompts, batch.sample_id
     key = _placed(jax.eval_shape(partial(jax.random.key, 0)), sharding.replicated(mesh))
