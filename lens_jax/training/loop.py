@@ -335,7 +335,7 @@ def _train(
 def _refuse_to_forget(directory: Path, stage: str, place: Any, every: int) -> None:
     """Raises ConfigError if a stage without a checkpoint has taken steps enough for one."""
     taken = last_step(directory, stage)
-    if taken >= 2 * every:  # the second waits for the first
+    if taken > 2 * every:  # the second save waits for the first
         raise ConfigError(
             f"{directory} has logged {taken} steps of {stage}, and {place} holds no checkpoint of "
             "them: name their checkpoint.directory, or remove metrics.jsonl to begin this stage "

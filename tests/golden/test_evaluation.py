@@ -128,7 +128,7 @@ def evaluated(run: Official, checkpoint, golden_dir, folder, monkeypatch, bucket
     drawn for the stored ones, which may run to the length limit.
     """
     gaps = [gap for item in run.items for gap in item["min_top1_minus_top2"]]
-    write, respond = inference._write, inference.Lens.respond
+    write, respond = inference.write, inference.Lens.respond
     responses = []
 
     def stored(state, prompts, sample_id, key, sampling, ends, limit, **static):
@@ -158,7 +158,7 @@ def evaluated(run: Official, checkpoint, golden_dir, folder, monkeypatch, bucket
         return out
 
     monkeypatch.setattr(evaluate, "ROWS", 1)
-    monkeypatch.setattr(inference, "_write", stored)
+    monkeypatch.setattr(inference, "write", stored)
     monkeypatch.setattr(inference.Lens, "respond", record)
     monkeypatch.setattr(inference, "BUCKETS", buckets)
     monkeypatch.setattr(inference, "COMPLETION_BUCKET", room)

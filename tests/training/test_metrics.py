@@ -64,11 +64,11 @@ def test_the_end_of_the_first_stage_again_leaves_the_second(tmp_path):
 
 def test_a_stage_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path):
     """As with another checkpoint.directory; a kill before the first checkpoint is no such case."""
-    write(tmp_path, "grpo", 1, 7)
+    write(tmp_path, "grpo", 1, 8)
     loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
     loop._refuse_to_forget(tmp_path, "alignment", "elsewhere", every=1)
-    write(tmp_path, "grpo", 8, 8)
-    with pytest.raises(ConfigError, match="has logged 8 steps of grpo, and elsewhere holds no"):
+    write(tmp_path, "grpo", 9, 9)
+    with pytest.raises(ConfigError, match="has logged 9 steps of grpo, and elsewhere holds no"):
         loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
 
 
