@@ -47,11 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError("give --config, the run to compile")
         stages = [options.stage] if options.stage else ["alignment", "grpo", "evaluation"]
         if options.suggest:
+            if options.output or options.program or options.hlo_dir or options.slices > 1:
+                raise UsageError("--suggest prints; beside it --config and --stage alone count")
+            found = []
             for file in files:
                 config = configuration.load(["--config", str(file), *overrides])
+                if len(files) > 1 and options.stage and not has(config, options.stage):
+                    continue
                 for family in options.suggest.split(","):
-                    suggest(file, config, family, stages)
-            return 0
+                    found.append(suggest(file, config, family, stages))
+            return 0 if all(found) else 1
         config = configuration.load(["--config", str(options.config), *overrides])
         report = compile_run(
             config,
@@ -100,6 +105,11 @@ def _flags() -> cli.Flags:
     return flags
 
 
+def has(config: Any, stage: str) -> bool:
+    """Whether a run has any step of a stage; it always evaluates."""
+    return stage == "evaluation" or getattr(config, stage).steps > 0
+
+
 def compile_run(
     config: Any,
     topology: str,
@@ -123,7 +133,7 @@ def compile_run(
     from lens_jax.training.slices import Slice, compile_program, list_programs, suggestions
 
     part = Slice.of(topology, config, slices)
-    rows = []
+    rows, names = [], []
     with programs.precision(config):
         for program in list_programs(
             config,
@@ -132,6 +142,7 @@ def compile_run(
             stages=stages,
             **text(config),
         ):
+            names.append(program.name)
             if not program.name.startswith(only) or (quick and program.shorter):
                 continue
             begin = time.monotonic()
@@ -145,6 +156,9 @@ def compile_run(
                 (hlo_dir / f"{program.name}.txt").write_text(compiled)
             if quick and not row.fits:
                 break
+    if not rows:
+        has = f"has {', '.join(names)}" if names else f"has no step of {' and '.join(stages)}"
+        raise cli.UsageError(f"nothing to compile for {topology}: the run {has}")
     return {
         "topology": topology,
         "slices": slices,

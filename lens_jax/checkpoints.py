@@ -218,6 +218,12 @@ class TrainingCheckpoints:
         if not processes.is_main():
             return
         write_manifest(target, score)
+        try:
+            self._prune()
+        except OSError as error:
+            log.warning("checkpoints that are not needed any more stay: %s", error)
+
+    def _prune(self) -> None:
         complete = {s: self._score(s) for s in self.steps()}
         complete = {s: score for s, score in complete.items() if score is not None}
         scored = sorted((score, s) for s, score in complete.items() if score > -math.inf)
@@ -229,11 +235,15 @@ class TrainingCheckpoints:
                 self._remove(step)
 
     def _score(self, step: int) -> float | None:
-        """Of a complete checkpoint, -inf without one; None if it is not complete."""
+        """Of a complete checkpoint, -inf without one; None if it is not complete.
+
+        Raises:
+            OSError: its manifest is there, or may be, and cannot be read.
+        """
         try:
             manifest = json.loads((self.directory / str(step) / MANIFEST).read_text())
             return float(manifest.get("score", -math.inf))
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
             return None
 
     def _remove(self, step: int) -> None:
@@ -264,10 +274,11 @@ class TrainingCheckpoints:
 
     def _failed(self, target: epath.Path, reason: str) -> "CheckpointError":
         """What to say about a checkpoint that could not be written; makes room."""
-        if processes.is_main():
-            with contextlib.suppress(OSError):
+        kept: list[int] = []
+        with contextlib.suppress(OSError):
+            if processes.is_main():
                 self._remove_unfinished()
-        kept = [step for step in self.steps() if self._score(step) is not None]
+            kept = [step for step in self.steps() if self._score(step) is not None]
         last = f"the last one is {self.directory / str(kept[-1])}" if kept else "there is none yet"
         return CheckpointError(
             f"checkpoint {target} could not be written, {last}: {' '.join(reason.split())}"

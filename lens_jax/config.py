@@ -336,8 +336,22 @@ class RunConfig:
         return start | changed | {"max_new_tokens": self.rollout.max_new_tokens}
 
 
-# Keys and sections that say where a run computes and writes, not what: free to change on resuming.
-PLACES = ("run_dir", "resume", "mesh", "checkpoint", "distributed")
+# Keys and sections that say where and how a run computes, not what: free to change on resuming.
+FREE = (
+    "run_dir",
+    "resume",
+    "attention",
+    "remat",
+    "max_skipped",
+    "data.data_dir",
+    "data.eval_batch_size",
+    "data.max_bad",
+    "mesh",
+    "alignment.per_device_batch_size",
+    "grpo.per_device_batch_size",
+    "checkpoint",
+    "distributed",
+)
 
 _EPILOG = """\
 example:
@@ -437,13 +451,22 @@ def dump_yaml(config: RunConfig) -> str:
 
 def key_names() -> list[str]:
     """The dotted names of all keys."""
-    return list(_leaves(_plain(RunConfig())))
+    return list(leaves(RunConfig()))
+
+
+def leaves(config: RunConfig) -> dict[str, Any]:
+    """The value of every key, by its dotted name."""
+    return _leaves(_plain(config))
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
-    """Dotted keys in which two runs differ, apart from where they compute and write."""
-    left, right = _leaves(_plain(a)), _leaves(_plain(b))
-    return [key for key in left if left[key] != right[key] and key.split(".")[0] not in PLACES]
+    """Dotted keys in which two runs differ, those of `FREE` apart."""
+    left, right = leaves(a), leaves(b)
+    return [key for key in left if left[key] != right[key] and not _is_free(key)]
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE or key.split(".")[0] in FREE
 
 
 def validate(config: RunConfig) -> None:

@@ -197,6 +197,20 @@ def test_what_killed_saves_have_left_goes_with_the_next(stage):
     assert stage.steps() == [10, 20]
 
 
+def test_nothing_is_removed_while_a_manifest_cannot_be_read(stage, caplog):
+    """It may belong to the best checkpoint, or to the last good one."""
+    stage.save(1, state_at(1))
+    stage.wait()
+    manifest = stage.directory / "1" / checkpoints.MANIFEST
+    manifest.unlink()
+    manifest.mkdir()
+    for step in (2, 3, 4):
+        stage.save(step, state_at(step))
+    stage.wait()
+    assert stage.steps() == [1, 2, 3, 4]
+    assert "not needed any more stay: [Errno 21] Is a directory" in caplog.text
+
+
 def test_saving_an_earlier_step_leaves_the_abandoned_course(stage):
     stage.save(20, state_at(20))
     stage.save(30, state_at(30))

@@ -190,14 +190,17 @@ def test_differences_name_the_keys():
         a,
         run_dir="elsewhere",
         resume="never",
+        remat="full",
+        data=dataclasses.replace(a.data, data_dir="moved", eval_batch_size=3),
         mesh=configs.MeshConfig(fsdp=4),
         checkpoint=configs.CheckpointConfig(every=7, directory="gs://bucket/run"),
         distributed=configs.DistributedConfig("host:1", 2, 1),
         seed=a.seed + 1,
-        grpo=dataclasses.replace(a.grpo, beta=0.5),
+        grpo=dataclasses.replace(a.grpo, beta=0.5, per_device_batch_size=1),
     )
     assert configs.differences(a, b) == ["seed", "grpo.beta"]
     assert configs.differences(a, a) == []
+    assert set(configs.FREE) <= {*configs.key_names(), "mesh", "checkpoint", "distributed"}
 
 
 def test_batches_that_do_not_divide_name_axis_and_number():

@@ -37,6 +37,7 @@ from lens_jax.config import (
     check_batches,
     differences,
     dump_yaml,
+    leaves,
     read_yaml,
 )
 from lens_jax.data import curriculum
@@ -50,10 +51,8 @@ from lens_jax.models.lens import LensConfig, LensModel
 from lens_jax.rewards import text_rewards
 from lens_jax.training import drawing, programs, report
 from lens_jax.training.compilations import Compilations
-from lens_jax.training.metrics import StageLog, last_step
-from lens_jax.training.state import (
-    TrainState,
-)
+from lens_jax.training.metrics import METRICS_FILE, StageLog, last_step
+from lens_jax.training.state import TrainState
 
 POINTS = {"before": "before", "after_alignment": "after stage 1", "after_grpo": "after stage 2"}
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
@@ -86,6 +85,8 @@ class Run:
     train_source: Source
     held_out: Evaluation
     lens: Lens
+    interval: int
+    """The most steps between two checkpoints."""
     compilations: Compilations
     stopping: threading.Event
 
@@ -118,13 +119,15 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
         CheckpointError: the last checkpoint of a stage or before a stop could not be written.
     """
     directory = Path(config.run_dir)
-    if not processes.by_main(lambda: _claim(directory, config)):
+    _agree(config)
+    interval = processes.by_main(lambda: _claim(directory, config))
+    if interval is None:
         _say(f"{directory} is finished: see {directory / 'report.html'}")
         return
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     with programs.precision(config), Compilations() as compilations:
-        job = _prepare(config, directory, start(), compilations, stopping)
+        job = _prepare(config, directory, start(), interval, compilations, stopping)
         score(job, "before")
         if config.alignment.steps:
             align(job)
@@ -241,10 +244,11 @@ def _train(
     key, done = jax.random.key(config.seed), store.latest() or 0
     at = {"position": first_sample, "bad_samples": 0, "skipped_in_row": 0}
     if not done:
-        every = config.checkpoint.every
-        processes.by_main(lambda: _refuse_to_forget(job.directory, stage, store.directory, every))
-    if done:
-        saved = store.restore(done, {"state": state, "key": key} | at)
+        processes.by_main(
+            lambda: _refuse_to_forget(job.directory, stage, store.directory, job.interval)
+        )
+    else:
+        saved = store.restore(done, {"state": vacate(state), "key": key} | at)
         state, at = saved["state"], {name: int(saved[name]) for name in at}
     if done == settings.steps:
         return state
@@ -292,11 +296,12 @@ def _train(
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, batch)
             (bad,) = processes.total(bad)
+            rate = schedule(index - skipped)  # an update left out is no step of the optimizer
             in_row = at["skipped_in_row"] + 1 if metrics["skipped_updates"] > skipped else 0
-            skipped = metrics["skipped_updates"]
+            skipped = int(metrics["skipped_updates"])
             at = {"position": upcoming, "bad_samples": bad_before + bad, "skipped_in_row": in_row}
             metrics |= {
-                "learning_rate": float(schedule(index)),
+                "learning_rate": float(rate),
                 "bad_samples": at["bad_samples"],
                 "compilations": job.compilations.count - compiled,
             }
@@ -309,6 +314,8 @@ def _train(
             scores.append(metrics.get(config.checkpoint.best_by, math.nan))
             seen = upcoming - first_sample
             if at["bad_samples"] > max(1.0, config.data.max_bad * seen):
+                with contextlib.suppress(checkpoints.CheckpointError):
+                    store.wait()
                 raise ConfigError(
                     f"{at['bad_samples']} of {seen} samples could not be read, more than "
                     f"data.max_bad {config.data.max_bad} allows; the log names them"
@@ -332,10 +339,23 @@ def _train(
     return state
 
 
-def _refuse_to_forget(directory: Path, stage: str, place: Any, every: int) -> None:
+def vacate(state: TrainState) -> TrainState:
+    """The shapes and places of a state that another one replaces; its memory is given back.
+
+    Whoever called still names it: without this it would lie beside the other for a whole stage.
+    """
+
+    def give_back(x: jax.Array) -> jax.ShapeDtypeStruct:
+        x.delete()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+    return jax.tree.map(give_back, state)
+
+
+def _refuse_to_forget(directory: Path, stage: str, place: Any, interval: int) -> None:
     """Raises ConfigError if a stage without a checkpoint has taken steps enough for one."""
     taken = last_step(directory, stage)
-    if taken > 2 * every:  # the second save waits for the first
+    if taken > 2 * interval:  # the second save waits for the first
         raise ConfigError(
             f"{directory} has logged {taken} steps of {stage}, and {place} holds no checkpoint of "
             "them: name their checkpoint.directory, or remove metrics.jsonl to begin this stage "
@@ -377,25 +397,50 @@ def _ahead(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Iterator[tuple[Batch,
 # ---- around the stages ---------------------------------------------------------------------------
 
 
-def _claim(directory: Path, config: RunConfig) -> bool:
-    """Takes the run directory; False if the run in it is finished."""
-    file = directory / "config.yaml"
-    if file.exists():
-        if config.resume == "never":
-            raise ConfigError(f"{directory} holds a run already, and resume is never")
-        changed = differences(read_yaml(file), config)
+def _agree(config: RunConfig) -> None:
+    """Raises ConfigError, in every process, if one was started with another configuration."""
+    mine = leaves(config)
+    mine = {key: value for key, value in mine.items() if not key.startswith("distributed.")}
+    first, *others = processes.gather(mine)
+    for number, other in enumerate(others, start=1):
+        changed = [key for key in first if first[key] != other[key]]
         if changed:
+            raise ConfigError(
+                f"process {number} was started with another configuration than process 0 "
+                f"({', '.join(changed)}); all need the same flags and the same file"
+            )
+
+
+def _claim(directory: Path, config: RunConfig) -> int | None:
+    """Takes the run directory; None if the run in it is finished.
+
+    Otherwise the most steps between two of its checkpoints, as it was and will be configured. A run
+    that ended before anything was evaluated or trained may begin anew with another configuration.
+    """
+    file = directory / "config.yaml"
+    interval = config.checkpoint.every
+    begun = any((directory / name).exists() for name in ("evaluation.json", METRICS_FILE))
+    if file.exists():
+        if config.resume == "never" and begun:
+            raise ConfigError(f"{directory} holds a run already, and resume is never")
+        before = read_yaml(file)
+        changed = differences(before, config)
+        if changed and begun:
             raise ConfigError(
                 f"{directory} holds a run with another configuration ({', '.join(changed)}); "
                 "name another run_dir or remove it"
             )
+        interval = max(interval, before.checkpoint.every)
         for name in ("start", "final"):  # what a killed process was writing
             for unfinished in directory.glob(f".{name}.*"):
                 shutil.rmtree(unfinished)
-        return not (directory / "report.html").exists()
+        if any(key == "seed" or key.startswith("model.") for key in changed):
+            shutil.rmtree(directory / "start", ignore_errors=True)
+        if (directory / "report.html").exists():
+            return None
     directory.mkdir(parents=True, exist_ok=True)
     _write(file, dump_yaml(config))
-    return True
+    return interval
 
 
 def _write(file: Path, text: str) -> None:
@@ -409,6 +454,7 @@ def _prepare(
     config: RunConfig,
     directory: Path,
     start: Path,
+    interval: int,
     compilations: Compilations,
     stopping: threading.Event,
 ) -> Run:
@@ -460,6 +506,7 @@ def _prepare(
             share=sharding.share(mesh),
         ),
         lens=Lens(definition, state, processor, generation, mesh),
+        interval=interval,
         compilations=compilations,
         stopping=stopping,
     )

@@ -5,14 +5,18 @@ rows up to s.
 """
 
 import json
+import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 STAGES = ("alignment", "grpo")
@@ -47,7 +51,9 @@ TIMINGS = (
     "seconds",
 )
 _COUNTS = ("skipped_updates", "bad_samples")
-_FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
+
+log = logging.getLogger("lens_jax")
 
 
 def row(stage: str, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def _number(name: str, value: Any) -> int | float | None:
 
 def read(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a run; a last line that a killed process left unfinished is not one."""
-    file = Path(run_dir) / _FILE
+    file = Path(run_dir) / METRICS_FILE
     if not file.is_file():
         return []
     lines = file.read_text().split("\n")
@@ -86,8 +92,8 @@ def cut(run_dir: str | os.PathLike[str], stage: str, step: int) -> None:
     """
     rows = [r for r in read(run_dir) if r["stage"] != stage or r["step"] <= step]
     kept = sorted(rows, key=lambda r: (STAGES.index(r["stage"]), r["step"]))
-    file = Path(run_dir) / _FILE
-    unfinished = file.with_name(f".{_FILE}")
+    file = Path(run_dir) / METRICS_FILE
+    unfinished = file.with_name(f".{METRICS_FILE}")
     unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept))
     unfinished.replace(file)
 
@@ -106,11 +112,16 @@ class StageLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         cut(run_dir, stage, step)
         self.stage = stage
-        self._rows = (run_dir / _FILE).open("a")
-        # One directory a stage: steps start anew, and purge_step hides only this stage's lost rows.
-        self._events = SummaryWriter(
-            str(run_dir / "tensorboard" / stage), purge_step=step + 1, write_to_disk=True
-        )
+        # Unbuffered, as what a full disk refuses is kept here and written when there is room again.
+        self._rows = (run_dir / METRICS_FILE).open("ab", buffering=0)
+        self._unwritten, self._warned = b"", False
+        # One directory a stage: steps start anew, and the start of a session hides only this
+        # stage's lost rows. Not through SummaryWriter: its thread ends at a disk that is full, and
+        # whoever logs then waits for it without end.
+        folder = run_dir / "tensorboard" / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events: EventsWriter | None = EventsWriter(str(folder / "events"))
+        self._write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         self._bar = tqdm(
             total=steps,
             initial=step,
@@ -123,18 +134,44 @@ class StageLog:
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Logs one update and returns its row. Waits for `metrics` that are still on device."""
         line = row(self.stage, step, metrics)
-        self._rows.write(json.dumps(line) + "\n")
-        self._rows.flush()
-        for name, value in line.items():
-            if name not in ("stage", "step") and value is not None:
-                self._events.add_scalar(name, value, step)
+        self._unwritten += f"{json.dumps(line)}\n".encode()
+        self._write_rows()
+        shown = {n: x for n, x in line.items() if n not in ("stage", "step") and x is not None}
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in shown.items()]
+        self._write_event(Event(step=step, summary=Summary(value=values)))
         self._bar.set_postfix_str(summary(line), refresh=False)
         self._bar.update(step - self._bar.n)
         return line
 
+    def _write_rows(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._rows.write(self._unwritten) :]
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s: %s. Its rows are kept until they can be.", self._rows.name, error)
+            self._warned = True
+
+    def _write_event(self, event: Event) -> None:
+        if self._events is None:
+            return
+        event.wall_time = time.time()
+        try:
+            self._events.write_event(event)
+            self._events.flush()
+        except OSError as error:
+            self._events = None
+            log.warning("TensorBoard is told no more of %s: %s", self.stage, error)
+
     def close(self) -> None:
         self._bar.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
+        self._write_rows()
+        if self._unwritten:
+            lost = self._unwritten.count(b"\n")
+            log.warning("%s: its last %d rows are lost", self._rows.name, lost)
         self._rows.close()
 
     def __enter__(self) -> "StageLog":

@@ -288,6 +288,10 @@ def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
     )
     assert "give --config" in refused("--topology", "v5e:4x4")
     assert "--slices 0: at least 1" in refused(*recipe, "--topology", "v5e:4x4", "--slices", 0)
+    assert "has no step of alignment" in refused(
+        *recipe, "--topology", "v5e:4x4", "--stage", "alignment"
+    )
+    assert "--suggest prints" in refused("--suggest", "v5e", "--output", tmp_path / "x.json")
     assert "--suggest knows v5e, v5p, v6e" in refused(*recipe, "--suggest", "v4")
     unknown = [*recipe, "--model.mllm", tmp_path / "Qwen9", "--topology", "v5e:4x4"]
     assert "Qwen9/config.json does not exist" in refused(*unknown)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launch import train
-from lens_jax import checkpoints
+from lens_jax import checkpoints, config
 from lens_jax.training import loop, metrics
 from tests.launch.runs import arguments
 from tools import export_checkpoint, kill_test
@@ -132,7 +132,11 @@ def test_a_stopped_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, mo
     # A row that a killed process wrote after its last checkpoint is written anew.
     (directory / "metrics.jsonl").open("a").write('{"stage": "grpo", "step": 2}\n')
     monkeypatch.setattr(metrics.StageLog, "write", write)
+    replaced, vacate = [], loop.vacate
+    monkeypatch.setattr(loop, "vacate", lambda state: [replaced.append(state), vacate(state)][1])
     assert train.main(arguments(checkpoint, data_dir, directory)) == 0
+    # The state that each stage had begun with does not lie beside the restored one.
+    assert len(replaced) == 2 and all(x.is_deleted() for x in jax.tree.leaves(replaced))
 
     assert kill_test.compare(whole, directory) == []
 
@@ -158,10 +162,13 @@ STAGE_1 = {"alignment.warmup_steps": 0, "grpo.steps": 0}
 def test_updates_that_are_never_finite_stop_the_run(checkpoint, data_dir, tmp_path, capfd, caplog):
     """A learning rate that breaks the weights in the first step."""
     flags = STAGE_1 | {"alignment.steps": 9, "alignment.learning_rate": 1e30, "max_skipped": 3}
+    flags |= {"alignment.schedule": "linear"}
     argv = arguments(checkpoint, data_dir, tmp_path, **flags, **{"checkpoint.every": 9})
     assert train.main(argv) == 2
     rows = metrics.read(tmp_path)
     assert [row["skipped_updates"] for row in rows] == [0, 1, 2, 3]
+    first, *others = [row["learning_rate"] for row in rows]
+    assert others == [pytest.approx(first * 8 / 9)] * 3  # what is left out is no step of it
     assert "step 2 is left out: loss or gradient is not finite; sample ids [2, 3]" in caplog.text
     err = capfd.readouterr().err
     assert "error: alignment step 4: loss or gradient was not finite 3 times in a row" in err
@@ -208,8 +215,14 @@ def test_another_configuration_is_refused(whole, checkpoint, data_dir, refused):
 
 
 def test_missing_checkpoint(data_dir, tmp_path, refused):
+    """The command put right is no other run."""
     argv = arguments(tmp_path / "nothing", data_dir, tmp_path / "run")
     assert "nothing" in refused(lambda a: train.main(a), *argv)
+    (tmp_path / "run" / "start").mkdir()  # of a model that was not meant
+    argv = arguments(tmp_path / "another", data_dir, tmp_path / "run", resume="never")
+    assert "another" in refused(lambda a: train.main(a), *argv)
+    assert config.read_yaml(tmp_path / "run" / "config.yaml").model.checkpoint.endswith("another")
+    assert not (tmp_path / "run" / "start").exists()
 
 
 def test_a_kernel_of_another_platform(checkpoint, data_dir, tmp_path, refused):

@@ -65,11 +65,11 @@ def test_the_end_of_the_first_stage_again_leaves_the_second(tmp_path):
 def test_a_stage_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path):
     """As with another checkpoint.directory; a kill before the first checkpoint is no such case."""
     write(tmp_path, "grpo", 1, 8)
-    loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
-    loop._refuse_to_forget(tmp_path, "alignment", "elsewhere", every=1)
+    loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", interval=4)
+    loop._refuse_to_forget(tmp_path, "alignment", "elsewhere", interval=1)
     write(tmp_path, "grpo", 9, 9)
     with pytest.raises(ConfigError, match="has logged 9 steps of grpo, and elsewhere holds no"):
-        loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
+        loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", interval=4)
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
@@ -87,6 +87,23 @@ def test_tensorboard_holds_the_same(tmp_path):
     (events,) = (tmp_path / "tensorboard" / "grpo").iterdir()
     assert events.name.startswith("events.out.tfevents")
     assert b"reward/box" in events.read_bytes()
+
+
+def test_a_full_disk_stops_nobody(tmp_path, caplog):
+    """What it refuses is kept, and written when there is room; TensorBoard is let go."""
+    with StageLog(tmp_path, "grpo", steps=3) as log:
+        log.write(1, {"reward": 0.5})
+        rows, events = log._rows, log._events
+        log._rows = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+        events._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+        for step in (2, 3):
+            log.write(step, {"reward": 0.5})
+        log._rows = rows
+    assert rows_of(tmp_path) == [("grpo", 1), ("grpo", 2), ("grpo", 3)]
+    assert (
+        caplog.text.count("/dev/full: [Errno 28] No space left on device. Its rows are kept") == 1
+    )
+    assert caplog.text.count("TensorBoard is told no more of grpo: [Errno 28] No space") == 1
 
 
 def test_the_bar_shows_what_matters(tmp_path, capsys):

@@ -83,8 +83,10 @@ def test_damage_to_what_several_processes_wrote_is_seen(several, count, folder):
 
 
 def test_fewer_processes_go_on_where_several_stopped(several, count, folder):
-    """One process after two; two, and one, after four."""
+    """One process after two; two, and one, after four. As the several themselves went on."""
     alone = worker.work(folder, resume=True)
     assert alone["position"] == stages.B and alone["state.step"] == 2
+    went_on = {k.removeprefix("next/"): v for k, v in several[0].items() if k.startswith("next/")}
+    same({name: alone[name] for name in went_on}, went_on)
     if count == 4:
         same(run(folder, 2, "resume")[0], alone)

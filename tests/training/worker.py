@@ -28,16 +28,21 @@ def work(folder: Path, resume: bool) -> dict[str, np.ndarray]:
     if resume:
         saved = store.restore(store.latest(), {"state": program.state, "position": 0})
         program.state, position = saved["state"], saved["position"]
-    metrics = program.step()
-    results = {f"metrics/{name}": value for name, value in metrics.items()}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(program.state):
-        results[f"state{jax.tree_util.keystr(path)}"] = processes.whole(leaf)
-    results["position"] = np.array(position)
+    results = step(program) | {"position": np.array(position)}
     if not resume:
         store.save(1, {"state": program.state, "position": len(stage.data[0].sample_id)})
         store.wait()
+        results |= {f"next/{name}": value for name, value in step(program).items()}
     tokens = stages.sample(mesh)
     results |= {f"sampled/{key}": processes.whole(x) for key, x in vars(tokens).items()}
+    return results
+
+
+def step(program: stages.Program) -> dict[str, np.ndarray]:
+    """Metrics of an update, and the state after it, by name."""
+    results = {f"metrics/{name}": value for name, value in program.step().items()}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(program.state):
+        results[f"state{jax.tree_util.keystr(path)}"] = processes.whole(leaf)
     return results
 
 
