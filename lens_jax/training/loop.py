@@ -290,12 +290,12 @@ def _train(
             rows = StageLog(job.directory, stage, steps=settings.steps, step=done)
             stack.enter_context(rows)
         for index in range(done, settings.steps):
-            batch, upcoming, bad = next(batches)
+            batch, upcoming, bad, shrunken = next(batches)
             compiled = job.compilations.count
             # What a step needs is on device already: a hidden transfer would be a mistake.
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, batch)
-            (bad,) = processes.total(bad)
+            bad, shrunken = processes.total(bad, shrunken)
             rate = schedule(index - skipped)  # an update left out is no step of the optimizer
             in_row = at["skipped_in_row"] + 1 if metrics["skipped_updates"] > skipped else 0
             skipped = int(metrics["skipped_updates"])
@@ -303,6 +303,7 @@ def _train(
             metrics |= {
                 "learning_rate": float(rate),
                 "bad_samples": at["bad_samples"],
+                "shrunken_masks": shrunken,
                 "compilations": job.compilations.count - compiled,
             }
             if processes.is_main():
@@ -376,15 +377,18 @@ def _score(checkpoint: CheckpointConfig, value: float) -> float | None:
     return -value if checkpoint.best_by == "loss" else value
 
 
-def _ahead(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Iterator[tuple[Batch, int, int]]:
+def _ahead(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Iterator[tuple[Batch, int, int, int]]:
     """Batches on device, each brought there by a thread while the one before it is in use.
 
-    With each come the pipeline's position and count of bad samples after it.
+    With each come the pipeline's position and count of bad samples after it, and how many of its
+    masks are shrunken.
     """
 
-    def bring() -> tuple[Batch, int, int]:
+    def bring() -> tuple[Batch, int, int, int]:
+        before = pipeline.shrunken_masks
         batch = sharding.global_batch(next(pipeline), mesh)
-        return batch, pipeline.position, pipeline.bad_samples
+        shrunken = pipeline.shrunken_masks - before
+        return batch, pipeline.position, pipeline.bad_samples, shrunken
 
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(bring)
@@ -606,9 +610,8 @@ def finish(job: Run) -> None:
 
         def params():
             yield from checkpoints.unstack(nnx.to_pure_dict(job.params))
-            for name, value in checkpoints.iterate_params(job.start):
-                if name.startswith("unused/"):
-                    yield name, value
+            unused = [n for n in checkpoints.saved_params(job.start) if n.startswith("unused/")]
+            yield from checkpoints.read_params(job.start, unused)
 
         checkpoints.save_pretrained(final, params(), job.start_config, files_from=job.start)
     processes.by_main(lambda: str(report.write(job.directory)))

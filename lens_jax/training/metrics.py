@@ -50,7 +50,7 @@ TIMINGS = (
     "compilations",
     "seconds",
 )
-_COUNTS = ("skipped_updates", "bad_samples")
+_COUNTS = ("skipped_updates", "bad_samples", "shrunken_masks")
 METRICS_FILE = "metrics.jsonl"
 
 log = logging.getLogger("lens_jax")

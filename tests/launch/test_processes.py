@@ -36,17 +36,9 @@ def start(checkpoint, data_dir, tmp_path):
             SHORT | {"mesh.data": 2, "mesh.fsdp": 2, "distributed.coordinator": address} | flags
         )
         common |= {"distributed.processes": 2}
+        places = (checkpoint, data_dir, tmp_path / "run")
         commands = [
-            (
-                "launch/train.py",
-                *runs.arguments(
-                    checkpoint,
-                    data_dir,
-                    tmp_path / "run",
-                    **common,
-                    **{"distributed.process_id": i},
-                ),
-            )
+            ("launch/train.py", *runs.arguments(*places, **common, **{"distributed.process_id": i}))
             for i in range(2)
         ]
         return runs.start(commands, tmp_path / "log", devices=2)
@@ -102,3 +94,46 @@ def test_two_processes_stop_together_and_end_with_each_other(start, checkpoint, 
     rows = metrics.read(directory)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert np.isfinite([row["loss"] for row in rows]).all()
+
+
+@pytest.mark.nightly
+def test_the_first_process_dies(start, tmp_path):
+    """Nobody watches it: the others notice that it does not answer."""
+    running = start()
+    wait_for_rows(tmp_path / "run", 1, running)
+    running[0].kill()
+    begin = time.monotonic()
+    assert running[1].wait(60) != 0
+    assert time.monotonic() - begin < 60
+    assert "leader task was preempted/died" in said(tmp_path / "run")[1]
+
+
+@pytest.mark.nightly
+def test_two_processes_train_both_stages_as_one_does(start, checkpoint, data_dir, tmp_path):
+    """To the end: rollouts, final/, and the report."""
+    both = {"alignment.steps": 1, "grpo.steps": 1, "grpo.batch_size": 4}
+    runs.finish(start(**both), tmp_path / "log")
+    flags = SHORT | both | {"mesh.data": 2, "mesh.fsdp": 2}
+    argv = runs.arguments(checkpoint, data_dir, tmp_path / "alone", **flags)
+    logs = tmp_path / "alone_log"
+    runs.finish(runs.start([("launch/train.py", *argv)], logs, devices=4), logs)
+    ours, alone = tmp_path / "run", tmp_path / "alone"
+    assert (ours / "report.html").exists()
+    for row, other in zip(metrics.read(ours), metrics.read(alone), strict=True):
+        for name in other.keys() - {"stage", *metrics.TIMINGS}:
+            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
+    pairs = zip(
+        checkpoints.iterate_params(ours / "final"),
+        checkpoints.iterate_params(alone / "final"),
+        strict=True,
+    )
+    gap = size = 0.0
+    for (name, value), (same_name, other) in pairs:
+        assert name == same_name
+        gap += np.square(value - other, dtype="f8").sum()
+        size += np.square(other, dtype="f8").sum()
+    assert gap**0.5 < 1e-5 * size**0.5
+    scores, others = (json.loads((x / "evaluation.json").read_text()) for x in (ours, alone))
+    for point, values in others.items():
+        for name in values.keys() - {"seconds"}:
+            assert scores[point][name] == pytest.approx(values[name], rel=1e-3), (point, name)
