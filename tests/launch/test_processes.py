@@ -1,5 +1,6 @@
 """Runs of several processes: who writes, who stops, and what happens when one dies."""
 
+import dataclasses
 import json
 import signal
 import time
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from launch import train
-from lens_jax import checkpoints
-from lens_jax.training import metrics
+from lens_jax import checkpoints, processes
+from lens_jax import config as configs
+from lens_jax.training import loop, metrics
 from tests.launch import runs
 
 STEPS = 40  # more than two processes get to
@@ -54,6 +56,19 @@ def wait_for_rows(directory, count, running):
 
 def said(directory):
     return [runs.log_of(directory.with_name("log"), i).read_text() for i in range(2)]
+
+
+def test_all_are_started_with_the_same_configuration(monkeypatch):
+    """But for which of them each is; a run would hang, or learn at two rates."""
+    config = configs.load([])
+    place = configs.DistributedConfig("host:1", 2, 1)
+    gathered = []
+    monkeypatch.setattr(processes, "gather", lambda mine: [*gathered, mine])
+    loop._agree(config)
+    gathered += [{k: v for k, v in configs.leaves(config).items() if "distributed" not in k}]
+    loop._agree(dataclasses.replace(config, distributed=place))
+    with pytest.raises(configs.ConfigError, match=r"process 1 .* than process 0 \(seed\)"):
+        loop._agree(dataclasses.replace(config, distributed=place, seed=config.seed + 1))
 
 
 @pytest.mark.nightly

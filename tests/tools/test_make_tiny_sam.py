@@ -27,6 +27,7 @@ def load(directory: Path) -> Sam2:
     return model
 
 
+@pytest.mark.nightly
 def test_a_few_steps(tmp_path, monkeypatch):
     """The command trains, saves and evaluates; the saved model is the trained one."""
     # One length of prompts instead of three: most of the time is compilation.

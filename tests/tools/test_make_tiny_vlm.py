@@ -21,6 +21,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.nightly
 def test_a_few_steps(folder):
     parts = {"scenes": 64, "vision_steps": 3, "tight_steps": 3, "loose_steps": 2}
     losses = make_tiny_vlm.train(make_tiny_vlm.Settings(output=folder, **parts))
