@@ -18,13 +18,19 @@ A data set of your own is a folder with manifest.jsonl, one object a line (docs/
   {"image": "photos/a.jpg", "expressions": ["the left cup"], "mask": "masks/a.png"}"""
 
 CHECK = """\
-  python launch/data.py check --data_dir my_data"""
+  python launch/data.py check --data_dir my_data --checkpoint lens"""
 CONVERT = """\
   python launch/data.py convert --from labelme --data_dir photos --output my_data
   python launch/data.py convert --from refcoco --dataset refcocog --data_dir D --output my_data"""
 
 
-def check(data_dir: Path, page: Path | None = None, thumbnails: NonNegativeInt = 120) -> int:
+def check(
+    data_dir: Path,
+    page: Path | None = None,
+    thumbnails: NonNegativeInt = 120,
+    checkpoint: Path | None = None,
+    reasoning: bool = False,
+) -> int:
     """Reads every row of a data set of your own as training will, and says what is wrong.
 
     A table counts rows by split, usable and unusable, and names each kind of problem with the first
@@ -36,9 +42,14 @@ def check(data_dir: Path, page: Path | None = None, thumbnails: NonNegativeInt =
         data_dir: The folder that holds manifest.jsonl.
         page: Where to write the page; DATA_DIR/check.html without it.
         thumbnails: Pictures on the page at most.
+        checkpoint: A pretrained checkpoint: says which buckets its training needs for all rows.
+        reasoning: These are for training that asks for a line of thought before the answer.
     """
+    from lens_jax import checkpoints
     from lens_jax.data import checking
 
+    if checkpoint is not None:
+        checkpoints.read_config(checkpoint)
     try:
         bar = partial(tqdm, desc="checking", unit="row", dynamic_ncols=True)
         report = checking.check(data_dir, bar)
@@ -52,6 +63,16 @@ def check(data_dir: Path, page: Path | None = None, thumbnails: NonNegativeInt =
     for title, problems in (("unusable", report.errors()), ("to look at", report.notes())):
         if problems:
             print("\n" + cli.table([[title, "rows", "the first one"], *problems], left=(0, 2)))
+    if len(report.splits) == 1:
+        only = f"no split but {report.splits[0]}: training needs one to evaluate on"
+        print(f"\n{only} (data.eval_split)")
+    if checkpoint is not None:
+        from lens_jax.data.pipeline import Processor
+
+        processor = Processor.from_pretrained(checkpoint)
+        needed = checking.buckets(report, processor, reasoning=reasoning)
+        flags = " ".join(f"--data.{key} '{value}'" for key, value in needed.items())
+        print(f"\nall rows fit into {flags}")
     print(f"\npictures and all rows that cannot be used: {page}")
     return 2 if report.unusable else 0
 

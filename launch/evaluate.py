@@ -27,6 +27,8 @@ SPLITS = {
     "reason_seg": ("val", "test"),
     "grounding_suite": ("all",),
 }
+# Tokens of prompt and completion together in the official evaluation, its data sets' default.
+OFFICIAL_LENGTH = 768
 # Expressions a device decodes together, always: numbers then depend on nothing but the device.
 ROWS = 8
 
@@ -54,7 +56,7 @@ def evaluate(
     batch_size: PositiveInt = 16,
     devices: PositiveInt | None = None,
     limit: PositiveInt | None = None,
-    max_length: PositiveInt = 768,
+    max_length: PositiveInt | None = None,
     official_masks: bool = False,
     output: Path | None = None,
     rows: Path | None = None,
@@ -75,7 +77,8 @@ def evaluate(
         batch_size: Expressions read ahead; no number depends on it.
         devices: How many devices share the work; all that are present if not given.
         limit: Score only so many expressions of each split, the first ones.
-        max_length: Tokens of prompt and completion together at most.
+        max_length: Tokens of prompt and completion together at most. Not given: 768, as in the
+            official code; no such limit for folder, whose pictures may be larger.
         official_masks: Count pixels that several polygons of one object cover as background.
         output: Write the scores as JSON.
         rows: Write one JSON object for each expression; data.curriculum of a run can read it.
@@ -126,7 +129,7 @@ def evaluate(
             # Masks are compared at original size; of the truth only the box goes with the batch.
             buckets=dataclasses.replace(inference.BUCKETS, answer_tokens=range(64, 8192, 64)),
             limit=limit,
-            max_length=max_length,
+            max_length=length_limit(name, max_length),
             reasoning=reasoning,
             prefetch=-(-batch_size // together),
         )
@@ -150,6 +153,25 @@ def evaluate(
     if page is not None:
         evaluation_page.write(page, str(checkpoint), sections)
     print(table(results))
+    for scores in results:
+        if scores["truncated"]:
+            limit = length_limit(scores["dataset"], max_length)
+            print(cut_off(scores, limit, lens.generation.max_new_tokens))
+
+
+def length_limit(dataset: str, given: int | None) -> int | None:
+    """Tokens of prompt and completion together at most; None: as many as the checkpoint allows."""
+    return given or (None if dataset == "folder" else OFFICIAL_LENGTH)
+
+
+def cut_off(scores: dict[str, Any], max_length: int | None, max_new_tokens: int) -> str:
+    """How many completions of a data set were cut off, and what to change."""
+    counts = f"{scores['truncated']:,} of {scores['samples']:,}"
+    limits = f"the checkpoint allows {max_new_tokens:,} tokens (rollout.max_new_tokens of its run)"
+    if max_length:
+        limits = f"--max_length {max_length:,} counts prompt and picture, too: raise it; {limits}"
+    where = f"{scores['dataset']} {scores['split']}"
+    return f"{where}: {counts} completions were cut off before their end: {limits}"
 
 
 def chosen(suite: str) -> list[tuple[str, str]]:

@@ -59,7 +59,8 @@ class ModelConfig:
     num_queries: PositiveInt = 64
     """Context queries of the fresh context module when mllm and sam are converted."""
     context_positions: Literal["mrope", "text"] | None = None
-    """Positions of passes with queries; null keeps what the checkpoint says."""
+    """Positions of passes with queries; null keeps what the checkpoint says: mrope in one made from
+    mllm and sam, text in a released LENS."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ class DataConfig:
     split: str = "train"
     """The split trained on."""
     mixture: tuple[Dataset, ...] = ()
-    """Data sets to train on together, instead of `dataset` alone."""
+    """Data sets to train on together, `dataset` among them, which is evaluated on."""
     mixture_weights: tuple[PositiveFloat, ...] = ()
     """How often each data set of `mixture` is drawn from, up to a factor; empty: by its size."""
     curriculum: str | None = None
@@ -360,7 +361,7 @@ example:
 
 The flags above are the keys of a YAML file with one section for each dotted prefix. Flags win over
 the file, the file over the defaults; --print_config shows the result. A run writes what it used to
-RUN_DIR/config.yaml, and --config RUN_DIR/config.yaml repeats it."""
+RUN_DIR/config.yaml; --config RUN_DIR/config.yaml --run_dir ANOTHER repeats it."""
 
 
 # What jsonargparse calls a type -> what it asks for.
@@ -505,6 +506,12 @@ def _validate_data(data: DataConfig) -> None:
         )
     if len(set(data.mixture)) != len(data.mixture):
         raise ConfigError("data.mixture names a data set twice: raise its weight instead")
+    if data.mixture and data.dataset not in data.mixture:
+        raise ConfigError(
+            f"data.dataset {data.dataset} is not in data.mixture {', '.join(data.mixture)}: a run "
+            "trains on the mixture and evaluates on dataset; --data.mixture '[]' trains on "
+            f"{data.dataset} alone"
+        )
     for dataset in data.mixture or (data.dataset,):
         if data.curriculum and not dataset.startswith("ref"):
             raise ConfigError(f"data.curriculum: {dataset} has no refs, only RefCOCO's sets do")

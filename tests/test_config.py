@@ -7,6 +7,7 @@ import pytest
 
 from lens_jax import config as configs
 from lens_jax.config import ConfigError
+from lens_jax.data import images
 from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.training.advantages import RULES
 from lens_jax.training.grpo import Objective
@@ -38,6 +39,22 @@ def test_default_file_is_tiny():
     assert config.run_dir == "runs/tiny"
     assert config.grpo.steps > 0 and config.alignment.steps > 0
     assert config.precision == "float32"
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in configs.DEFAULT_CONFIG.parent.iterdir()))
+def test_shipped_files_load_and_keep_the_checkpoints_positions(name):
+    config = configs.load(["--config", str(configs.DEFAULT_CONFIG.with_name(name))])
+    assert config.model.context_positions is None
+
+
+def test_own_data_holds_the_largest_picture():
+    config = configs.load(["--config", str(configs.DEFAULT_CONFIG.with_name("own_data.yaml"))])
+    assert config.data.dataset == "folder" and not config.data.mixture
+    for height, width in ((3000, 4000), (4000, 3000), (2000, 6000)):
+        size = images.smart_resize(height, width)
+        source, _, units = images.window_layout((size[0] // 14, size[1] // 14), 4)
+        assert len(source) <= config.data.windows[-1]
+        assert len(units) + 100 < config.data.prompt_tokens[-1]
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(file):

@@ -1,17 +1,16 @@
-"""Writes docs/config.md from the dataclasses of lens_jax/config.py.
-
-python -m tools.write_config_docs
-"""
+"""docs/config.md, from the configuration itself: `python -m tools.write_config_docs --help`."""
 
 import ast
 import dataclasses
 import inspect
 import itertools
 import re
+import sys
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
-from lens_jax import config
+from lens_jax import cli, config
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 HEAD = """\
@@ -99,6 +98,16 @@ def _flat(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Writes docs/config.md from the dataclasses of lens_jax/config.py."""
     FILE.write_text(page(), encoding="utf-8")
     print(FILE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    example = "  python -m tools.write_config_docs"
+    return cli.run(write, argv, prog="tools.write_config_docs", example=example)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

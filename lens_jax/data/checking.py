@@ -9,12 +9,13 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 from PIL import Image
 
+from lens_jax.data import images, prompts
 from lens_jax.data.sample import Sample
 from lens_jax.data.sources.folder import (
     FILE,
@@ -26,8 +27,12 @@ from lens_jax.data.sources.folder import (
     read_row,
 )
 
+if TYPE_CHECKING:
+    from lens_jax.data.pipeline import Processor
+
 FIT = 0.7  # IoU that a given box has at least with its mask's own
 SLACK = 1.0  # pixels by which coordinates may leave the picture unremarked
+PATCH = images.FACTOR // 2  # pixels of a patch's side
 SIDE = 260  # pixels of a thumbnail's longer side
 TINT = np.array([0, 214, 255])
 LISTED = 500  # rows listed on the page for each kind of problem
@@ -45,7 +50,8 @@ class Note:
 class Verdict:
     """What was found about a row: `error` if it cannot be used, else what to look at.
 
-    `picture` and `target` are digests of the picture's file and of the mask.
+    `picture` and `target` are digests of the picture's file and of the mask; `size` is (height,
+    width).
     """
 
     row: Row
@@ -54,6 +60,7 @@ class Verdict:
     no_target: bool = False
     picture: bytes = b""
     target: bytes = b""
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +73,11 @@ class Report:
     @property
     def unusable(self) -> int:
         return sum(verdict.error is not None for verdict in self.verdicts)
+
+    @property
+    def splits(self) -> list[str]:
+        """The names of all splits."""
+        return sorted({v.row.split for v in self.verdicts if v.row.split is not None})
 
     def counts(self) -> list[dict[str, Any]]:
         """A row for each split and one for all: rows = usable + unusable; `no target`, `sentences`
@@ -100,6 +112,31 @@ def check(data_dir: Path, progress: Callable[..., Iterable] = lambda rows, **_: 
     _compare_splits(usable)
     _compare_sentences(usable)
     return Report(data_dir, verdicts)
+
+
+def buckets(report: Report, processor: "Processor", *, reasoning: bool = False) -> dict[str, Any]:
+    """What data.windows, data.prompt_tokens, data.answer_tokens and data.canvas must be for every
+    usable row to fit. Larger masks than SAM's picture need no canvas of their own."""
+    windows, prompt, answer, height, width = 1, 1, 1, 1, 1
+    encoder, side = processor.encoder, processor.sam_size
+    for verdict in report.verdicts:
+        if verdict.error is not None:
+            continue
+        size = images.smart_resize(*verdict.size, processor.min_pixels, processor.max_pixels)
+        grid = (size[0] // PATCH, size[1] // PATCH)
+        source, _, units = images.window_layout(grid, processor.window_units)
+        windows = max(windows, len(source))
+        h, w = prompts.coordinate_scale(size, processor.coordinates)
+        for text in verdict.row.expressions:
+            prompt = max(prompt, len(encoder.prompt(text, len(units), reasoning)[0]))
+            answer = max(answer, len(encoder.answer(text, (w, h, w, h))))
+        height, width = max(height, verdict.size[0]), max(width, verdict.size[1])
+    return {
+        "windows": [windows],
+        "prompt_tokens": [-(-prompt // 64) * 64],
+        "answer_tokens": [-(-answer // 32) * 32],
+        "canvas": [[min(height, side), min(width, side)]],
+    }
 
 
 def page(report: Report, thumbnails: int) -> str:
@@ -143,7 +180,8 @@ def _judge(data_dir: Path, row: Row) -> Verdict:
     notes = [
         Note(kind, printable(f"{_where(row)}: {text}")) for kind, text in _remarks(row, sample)
     ]
-    return Verdict(row, None, notes, not sample.mask.any(), picture, target)
+    size = (sample.mask.shape[0], sample.mask.shape[1])
+    return Verdict(row, None, notes, not sample.mask.any(), picture, target, size)
 
 
 def _remarks(row: Row, sample: Sample) -> Iterable[tuple[str, str]]:

@@ -61,6 +61,10 @@ def test_a_run_trains_on_what_its_config_names(shapes_dir, tmp_path):
         (DataConfig(mixture=("refcoco", "refcoco+"), mixture_weights=(1.0,)), "one for each"),
         (DataConfig(mixture_weights=(1.0,)), "0 data sets"),
         (DataConfig(mixture=("refcoco", "refcoco")), "twice"),
+        (
+            DataConfig(dataset="folder", mixture=("refcoco",)),
+            r"--data.mixture '\[\]' trains on folder",
+        ),
         (DataConfig(dataset="reason_seg", curriculum="a.json"), "reason_seg has no refs"),
         (DataConfig(mixture=("refcoco", "grounding_suite"), curriculum="a"), "grounding_suite"),
     ],

@@ -95,7 +95,7 @@ def test_splits_and_several_objects_of_a_picture(write):
     assert (train.num_expressions, val.num_expressions) == ([3, 1], [1])
     assert train[0].image_id == train[1].image_id and train[0].ref_id != train[1].ref_id
     assert train[1].expressions == ("Größe 图",)
-    with pytest.raises(ValueError, match=r"split: 'test' is none of train, val in .*manifest"):
+    with pytest.raises(ValueError, match=r"split: 'test' is none of train, val in .*eval_split"):
         Folder(write(*rows), "test")
     with pytest.raises(FileNotFoundError, match=r"nowhere/manifest\.jsonl is missing"):
         Folder("nowhere")

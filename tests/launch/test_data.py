@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from launch import data, evaluate
+from lens_jax.data.pipeline import Buckets, Processor, check_fits
+from lens_jax.data.sources.folder import Folder
 
 ROW = {"image": "a.png", "expressions": ["it"], "box": [4, 3, 20, 15]}
 
@@ -38,6 +40,31 @@ def test_check_prints_counts_and_writes_a_page(folder, tmp_path, capsys):
     directory = folder(ROW)
     assert data.main(["check", "--data_dir", directory, "--page", str(page)]) == 0
     assert "unusable" in capsys.readouterr().out and page.read_text().count("data:image") == 1
+
+
+def test_check_says_what_training_needs(folder, tmp_path, checkpoint, capsys):
+    """A split to evaluate on, and the smallest buckets that a checkpoint's training takes."""
+    Image.new("RGB", (700, 500)).save(tmp_path / "large.png")
+    row = ROW | {"image": "large.png", "expressions": ["it", "the cup on the left of the table"]}
+    directory = folder(ROW, row)
+    assert data.main(["check", "--data_dir", directory, "--checkpoint", str(checkpoint)]) == 0
+    out = capsys.readouterr().out
+    assert "no split but train: training needs one to evaluate on (data.eval_split)" in out
+    (flags,) = re.findall("^all rows fit into (.+)$", out, re.M)
+    needed = {key: json.loads(value) for key, value in re.findall(r"--data\.(\w+) '(.+?)'", flags)}
+    processor = Processor.from_pretrained(checkpoint)
+    examples = [
+        processor.example(sample, text)
+        for sample in Folder(directory)
+        for text in sample.expressions
+    ]
+    for example in examples:
+        check_fits(example, Buckets(**needed))
+    assert needed["windows"] == [max(len(e.prompt.patches) for e in examples)]
+    longest = max(len(e.prompt.tokens) for e in examples)
+    assert longest <= needed["prompt_tokens"][0] < longest + 64
+    side = processor.sam_size
+    assert needed["canvas"] == [[min(500, side), min(700, side)]]
 
 
 def test_convert(tmp_path, capsys):

@@ -46,7 +46,9 @@ def test_scores_rows_and_table(asked, tmp_path, capsys, flags):
     assert scores["ciou"] == pytest.approx(inner / union)
     assert scores["giou"] == pytest.approx(sum(row["iou"] for row in rows) / 5, abs=1e-5)
     assert scores["box_iou"] == pytest.approx(sum(row["box_iou"] for row in rows) / 5)
-    heading, line = capsys.readouterr().out.splitlines()
+    heading, line, *cut = capsys.readouterr().out.splitlines()
+    said = f"{scores['truncated']} of 5 completions were cut off before their end: --max_length 768"
+    assert len(cut) == bool(scores["truncated"]) and all(said in text for text in cut)
     assert heading.split()[-2:] == ["format", "seconds"]
     assert line.startswith("refcoco ") and f"{scores['giou']:.3f}" in line.split()
 
@@ -55,6 +57,19 @@ def test_a_score_that_is_not_there():
     scores = dict.fromkeys(evaluate.COLUMNS, 0.5) | {"samples": 12345, "box_iou": None}
     line = evaluate.table([scores]).splitlines()[1]
     assert "12,345" in line and "–" in line
+
+
+def test_only_the_official_data_sets_have_the_official_limit():
+    """Of a large picture it would leave no token for the completion."""
+    assert (
+        evaluate.length_limit("refcoco", None) == evaluate.length_limit("reason_seg", None) == 768
+    )
+    assert evaluate.length_limit("folder", None) is None
+    assert evaluate.length_limit("folder", 900) == evaluate.length_limit("refcoco", 900) == 900
+    scores = {"dataset": "folder", "split": "val", "samples": 1200, "truncated": 7}
+    line = evaluate.cut_off(scores, None, 256)
+    assert line.startswith("folder val: 7 of 1,200 completions were cut off before their end")
+    assert "allows 256 tokens" in line and "--max_length" not in line
 
 
 def test_mistakes_are_one_line(refused, asked, tmp_path, data_dir):
@@ -149,7 +164,7 @@ def test_a_suite_and_its_page(asked, tmp_path, capsys):
     assert page.count("data:image/jpeg;base64,") >= len(rows)
     assert "Object size" in page and "Words of the expression" in page
     assert "http" not in page
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 3 + sum(s["truncated"] > 0 for s in scores)
 
 
 def test_what_a_suite_names():

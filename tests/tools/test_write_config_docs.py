@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from lens_jax import config
 from tools import write_config_docs
 
@@ -23,3 +25,13 @@ def test_every_key_is_explained():
 
     assert len(rows) == count(config.RunConfig)
     assert all(row.split(" | ")[-1].strip(" |") for row in rows)
+
+
+def test_only_the_bare_command_writes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(write_config_docs, "FILE", tmp_path / "config.md")
+    with pytest.raises(SystemExit):
+        write_config_docs.main(["--help"])
+    assert "Writes docs/config.md" in capsys.readouterr().out
+    assert write_config_docs.main(["--output", "x"]) == 2
+    assert not write_config_docs.FILE.exists()
+    assert write_config_docs.main([]) == 0 and write_config_docs.FILE.exists()

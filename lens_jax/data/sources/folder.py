@@ -72,7 +72,11 @@ class Folder:
         splits = sorted({row.split for row in rows if row.split is not None})
         if split not in splits:
             what = f"none of {', '.join(splits)}" if splits else "not there: no row has a split"
-            raise ValueError(f"split: {split!r} is {what} in {self.data_dir / FILE}")
+            raise ValueError(
+                f"split: {split!r} is {what} in {self.data_dir / FILE}: write it on the rows that "
+                "are meant, or name another one (data.split is trained on, data.eval_split "
+                "evaluated on)"
+            )
         self.rows = [row for row in rows if row.split in (split, None)]
         self._numbers = {name: i for i, name in enumerate(dict.fromkeys(r.image for r in rows))}
         self.num_expressions = [max(1, len(row.expressions)) for row in self.rows]
