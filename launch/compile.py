@@ -157,8 +157,8 @@ def compile_run(
             if quick and not row.fits:
                 break
     if not rows:
-        has = f"has {', '.join(names)}" if names else f"has no step of {' and '.join(stages)}"
-        raise cli.UsageError(f"nothing to compile for {topology}: the run {has}")
+        what = ", ".join(names) if names else f"no step of {' and '.join(stages)}"
+        raise cli.UsageError(f"nothing to compile for {topology}: the run has {what}")
     return {
         "topology": topology,
         "slices": slices,

@@ -66,13 +66,13 @@ def check(
     if len(report.splits) == 1:
         only = f"no split but {report.splits[0]}: training needs one to evaluate on"
         print(f"\n{only} (data.eval_split)")
-    if checkpoint is not None:
+    if checkpoint is not None and report.unusable < len(report.verdicts):
         from lens_jax.data.pipeline import Processor
 
         processor = Processor.from_pretrained(checkpoint)
         needed = checking.buckets(report, processor, reasoning=reasoning)
         flags = " ".join(f"--data.{key} '{value}'" for key, value in needed.items())
-        print(f"\nall rows fit into {flags}")
+        print(f"\nall usable rows fit into {flags}")
     print(f"\npictures and all rows that cannot be used: {page}")
     return 2 if report.unusable else 0
 

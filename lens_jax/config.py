@@ -344,7 +344,6 @@ FREE = (
     "attention",
     "remat",
     "max_skipped",
-    "data.data_dir",
     "data.eval_batch_size",
     "data.max_bad",
     "mesh",

@@ -209,7 +209,7 @@ def test_differences_name_the_keys():
         run_dir="elsewhere",
         resume="never",
         remat="full",
-        data=dataclasses.replace(a.data, data_dir="moved", eval_batch_size=3),
+        data=dataclasses.replace(a.data, max_bad=0.5, eval_batch_size=3),
         mesh=configs.MeshConfig(fsdp=4),
         checkpoint=configs.CheckpointConfig(every=7, directory="gs://bucket/run"),
         distributed=configs.DistributedConfig("host:1", 2, 1),

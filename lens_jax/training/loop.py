@@ -54,6 +54,8 @@ from lens_jax.training.compilations import Compilations
 from lens_jax.training.metrics import METRICS_FILE, StageLog, last_step
 from lens_jax.training.state import TrainState
 
+# What a converted start/ depends on.
+CONVERTED = {"model.mllm", "model.sam", "model.num_queries", "seed"}
 POINTS = {"before": "before", "after_alignment": "after stage 1", "after_grpo": "after stage 2"}
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
@@ -85,8 +87,6 @@ class Run:
     train_source: Source
     held_out: Evaluation
     lens: Lens
-    interval: int
-    """The most steps between two checkpoints."""
     compilations: Compilations
     stopping: threading.Event
 
@@ -120,14 +120,13 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
     """
     directory = Path(config.run_dir)
     _agree(config)
-    interval = processes.by_main(lambda: _claim(directory, config))
-    if interval is None:
+    if not processes.by_main(lambda: _claim(directory, config)):
         _say(f"{directory} is finished: see {directory / 'report.html'}")
         return
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     with programs.precision(config), Compilations() as compilations:
-        job = _prepare(config, directory, start(), interval, compilations, stopping)
+        job = _prepare(config, directory, start(), compilations, stopping)
         score(job, "before")
         if config.alignment.steps:
             align(job)
@@ -244,9 +243,8 @@ def _train(
     key, done = jax.random.key(config.seed), store.latest() or 0
     at = {"position": first_sample, "bad_samples": 0, "skipped_in_row": 0}
     if not done:
-        processes.by_main(
-            lambda: _refuse_to_forget(job.directory, stage, store.directory, job.interval)
-        )
+        every = config.checkpoint.every
+        processes.by_main(lambda: _refuse_to_forget(job.directory, stage, store.directory, every))
     else:
         saved = store.restore(done, {"state": vacate(state), "key": key} | at)
         state, at = saved["state"], {name: int(saved[name]) for name in at}
@@ -353,14 +351,14 @@ def vacate(state: TrainState) -> TrainState:
     return jax.tree.map(give_back, state)
 
 
-def _refuse_to_forget(directory: Path, stage: str, place: Any, interval: int) -> None:
+def _refuse_to_forget(directory: Path, stage: str, place: Any, every: int) -> None:
     """Raises ConfigError if a stage without a checkpoint has taken steps enough for one."""
     taken = last_step(directory, stage)
-    if taken > 2 * interval:  # the second save waits for the first
+    if taken > 2 * every:  # the second save waits for the first
         raise ConfigError(
             f"{directory} has logged {taken} steps of {stage}, and {place} holds no checkpoint of "
-            "them: name their checkpoint.directory, or remove metrics.jsonl to begin this stage "
-            "anew"
+            "them: name their checkpoint.directory, or, if there never was one, remove "
+            "metrics.jsonl to begin this stage anew"
         )
 
 
@@ -415,36 +413,33 @@ def _agree(config: RunConfig) -> None:
             )
 
 
-def _claim(directory: Path, config: RunConfig) -> int | None:
-    """Takes the run directory; None if the run in it is finished.
+def _claim(directory: Path, config: RunConfig) -> bool:
+    """Takes the run directory; False if the run in it is finished.
 
-    Otherwise the most steps between two of its checkpoints, as it was and will be configured. A run
-    that ended before anything was evaluated or trained may begin anew with another configuration.
+    One that ended before it had its data and its model, as over a name that was mistyped, may begin
+    anew with another configuration.
     """
-    file = directory / "config.yaml"
-    interval = config.checkpoint.every
-    begun = any((directory / name).exists() for name in ("evaluation.json", METRICS_FILE))
+    file, start = directory / "config.yaml", directory / "start"
     if file.exists():
+        begun = any((directory / name).exists() for name in (METRICS_FILE, "checkpoints"))
         if config.resume == "never" and begun:
             raise ConfigError(f"{directory} holds a run already, and resume is never")
-        before = read_yaml(file)
-        changed = differences(before, config)
+        changed = differences(read_yaml(file), config)
         if changed and begun:
             raise ConfigError(
                 f"{directory} holds a run with another configuration ({', '.join(changed)}); "
                 "name another run_dir or remove it"
             )
-        interval = max(interval, before.checkpoint.every)
         for name in ("start", "final"):  # what a killed process was writing
             for unfinished in directory.glob(f".{name}.*"):
                 shutil.rmtree(unfinished)
-        if any(key == "seed" or key.startswith("model.") for key in changed):
-            shutil.rmtree(directory / "start", ignore_errors=True)
+        if CONVERTED.intersection(changed) and start.exists():
+            shutil.rmtree(start)
         if (directory / "report.html").exists():
-            return None
+            return False
     directory.mkdir(parents=True, exist_ok=True)
     _write(file, dump_yaml(config))
-    return interval
+    return True
 
 
 def _write(file: Path, text: str) -> None:
@@ -458,7 +453,6 @@ def _prepare(
     config: RunConfig,
     directory: Path,
     start: Path,
-    interval: int,
     compilations: Compilations,
     stopping: threading.Event,
 ) -> Run:
@@ -485,6 +479,8 @@ def _prepare(
     params.pop("unused", None)
     nnx.replace_by_pure_dict(state, params)
 
+    # From here on the directory is this run's (see _claim).
+    processes.by_main(lambda: (directory / METRICS_FILE).touch())
     processor = Processor.from_pretrained(start)
     generation = dataclasses.replace(
         Generation.from_pretrained(start), max_new_tokens=config.rollout.max_new_tokens
@@ -510,7 +506,6 @@ def _prepare(
             share=sharding.share(mesh),
         ),
         lens=Lens(definition, state, processor, generation, mesh),
-        interval=interval,
         compilations=compilations,
         stopping=stopping,
     )

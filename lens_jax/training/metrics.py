@@ -52,6 +52,8 @@ TIMINGS = (
 )
 _COUNTS = ("skipped_updates", "bad_samples", "shrunken_masks")
 METRICS_FILE = "metrics.jsonl"
+# TensorBoard's file is brought to disk so often, and at the end.
+FLUSH_SECONDS = 30
 
 log = logging.getLogger("lens_jax")
 
@@ -111,6 +113,10 @@ class StageLog:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         cut(run_dir, stage, step)
+        if (last := last_step(run_dir, stage)) < step:
+            log.warning(
+                "rows %d to %d of %s are lost: they were not on disk", last + 1, step, stage
+            )
         self.stage = stage
         # Unbuffered, as what a full disk refuses is kept here and written when there is room again.
         self._rows = (run_dir / METRICS_FILE).open("ab", buffering=0)
@@ -121,6 +127,7 @@ class StageLog:
         folder = run_dir / "tensorboard" / stage
         folder.mkdir(parents=True, exist_ok=True)
         self._events: EventsWriter | None = EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
         self._write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         self._bar = tqdm(
             total=steps,
@@ -159,20 +166,24 @@ class StageLog:
         event.wall_time = time.time()
         try:
             self._events.write_event(event)
-            self._events.flush()
+            if time.monotonic() - self._flushed >= FLUSH_SECONDS:  # it waits for the disk
+                self._events.flush()
+                self._flushed = time.monotonic()
         except OSError as error:
             self._events = None
             log.warning("TensorBoard is told no more of %s: %s", self.stage, error)
 
     def close(self) -> None:
         self._bar.close()
-        if self._events is not None:
-            self._events.close()
         self._write_rows()
         if self._unwritten:
             lost = self._unwritten.count(b"\n")
             log.warning("%s: its last %d rows are lost", self._rows.name, lost)
-        self._rows.close()
+        for file in filter(None, (self._rows, self._events)):
+            try:
+                file.close()
+            except OSError as error:
+                log.warning("%s: the end of its log may be lost: %s", self.stage, error)
 
     def __enter__(self) -> "StageLog":
         return self

@@ -50,7 +50,7 @@ def test_check_says_what_training_needs(folder, tmp_path, checkpoint, capsys):
     assert data.main(["check", "--data_dir", directory, "--checkpoint", str(checkpoint)]) == 0
     out = capsys.readouterr().out
     assert "no split but train: training needs one to evaluate on (data.eval_split)" in out
-    (flags,) = re.findall("^all rows fit into (.+)$", out, re.M)
+    (flags,) = re.findall("^all usable rows fit into (.+)$", out, re.M)
     needed = {key: json.loads(value) for key, value in re.findall(r"--data\.(\w+) '(.+?)'", flags)}
     processor = Processor.from_pretrained(checkpoint)
     examples = [

@@ -216,13 +216,19 @@ def test_another_configuration_is_refused(whole, checkpoint, data_dir, refused):
 
 def test_missing_checkpoint(data_dir, tmp_path, refused):
     """The command put right is no other run."""
-    argv = arguments(tmp_path / "nothing", data_dir, tmp_path / "run")
+    run = tmp_path / "run"
+    argv = arguments(tmp_path / "nothing", data_dir, run)
     assert "nothing" in refused(lambda a: train.main(a), *argv)
-    (tmp_path / "run" / "start").mkdir()  # of a model that was not meant
-    argv = arguments(tmp_path / "another", data_dir, tmp_path / "run", resume="never")
+    (run / "start").mkdir()
+    argv = arguments(tmp_path / "another", data_dir, run, resume="never")
     assert "another" in refused(lambda a: train.main(a), *argv)
-    assert config.read_yaml(tmp_path / "run" / "config.yaml").model.checkpoint.endswith("another")
-    assert not (tmp_path / "run" / "start").exists()
+    assert config.read_yaml(run / "config.yaml").model.checkpoint.endswith("another")
+    assert (run / "start").exists()
+    # Converted from what was not meant.
+    assert "another" in refused(lambda a: train.main(a), *argv, "--model.sam", "sam9.pt")
+    assert not (run / "start").exists()
+    (run / "checkpoints").mkdir()
+    assert "model.sam" in refused(lambda a: train.main(a), *argv[:-2], "--resume", "auto")
 
 
 def test_a_kernel_of_another_platform(checkpoint, data_dir, tmp_path, refused):

@@ -65,11 +65,11 @@ def test_the_end_of_the_first_stage_again_leaves_the_second(tmp_path):
 def test_a_stage_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path):
     """As with another checkpoint.directory; a kill before the first checkpoint is no such case."""
     write(tmp_path, "grpo", 1, 8)
-    loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", interval=4)
-    loop._refuse_to_forget(tmp_path, "alignment", "elsewhere", interval=1)
+    loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
+    loop._refuse_to_forget(tmp_path, "alignment", "elsewhere", every=1)
     write(tmp_path, "grpo", 9, 9)
     with pytest.raises(ConfigError, match="has logged 9 steps of grpo, and elsewhere holds no"):
-        loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", interval=4)
+        loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
@@ -89,8 +89,9 @@ def test_tensorboard_holds_the_same(tmp_path):
     assert b"reward/box" in events.read_bytes()
 
 
-def test_a_full_disk_stops_nobody(tmp_path, caplog):
+def test_a_full_disk_stops_nobody(tmp_path, caplog, monkeypatch):
     """What it refuses is kept, and written when there is room; TensorBoard is let go."""
+    monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0)
     with StageLog(tmp_path, "grpo", steps=3) as log:
         log.write(1, {"reward": 0.5})
         rows, events = log._rows, log._events
@@ -103,7 +104,20 @@ def test_a_full_disk_stops_nobody(tmp_path, caplog):
     assert (
         caplog.text.count("/dev/full: [Errno 28] No space left on device. Its rows are kept") == 1
     )
+    assert "lost" not in caplog.text
+    with StageLog(tmp_path, "grpo", steps=9, step=5):  # of a checkpoint that was elsewhere
+        assert "rows 4 to 5 of grpo are lost" in caplog.text
     assert caplog.text.count("TensorBoard is told no more of grpo: [Errno 28] No space") == 1
+
+
+def test_a_disk_that_is_full_at_the_end_stops_nobody(tmp_path, caplog):
+    """As NFS may say only then."""
+    with StageLog(tmp_path, "grpo", steps=1) as log:
+        log.write(1, {"reward": 0.5})
+        log._events._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+        log.write(2, {"reward": 0.5})
+    assert rows_of(tmp_path) == [("grpo", 1), ("grpo", 2)]
+    assert "grpo: the end of its log may be lost: [Errno 28]" in caplog.text
 
 
 def test_the_bar_shows_what_matters(tmp_path, capsys):
