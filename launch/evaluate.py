@@ -80,7 +80,7 @@ def evaluate(
         max_length: Tokens of prompt and completion together at most. Not given: 768, as in the
             official code; no such limit for folder, whose pictures may be larger.
         official_masks: Count pixels that several polygons of one object cover as background.
-        output: Write the scores as JSON.
+        output: Write the scores as JSON; of a --suite after each of its splits.
         rows: Write one JSON object for each expression; data.curriculum of a run can read it.
         page: Write an HTML page: worst, best and random samples, the distribution of IoUs, scores
             by object size and expression length.
@@ -121,6 +121,17 @@ def evaluate(
     lens = inference.Lens.from_pretrained(checkpoint, mesh=mesh)
     together = ROWS * sharding.num_parts(mesh)
     results, lines, sections = [], [], []
+
+    def keep() -> None:
+        """Writes what is known so far: a split that fails costs none of those before it."""
+        if rows is not None:
+            _replace(rows, "".join(lines))
+        if output is not None:
+            scores = results[0] if suite is None else results
+            _replace(output, json.dumps(scores, indent=2) + "\n")
+        if page is not None:
+            evaluation_page.write(page, str(checkpoint), sections)
+
     for (name, part), source in zip(wanted, sources, strict=True):
         data = Evaluation(
             source,
@@ -145,18 +156,19 @@ def evaluate(
             lines.append(json.dumps(where | values, ensure_ascii=False) + "\n")
         if drawn is not None:
             sections.append(evaluation_page.section(scores, outcomes, drawn, data))
-    if rows is not None:
-        rows.write_text("".join(lines), encoding="utf-8")
-    if output is not None:
-        scores = results[0] if suite is None else results
-        output.write_text(json.dumps(scores, indent=2) + "\n")
-    if page is not None:
-        evaluation_page.write(page, str(checkpoint), sections)
+        keep()
     print(table(results))
     for scores in results:
         if scores["truncated"]:
             limit = length_limit(scores["dataset"], max_length)
             print(cut_off(scores, limit, lens.generation.max_new_tokens))
+
+
+def _replace(file: Path, text: str) -> None:
+    """Whole or not at all, whenever the process ends."""
+    unfinished = file.with_name(f".{file.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
 
 
 def length_limit(dataset: str, given: int | None) -> int | None:

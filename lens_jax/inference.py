@@ -161,6 +161,10 @@ def round_up(length: int) -> int:
     return -(-length // COMPLETION_BUCKET) * COMPLETION_BUCKET
 
 
+def _upright(image: Picture) -> UInt8[np.ndarray, "H W 3"]:
+    return to_rgb(image) if isinstance(image, Image.Image) else image
+
+
 class Lens:
     """A LENS model with everything between pictures and masks; greedy unless told otherwise.
 
@@ -236,10 +240,17 @@ class Lens:
             temperature: 0 is greedy; above, completions are drawn.
             seed: of the draw; a completion depends on it and on its place in the batch.
         """
-        images = [to_rgb(i) if isinstance(i, Image.Image) else i for i in images]
-        inputs = self._prompts(images, prompts, reasoning)
+        if not len(images) and not len(prompts):
+            return []
+        images = [_upright(image) for image in images]
+        rows = sharding.equal_parts(len(prompts), self.mesh) if self.mesh else len(prompts)
+        # A mesh takes equal parts: the last picture is asked as often as is missing.
+        alike = rows - len(prompts)
+        inputs = self._prompts(
+            [*images, *images[-1:] * alike], [*prompts, *prompts[-1:] * alike], reasoning
+        )
         sampling = Sampling(temperature=temperature) if temperature else None
-        ids = np.arange(len(prompts), dtype=np.int32)
+        ids = np.arange(rows, dtype=np.int32)
         responses = self.respond(inputs, ids, seed=seed, sampling=sampling)
         results = []
         for i, image in enumerate(images):
@@ -322,7 +333,7 @@ class Lens:
         ids = np.asarray(ids, np.int32)
         tokens = np.pad(ids, (0, round_up(max(1, len(ids))) - len(ids)))[None]
         lengths = np.array([len(ids)], np.int32)
-        prompts = self._prompts([image], [prompt], reasoning)
+        prompts = self._prompts([_upright(image)], [prompt], reasoning)
         embedded = embed(self.state, prompts, definition=self.definition)
         hidden = read(self.state, prompts, embedded, tokens, lengths, definition=self.definition)
         drawn = draw(self.state, prompts, hidden, definition=self.definition)
@@ -330,8 +341,7 @@ class Lens:
 
     def _prompts(self, images, prompts, reasoning) -> Prompts:
         for image, prompt in zip(images, prompts, strict=True):
-            pixels = to_rgb(image) if isinstance(image, Image.Image) else image
-            check_length(self.processor, pixels.shape[:2], prompt, reasoning)
+            check_length(self.processor, image.shape[:2], prompt, reasoning)
         return self.processor.prompts(images, prompts, reasoning=reasoning, buckets=BUCKETS)
 
     def _place(self, batch):

@@ -404,7 +404,7 @@ class Pipeline:
         start: int = 0,
         share: Share = Share(),  # noqa: B008 (frozen)
         num_threads: int = 2,
-        prefetch: int = 4,
+        prefetch: int = 2,
     ):
         if len(source) == 0:
             raise ValueError("the training split is empty")

@@ -42,6 +42,7 @@ from lens_jax.config import (
 )
 from lens_jax.data import curriculum
 from lens_jax.data.pipeline import Buckets, Evaluation, EvaluationRow, Pipeline, Processor
+from lens_jax.data.prompts import box_to_pixels
 from lens_jax.data.sample import Source
 from lens_jax.data.sources import Joined, open_source, shapes
 from lens_jax.evaluation import Row, evaluate
@@ -537,7 +538,7 @@ def score(job: Run, point: str) -> None:
         job.lens.state = job.relayout(job.params)
     total = job.held_out.num_expressions
     shown = {round(i) for i in np.linspace(0, total - 1, min(job.config.samples, total))}
-    masks = {}
+    drawn: dict[int, dict[str, Any]] = {}
 
     def batches(data):
         for batch in tqdm(
@@ -550,9 +551,11 @@ def score(job: Run, point: str) -> None:
                 raise Stopped(f"stopped while evaluating; {job.directory} goes on from there")
             yield batch
 
-    def show(row: Row, _: EvaluationRow, mask: np.ndarray) -> None:
+    def show(row: Row, asked: EvaluationRow, mask: np.ndarray) -> None:
         if row.number in shown:
-            masks[row.number] = base64.b64encode(np.packbits(mask)).decode()
+            box = row.box and box_to_pixels(row.box, mask.shape, asked.coordinate_scale).tolist()
+            packed = base64.b64encode(np.packbits(mask)).decode()
+            drawn[row.number] = {"box": box, "mask": packed}
 
     data = job.config.data
     scores[point], rows = evaluate(
@@ -564,10 +567,10 @@ def score(job: Run, point: str) -> None:
         show=show,
     )
     job.lens.state = job.params
-    masks = dict(item for part in processes.gather(list(masks.items())) for item in part)
+    drawn = dict(item for part in processes.gather(list(drawn.items())) for item in part)
     if processes.is_main():
-        for number, mask in sorted(masks.items()):
-            _show(job, point, rows[number], np.frombuffer(base64.b64decode(mask), np.uint8))
+        for number, answer in sorted(drawn.items()):
+            _show(job, point, rows[number], **answer)
         folder = job.directory / "evaluation"
         folder.mkdir(exist_ok=True)
         lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows]
@@ -581,12 +584,12 @@ def score(job: Run, point: str) -> None:
     )
 
 
-def _show(job: Run, point: str, row: Row, packed: np.ndarray) -> None:
-    """A sample picture with an answer; the mask's bits are packed."""
+def _show(job: Run, point: str, row: Row, box: list[float] | None, mask: str) -> None:
+    """A sample picture with an answer: a box in pixels, and a mask's packed bits in base64."""
     sample, expression = job.held_out.expression(row.number)
     size = sample.image.shape[:2]
-    mask = np.unpackbits(packed, count=math.prod(size)).reshape(size).astype(bool)
-    box = job.processor.box_to_pixels(row.box, size) if row.box else None
+    bits = np.frombuffer(base64.b64decode(mask), np.uint8)
+    mask = np.unpackbits(bits, count=math.prod(size)).reshape(size).astype(bool)
     answer = drawing.Answer(POINTS[point], row.completion, box, mask, row.box_iou, row.iou)
     drawing.add_panel(
         job.directory / "samples" / f"{row.number:05d}.png",

@@ -9,6 +9,7 @@ import pytest
 from launch import evaluate
 from lens_jax import evaluation
 from lens_jax.data import images
+from lens_jax.data.sample import SampleError
 from lens_jax.training import evaluation_page
 
 KEYS = {
@@ -165,6 +166,24 @@ def test_a_suite_and_its_page(asked, tmp_path, capsys):
     assert "Object size" in page and "Words of the expression" in page
     assert "http" not in page
     assert len(capsys.readouterr().out.splitlines()) == 3 + sum(s["truncated"] > 0 for s in scores)
+
+
+def test_a_split_that_fails_costs_none_before_it(asked, tmp_path, monkeypatch):
+    done, score = [], evaluation.evaluate
+
+    def evaluate_one(*args, **options):
+        if done:
+            raise SampleError("b.jpg cannot be read")
+        done.append(1)
+        return score(*args, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate_one)
+    files = [tmp_path / "scores.json", tmp_path / "rows.jsonl"]
+    named = [a for a in asked if a not in ("--dataset", "refcoco")]
+    suite = ("--suite", "refcoco:val,refcoco:train", "--limit", 3)
+    assert call(*named, *suite, "--output", files[0], "--rows", files[1]) == 2
+    assert [scores["split"] for scores in json.loads(files[0].read_text())] == ["val"]
+    assert len(files[1].read_text().splitlines()) == 3
 
 
 def test_what_a_suite_names():
