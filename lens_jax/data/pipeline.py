@@ -566,11 +566,11 @@ class Evaluation:
             try:
                 example = self.processor.example(sample, expression, reasoning=self.reasoning)
                 check_fits(example, self.buckets)
+                limits.append(self._limit(sample, example.prompt))
             except ValueError as error:
                 where = f"{sample.image_path}, expression {expression[:60]!r}"
                 raise SampleError(f"{where}: {error}") from error
             examples.append(example)
-            limits.append(self._limit(sample, example.prompt))
             if number < len(self._items):
                 scale = example.prompt.coordinate_scale
                 rows.append(EvaluationRow(number, expression, sample, scale))
