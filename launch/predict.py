@@ -137,7 +137,7 @@ def _identity(checkpoint: Path, reasoning: bool) -> str:
 def _fingerprint(question: Question, identity: str) -> str:
     state = question.image.stat()
     asked = f"{identity} {state.st_size} {state.st_mtime_ns} {question.prompt}"
-    return hashlib.sha256(asked.encode()).hexdigest()
+    return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def name(pairs: Sequence[tuple[Path, str]]) -> list[Question]:

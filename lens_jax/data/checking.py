@@ -268,7 +268,8 @@ def _thumbnail(data_dir: Path, row: Row) -> str:
     pixels = (pixels * (1 - share) + TINT * share).astype(np.uint8)
     if sample.box is not None:
         x0, y0, x1, y1 = np.round(sample.box * scale).astype(int)
-        x1, y1 = max(x0 + 1, x1) - 1, max(y0 + 1, y1) - 1
+        x0, x1 = np.clip([x0, max(x0 + 1, x1) - 1], 0, size[0] - 1)
+        y0, y1 = np.clip([y0, max(y0 + 1, y1) - 1], 0, size[1] - 1)
         for edge in (np.s_[y0, x0 : x1 + 1], np.s_[y1, x0 : x1 + 1]):
             pixels[edge] = TINT
         for edge in (np.s_[y0 : y1 + 1, x0], np.s_[y0 : y1 + 1, x1]):

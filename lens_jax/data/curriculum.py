@@ -12,11 +12,11 @@ from lens_jax.data.sources.refcoco import RefCoco
 LOWEST, HIGHEST = 0.2, 1.8
 
 
-def read_rewards(file: Path) -> dict[int, float]:
+def read_rewards(file: Path, dataset: str) -> dict[int, float]:
     """`total_reward` by `ref_id`; the mean where a ref comes several times.
 
     The file is a JSON list of objects, or holds one object a line, such as the rows that
-    launch/evaluate.py writes.
+    launch/evaluate.py writes. Those whose `dataset` is another one are passed over.
 
     Raises:
         FileNotFoundError, ValueError: it is not there, or is no such file.
@@ -28,8 +28,9 @@ def read_rewards(file: Path) -> dict[int, float]:
         rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
         rewards = collections.defaultdict(list)
         for row in rows:
-            rewards[int(row["ref_id"])].append(float(row["total_reward"]))
-    except (ValueError, KeyError, TypeError) as error:
+            if row.get("dataset", dataset) == dataset:
+                rewards[int(row["ref_id"])].append(float(row["total_reward"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file}: objects with ref_id and total_reward are expected ({error!r})"
         ) from error
@@ -57,4 +58,4 @@ def easy_first(sources: Sequence[RefCoco], rewards: Sequence[dict[int, float]]) 
 
 
 def _lines(text: str) -> list[dict]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [json.loads(line) for line in text.split("\n") if line.strip()]

@@ -46,8 +46,9 @@ def encode_runs(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
 
 def draw_polygons(
     polygons: Sequence[Float[np.ndarray, "N 2"]], size: tuple[int, int]
-) -> UInt8[np.ndarray, "H W P"]:
-    """One mask for each polygon of corners (x, y); edges may leave the picture.
+) -> UInt8[np.ndarray, "H W"]:
+    """How many polygons of corners (x, y) cover each pixel, 255 at most; edges may leave the
+    picture.
 
     Raises:
         ValueError: a corner lies more than two sides away, or is no number; a polygon runs to and
@@ -61,7 +62,10 @@ def draw_polygons(
             raise ValueError(f"a corner at {corners[far.any(1)][0].tolist()} is far outside")
         if np.abs(np.diff(corners, axis=0)).sum() > LONGEST:
             raise ValueError("a polygon runs to and fro too often")
-    return coco_mask.decode(coco_mask.frPyObjects([c.ravel().tolist() for c in polygons], *size))
+    count = np.zeros(size, np.uint8)
+    for runs in coco_mask.frPyObjects([c.ravel().tolist() for c in polygons], *size):
+        count += coco_mask.decode(runs) & (count < 255)
+    return count
 
 
 def _decompressed(text: bytes) -> list[int]:

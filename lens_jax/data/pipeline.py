@@ -114,17 +114,20 @@ class Processor:
     def from_pretrained(cls, directory: str | Path) -> "Processor":
         """Reads a pretrained checkpoint's tokenizer, processor settings and lens_config.json.
 
-        The official code resizes to at most 1,000,000 pixels whatever preprocessor_config.json
-        allows; a smaller limit there is honoured.
+        The official code resizes to at most 1,000,000 pixels whatever the processor settings
+        allow; a smaller limit there is honoured.
         """
         directory = Path(directory)
         config = _read_json(directory / "lens_config.json")
-        image = _read_json(directory / "preprocessor_config.json")
+        image = _image_settings(directory)
+        size = image.get("size") or {}
+        smallest = image.get("min_pixels") or size.get("shortest_edge") or images.MIN_PIXELS
+        largest = image.get("max_pixels") or size.get("longest_edge") or images.MAX_PIXELS
         vision = config["mllm"]["vision_config"]
         patch = (image.get("patch_size", 14), image.get("merge_size", 2))
         if patch != (14, 2):
             raise ValueError(
-                f"{directory}/preprocessor_config.json: patch_size and merge_size are {patch}, "
+                f"{directory}: the processor's patch_size and merge_size are {patch}, "
                 "only (14, 2) is supported"
             )
         return cls(
@@ -133,8 +136,8 @@ class Processor:
             window_size=vision.get("window_size", 112),
             templates=prompts.Templates(**config.get("prompts", {})),
             coordinates=config.get("coordinates", "qwen2p5vl"),
-            min_pixels=image.get("min_pixels", images.MIN_PIXELS),
-            max_pixels=min(image.get("max_pixels", images.MAX_PIXELS), images.MAX_PIXELS),
+            min_pixels=smallest,
+            max_pixels=min(largest, images.MAX_PIXELS),
             image_mean=image["image_mean"],
             image_std=image["image_std"],
         )
@@ -227,6 +230,13 @@ class Processor:
         resized = images.smart_resize(*image_size, self.min_pixels, self.max_pixels)
         scale = prompts.coordinate_scale(resized, self.coordinates)
         return prompts.box_to_pixels(box, image_size, scale)
+
+
+def _image_settings(directory: Path) -> dict[str, Any]:
+    """Of pictures: inside of processor_config.json, as newer transformers write them, or alone."""
+    whole = directory / "processor_config.json"
+    nested = _read_json(whole).get("image_processor") if whole.is_file() else None
+    return nested or _read_json(directory / "preprocessor_config.json")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -566,11 +576,11 @@ class Evaluation:
             try:
                 example = self.processor.example(sample, expression, reasoning=self.reasoning)
                 check_fits(example, self.buckets)
+                limits.append(self._limit(sample, example.prompt))
             except ValueError as error:
                 where = f"{sample.image_path}, expression {expression[:60]!r}"
                 raise SampleError(f"{where}: {error}") from error
             examples.append(example)
-            limits.append(self._limit(sample, example.prompt))
             if number < len(self._items):
                 scale = example.prompt.coordinate_scale
                 rows.append(EvaluationRow(number, expression, sample, scale))

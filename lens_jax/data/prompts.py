@@ -82,7 +82,16 @@ class PromptEncoder:
         self._tail = functools.lru_cache(2**16)(self._encode_tail)
 
     def encode(self, text: str) -> Int[np.ndarray, "L"]:
-        """Token ids of a text, special tokens in it included, none added."""
+        """Token ids of a text, special tokens in it included, none added.
+
+        Raises:
+            ValueError: half a character, a lone surrogate, is in the text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 30) : error.end + 30]
+            raise ValueError(f"the text {around!r} is no valid Unicode") from None
         ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return np.array(ids, np.int32)
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,15 @@ def overlay(
     h, w = image.shape[:2]
     scale = side / max(h, w)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
-    canvas = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), np.float32)
+    canvas = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     mask = _enlarge(answer_mask, size)
-    canvas = np.where(mask[..., None], 0.5 * canvas + 0.5 * np.array(PREDICTED), canvas)
+    canvas[mask] = (canvas[mask] + np.array(PREDICTED, np.uint16)) // 2
     canvas[_edge(mask, 3)] = PREDICTED
     if true_mask is not None:
         truth = _enlarge(true_mask, size)
         canvas[_edge(truth, 4)] = HALO
         canvas[_edge(truth, 2)] = TRUE
-    picture = Image.fromarray(canvas.astype(np.uint8))
+    picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
     if _is_box(answer_box):
         x0, y0, x1, y1 = _on_canvas(answer_box, scale, size)
@@ -125,26 +125,6 @@ def scores(panel: Mapping[str, Any]) -> str:
         return f"no box · mask IoU {panel['mask_iou']:.2f}"
     box = "" if panel["box_iou"] is None else f"box {panel['box_iou']:.2f} · "
     return f"IoU: {box}mask {panel['mask_iou']:.2f}"
-
-
-def contact_sheet(files: Sequence[str | os.PathLike[str]], columns: int) -> Image.Image:
-    """Samples side by side, `columns` a row, such as for a README."""
-    pictures = []
-    for file in files:
-        with Image.open(file) as picture:
-            pictures.append(picture.convert("RGB"))
-    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-    width = max(sum(p.width for p in row) for row in rows)
-    heights = [max(p.height for p in row) for row in rows]
-    sheet = Image.new("RGB", (width, sum(heights)), PAPER)
-    y = 0
-    for row, height in zip(rows, heights, strict=True):
-        x = 0
-        for picture in row:
-            sheet.paste(picture, (x, y))
-            x += picture.width
-        y += height
-    return sheet
 
 
 def _compose(

@@ -519,7 +519,8 @@ def _train_source(data: DataConfig, data_dir: Path) -> Source:
     if data.curriculum is None:
         return Joined(sources)
     rewards = [
-        curriculum.read_rewards(data_dir / "refer_seg" / name / data.curriculum) for name in names
+        curriculum.read_rewards(data_dir / "refer_seg" / name / data.curriculum, name)
+        for name in names
     ]
     if not data.mixture_weights:
         return curriculum.easy_first(sources, rewards)

@@ -134,3 +134,10 @@ def test_the_page_shows_masks_and_escapes_text(pictures):
     assert np.abs(shown[1] - shown[1][25, 30]).max() < 12  # no target
     assert page(check(pictures), thumbnails=1).count("data:image") == 1
     assert page(check(pictures), thumbnails=0).count("data:image") == 0
+
+
+def test_the_page_shows_an_object_at_the_edge_of_a_large_picture(pictures):
+    Image.new("RGB", (1600, 1200)).save(pictures / "large.png")
+    boxes = [1597, 100, 1600, 400], [100, 1198, 400, 1200]
+    write(pictures, *(row("large.png", f"the {box}", box=box) for box in boxes))
+    assert page(check(pictures), thumbnails=2).count("data:image") == 2

@@ -32,13 +32,29 @@ def test_files(tmp_path):
     file = tmp_path / "rewards.json"
     file.write_text(json.dumps([{"ref_id": 3, "total_reward": 1.5}, {"ref_id": 4}]))
     with pytest.raises(ValueError, match=r"rewards\.json: .*total_reward"):
-        curriculum.read_rewards(file)
+        curriculum.read_rewards(file, "refcoco")
     rows = [{"ref_id": 3, "total_reward": r, "iou": 1} for r in (1.0, 0.5)]
     for text in (json.dumps(rows), "\n".join(map(json.dumps, rows)) + "\n"):
         file.write_text(text)
-        assert curriculum.read_rewards(file) == {3: 0.75}
+        assert curriculum.read_rewards(file, "refcoco") == {3: 0.75}
     with pytest.raises(FileNotFoundError, match=r"none\.json is missing"):
-        curriculum.read_rewards(tmp_path / "none.json")
+        curriculum.read_rewards(tmp_path / "none.json", "refcoco")
+
+
+def test_rows_of_a_suite(tmp_path):
+    """A line ends where JSON's lines do; refs of another data set may have the same numbers."""
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"dataset": "refcoco", "ref_id": 3, "total_reward": 1.5, "expression": "a\u2028b\u0085c"},
+        {"dataset": "refcoco+", "ref_id": 3, "total_reward": 0.1},
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    file.write_text("".join(lines), encoding="utf-8")
+    assert curriculum.read_rewards(file, "refcoco") == {3: 1.5}
+    assert curriculum.read_rewards(file, "refcoco+") == {3: 0.1}
+    file.write_text("[3]")
+    with pytest.raises(ValueError, match="are expected"):
+        curriculum.read_rewards(file, "refcoco")
 
 
 def test_a_run_trains_on_what_its_config_names(shapes_dir, tmp_path):

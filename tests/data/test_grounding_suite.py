@@ -8,6 +8,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from lens_jax.data.sample import SampleError
+from lens_jax.data.sources import open_source
 from lens_jax.data.sources.grounding_suite import GroundingSuite, question
 
 ROW = {"image_path": "a.jpg", "caption": "A box", "box": [1.5, 2, 3, 4]}
@@ -65,3 +66,14 @@ def test_errors_say_what_is_wrong(write, tmp_path):
     other = GroundingSuite(write(good | {"segmentation": run_lengths(np.ones((5, 5)))}))
     with pytest.raises(SampleError, match=r"a\.jpg.* broken mask"):
         other[0]
+
+
+def test_a_line_ends_where_a_row_does(write):
+    row = ROW | {"caption": "a\u2028b\u0085c", "segmentation": run_lengths(np.ones((7, 9)))}
+    source = GroundingSuite(write(json.dumps(row, ensure_ascii=False), row))
+    assert source[0].expressions == source[1].expressions == ('"a\u2028b\u0085c"',)
+
+
+def test_a_file_without_rows_is_refused(write):
+    with pytest.raises(ValueError, match="grounding_suite is empty"):
+        open_source("grounding_suite", "all", write(""))

@@ -308,6 +308,20 @@ def test_evaluation_names_the_sample_that_no_bucket_holds_and_the_key(processor)
         list(Evaluation(Numbered(5), processor, 4, buckets=small))
 
 
+def test_half_a_character_makes_a_bad_sample(processor):
+    class Broken(Numbered):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            texts = tuple(f"\ud83d {text}" for text in sample.expressions) if index == 1 else None
+            return dataclasses.replace(sample, expressions=texts or sample.expressions)
+
+    with pytest.raises(SampleError, match=r"1\.jpg, expression '\\ud83d.*no valid Unicode"):
+        list(Evaluation(Broken(5), processor, 4, buckets=BUCKETS, max_length=60))
+    pipeline = Pipeline(Broken(5), processor, 5, 0, buckets=BUCKETS)
+    next(pipeline)
+    assert pipeline.bad_samples == 1
+
+
 def test_processor_of_a_pretrained_checkpoint(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         shutil.copy(TINY / name, tmp_path / name)
@@ -330,3 +344,27 @@ def test_processor_of_a_pretrained_checkpoint(tmp_path):
         processor.box_to_pixels((0, 250, 500, 1000), (100, 120)), [0, 25, 60, 100]
     )
     assert images.smart_resize(100, 120) == (112, 112)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "limits"),
+    [
+        ({"size": {"longest_edge": 500_000, "shortest_edge": 4000}}, (4000, 500_000)),
+        ({"size": {"longest_edge": 9**9}, "max_pixels": 60_000}, (3136, 60_000)),
+        ({"min_pixels": None, "max_pixels": None, "size": None}, (3136, 1_000_000)),
+    ],
+)
+def test_processor_settings_in_every_form(tmp_path, nested, settings, limits):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path / name)
+    config = {"mllm": {"vision_config": {}}, "sam": {"image_size": 64}}
+    (tmp_path / "lens_config.json").write_text(json.dumps(config))
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} | settings
+    if nested:
+        content, name = {"image_processor": settings}, "processor_config.json"
+    else:
+        content, name = settings, "preprocessor_config.json"
+    (tmp_path / name).write_text(json.dumps(content))
+    processor = Processor.from_pretrained(tmp_path)
+    assert (processor.min_pixels, processor.max_pixels) == limits

@@ -36,6 +36,13 @@ def test_answer(tokenizer):
     assert encoder.answer("a {0} b", (1, 22, 333, 4)).tolist() == tokenizer(text).input_ids
 
 
+def test_half_a_character_is_refused(tokenizer):
+    encoder = prompts.PromptEncoder(tokenizer, prompts.Templates())
+    for encode in (lambda text: encoder.prompt(text, 1), lambda text: encoder.answer(text, None)):
+        with pytest.raises(ValueError, match=r"the \\ud83d cup.*no valid Unicode"):
+            encode("the \ud83d cup")
+
+
 @pytest.mark.parametrize("family", ["Qwen2VL", "Qwen2_5_VL"])
 @given(
     before=st.integers(1, 9),

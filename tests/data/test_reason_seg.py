@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from lens_jax.data.sample import SampleError
+from lens_jax.data.sources import open_source
 from lens_jax.data.sources.reason_seg import ReasonSeg, label_map, mask_box, read_annotation
 
 SQUARE = [[2.9, 3.9], [10.2, 3.0], [10.0, 9.9], [2.0, 9.0]]
@@ -83,6 +84,8 @@ def test_errors_say_what_is_wrong(write, tmp_path):
         file.write_bytes(broken)
         with pytest.raises(ValueError, match=r"a\.json"):
             read_annotation(file)
+    with pytest.raises(ValueError, match=r"a\.json: `label`"):
+        ReasonSeg(write([(None, SQUARE)]))
     write([("x", SQUARE)])
     file.with_suffix(".jpg").unlink()
     with pytest.raises(SampleError, match=r"a\.jpg: no such picture"):
@@ -90,3 +93,9 @@ def test_errors_say_what_is_wrong(write, tmp_path):
     write([("x", [[1.0, 2.0, 3.0]])])
     with pytest.raises(SampleError, match="broken polygon 'x'"):
         ReasonSeg(data_dir)[0]
+
+
+def test_a_split_without_samples_is_refused(write, tmp_path):
+    (write([("x", SQUARE)]) / "reason_seg" / "ReasonSeg" / "val").mkdir()
+    with pytest.raises(ValueError, match=f"{tmp_path}: split 'val' of reason_seg is empty"):
+        open_source("reason_seg", "val", tmp_path)

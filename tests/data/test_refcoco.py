@@ -73,6 +73,8 @@ def test_masks_in_every_form_agree():
     assert summed_mask([], 24, 32).sum() == 0
     twice = summed_mask([[4.0, 2, 20, 2, 20, 9, 4, 9]] * 2, 24, 32)
     assert twice.max() == 2
+    often = summed_mask([[4.0, 2, 20, 2, 20, 9, 4, 9]] * 256, 24, 32)
+    np.testing.assert_array_equal(often, 255 * mask)
 
 
 class _Code:

@@ -81,7 +81,7 @@ def test_curriculum(golden, golden_dir):
     folder = golden_dir / "datasets"
     chosen = curriculum.easy_first(
         [RefCoco(folder, name, "train") for name in names],
-        [curriculum.read_rewards(folder / "refer_seg" / n / "curriculum.json") for n in names],
+        [curriculum.read_rewards(folder / "refer_seg" / n / "curriculum.json", n) for n in names],
     )
     assert len(chosen) == len(items) > 0
     for sample, item in zip(chosen, items, strict=True):

@@ -222,4 +222,6 @@ def test_a_sentence_that_is_too_long_is_one_line(refused, checkpoint, pictures, 
     flags = ("--checkpoint", checkpoint, "--image", picture, "--output", output)
     error = refused(predict.main, *flags, "--prompt", "red circle " * 9000)
     assert "a.jpg" in error and "tokens, more than the" in error and "shorten" in error
+    error = refused(predict.main, *flags, "--prompt", "half a \udcff")
+    assert "a.jpg" in error and r"half a \udcff" in error and "no valid Unicode" in error
     assert not names(output)

@@ -176,6 +176,14 @@ def test_the_overlay_marks_answer_and_truth(scene):
     assert tuple(boxed[80, 160]) == drawing.PREDICTED and tuple(boxed[120, 160]) == (90, 90, 90)
 
 
+def test_the_tint_is_half_its_colour_rounded_down():
+    image = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    mask = np.ones((16, 16), bool)
+    picture = np.asarray(drawing.overlay(image, None, mask, side=16))
+    expected = (0.5 * image + 0.5 * np.array(drawing.PREDICTED)).astype(np.uint8)
+    np.testing.assert_array_equal(picture, expected)
+
+
 @pytest.mark.parametrize(
     "box", [(50, 40, 30, 20), (-1e9, -5, 1e9, 1e30), (np.nan, 0, 1, 1), (np.inf, 0, 1, 1), (5,) * 4]
 )
@@ -193,12 +201,3 @@ def test_long_text_is_cut(scene, tmp_path):
     )
     assert Image.open(tmp_path / "a.png").height < 600
     assert drawing.read_info(tmp_path / "a.png")["panels"][0]["completion"] == "y" * 9999
-
-
-def test_contact_sheet(tmp_path, scene):
-    image, box, mask = scene
-    files = [tmp_path / f"{i}.png" for i in range(3)]
-    for file in files:
-        add_panel(file, image, "x", box, mask, answer(scene))
-    one = Image.open(files[0])
-    assert drawing.contact_sheet(files, 2).size == (2 * one.width, 2 * one.height)

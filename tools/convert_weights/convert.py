@@ -108,6 +108,7 @@ def from_torch(
     if num_queries < 1:
         raise WeightsError([f"--num_queries: {num_queries} is not a positive number"])
     official = open_official(mllm, lens, sam, context, num_queries, seed)
+    _check_files(Path(mllm or lens))
     model = shapes_from(Path(mllm or lens), lambda: LensConfig.from_dict(official.config))
     plans = _plan(official.parts, parameter_shapes(model))
     checkpoints.save_pretrained(
@@ -120,6 +121,18 @@ def from_torch(
     unused = sum(entry.target.startswith(UNUSED) for entry in entries)
     dropped = official.left_out + tuple(name for plan in plans for name in plan.junk)
     return Conversion(len(entries) - unused, unused, dropped)
+
+
+def _check_files(directory: Path) -> None:
+    """Raises WeightsError where files are missing that a checkpoint cannot be used without."""
+    names = ["tokenizer.json", "generation_config.json"]
+    whole = directory / "processor_config.json"
+    if not whole.is_file() or not read_json(whole).get("image_processor"):
+        names.append("preprocessor_config.json")
+    missing = [directory / name for name in names if not (directory / name).is_file()]
+    if missing:
+        advice = "copy it there from the language model's release"
+        raise WeightsError([f"{file} is missing: {advice}" for file in missing])
 
 
 def lens_table(config: LensConfig) -> Table:

@@ -31,17 +31,22 @@ def open_source(
         official_masks: see `RefCoco`; the other data sets have no such masks.
 
     Raises:
-        FileNotFoundError, ValueError: a file or the split is not there, or cannot be read.
+        FileNotFoundError, ValueError: a file or the split is not there, cannot be read, or is
+            empty.
     """
     if dataset == "reason_seg":
-        return ReasonSeg(data_dir, split, evaluation=evaluation)
-    if dataset == "grounding_suite":
-        return GroundingSuite(data_dir, evaluation=evaluation)
-    if dataset == "tfds_ref_coco":
-        return TfdsRefCoco(data_dir, split)
-    if dataset == "folder":
-        return Folder(data_dir, split)
-    return RefCoco(data_dir, dataset, split, official_masks=official_masks)
+        source = ReasonSeg(data_dir, split, evaluation=evaluation)
+    elif dataset == "grounding_suite":
+        source = GroundingSuite(data_dir, evaluation=evaluation)
+    elif dataset == "tfds_ref_coco":
+        source = TfdsRefCoco(data_dir, split)
+    elif dataset == "folder":
+        source = Folder(data_dir, split)
+    else:
+        source = RefCoco(data_dir, dataset, split, official_masks=official_masks)
+    if not any(source.num_expressions):
+        raise ValueError(f"{data_dir}: split {split!r} of {dataset} is empty")
+    return source
 
 
 class Joined:

@@ -277,7 +277,7 @@ def _draw(polygons: Any, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
         raise RowError("wrong type", "polygons must be a list of lists [x, y, x, y, ...]")
     parts = [_corners(polygon) for polygon in polygons]
     try:
-        return draw_polygons(parts, size).any(-1)
+        return draw_polygons(parts, size) > 0
     except ValueError as error:
         raise RowError("outside", f"polygons: {error}") from error
 

@@ -34,7 +34,7 @@ class GroundingSuite:
             raise FileNotFoundError(f"{file} is missing: data_dir must hold it, beside coco/")
         self.image_folder = Path(data_dir) / IMAGE_FOLDER
         self.rows = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             try:

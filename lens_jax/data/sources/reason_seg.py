@@ -98,6 +98,8 @@ def read_annotation(file: Path) -> Annotation:
         raise ValueError(f"{file}: not a labelme annotation ({error})") from error
     if not annotation.sentences or not all(isinstance(s, str) for s in annotation.sentences):
         raise ValueError(f"{file}: `text` must be a list of at least one sentence")
+    if not all(isinstance(label, str) for label, _ in annotation.polygons):
+        raise ValueError(f"{file}: `label` of a shape must be a string")
     return annotation
 
 

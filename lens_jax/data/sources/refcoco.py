@@ -147,7 +147,7 @@ def summed_mask(segmentation: Any, height: int, width: int) -> UInt8[np.ndarray,
     if isinstance(parts[0], Mapping):
         return np.sum([decode_runs(part, size) for part in parts], axis=0, dtype=np.uint8)
     corners = [np.asarray(part, np.float64).reshape(-1, 2) for part in parts]
-    return draw_polygons(corners, size).sum(axis=2, dtype=np.uint8)
+    return draw_polygons(corners, size)
 
 
 def load_refs(file: Path) -> list[dict[str, Any]]:
