@@ -83,7 +83,7 @@ def write_safetensors(directory: Path, tensors: Mapping[str, np.ndarray], shards
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def copy_text_files(golden_dir: Path, directory: Path) -> None:
+def _copy_text_files(golden_dir: Path, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for file in (Path(golden_dir) / "lens_tiny").glob("*.json"):
         if not file.name.startswith(("config", "weights", "sam2_config")):
@@ -92,7 +92,7 @@ def copy_text_files(golden_dir: Path, directory: Path) -> None:
 
 def write_mllm(golden_dir: Path, directory: Path, new_names: bool = False, shards: int = 1) -> Path:
     """A Hugging Face directory of the plain Qwen2.5-VL."""
-    copy_text_files(golden_dir, directory)
+    _copy_text_files(golden_dir, directory)
     config = Path(golden_dir) / "lens_tiny" / "config_plain_qwen2_5_vl.json"
     shutil.copyfile(config, directory / "config.json")
     write_safetensors(directory, mllm_tensors(golden_dir, new_names), shards)
@@ -106,7 +106,7 @@ def write_lens(
     shards: int = 1,
 ) -> Path:
     """An official LENS directory, of `lens_tensors` unless others are given."""
-    copy_text_files(golden_dir, directory)
+    _copy_text_files(golden_dir, directory)
     for name in ("config.json", "sam2_config.json"):
         shutil.copyfile(Path(golden_dir) / "lens_tiny" / name, directory / name)
     write_safetensors(directory, lens_tensors(golden_dir) if tensors is None else tensors, shards)

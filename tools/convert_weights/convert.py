@@ -1,6 +1,7 @@
 """From official weight files to a pretrained checkpoint of ours, tensor by tensor."""
 
 import functools
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,8 @@ from tools.convert_weights.table import (
 from tools.convert_weights.values import Dtype, cast, difference, is_finite, is_floating
 
 T = TypeVar("T")
+
+log = logging.getLogger("lens_jax")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,12 @@ def from_torch(
     if num_queries < 1:
         raise WeightsError([f"--num_queries: {num_queries} is not a positive number"])
     official = open_official(mllm, lens, sam, context, num_queries, seed)
-    _check_files(Path(mllm or lens))
+    for file in _missing_files(Path(mllm or lens)):
+        log.warning(
+            "%s is missing: before %s can be used, copy it there from the model's release",
+            file,
+            output,
+        )
     model = shapes_from(Path(mllm or lens), lambda: LensConfig.from_dict(official.config))
     plans = _plan(official.parts, parameter_shapes(model))
     checkpoints.save_pretrained(
@@ -123,16 +131,13 @@ def from_torch(
     return Conversion(len(entries) - unused, unused, dropped)
 
 
-def _check_files(directory: Path) -> None:
-    """Raises WeightsError where files are missing that a checkpoint cannot be used without."""
+def _missing_files(directory: Path) -> list[Path]:
+    """Files that a checkpoint cannot be used without, and that are not there to be copied."""
     names = ["tokenizer.json", "generation_config.json"]
     whole = directory / "processor_config.json"
     if not whole.is_file() or not read_json(whole).get("image_processor"):
         names.append("preprocessor_config.json")
-    missing = [directory / name for name in names if not (directory / name).is_file()]
-    if missing:
-        advice = "copy it there from the language model's release"
-        raise WeightsError([f"{file} is missing: {advice}" for file in missing])
+    return [directory / name for name in names if not (directory / name).is_file()]
 
 
 def lens_table(config: LensConfig) -> Table:
