@@ -74,7 +74,7 @@ def log_of(logs: Path, number: int) -> Path:
     return logs.with_name(f"{logs.name}.{number}")
 
 
-def finish(running: Sequence[subprocess.Popen], logs: Path, timeout: float = 300) -> None:
+def finish(running: Sequence[subprocess.Popen], logs: Path, timeout: float = 600) -> None:
     """Waits until all have ended well."""
     try:
         codes = [process.wait(timeout) for process in running]
