@@ -28,6 +28,7 @@ def work(folder: Path, resume: bool) -> dict[str, np.ndarray]:
     if resume:
         saved = store.restore(store.latest(), {"state": program.state, "position": 0})
         program.state, position = saved["state"], saved["position"]
+    meet(program)
     results = step(program) | {"position": np.array(position)}
     if not resume:
         store.save(1, {"state": program.state, "position": len(stage.data[0].sample_id)})
@@ -36,6 +37,17 @@ def work(folder: Path, resume: bool) -> dict[str, np.ndarray]:
     tokens = stages.sample(mesh)
     results |= {f"sampled/{key}": processes.whole(x) for key, x in vars(tokens).items()}
     return results
+
+
+def meet(program: stages.Program) -> None:
+    """Compiles the update and waits for the others, who may be slower.
+
+    Gloo gives processes 30 s to meet inside of a program.
+    """
+    program.update = program.update.lower(program.state, *program.arguments).compile()
+    client = jax._src.distributed.global_state.client
+    if client is not None:
+        client.wait_at_barrier("compiled", 600_000)
 
 
 def step(program: stages.Program) -> dict[str, np.ndarray]:
