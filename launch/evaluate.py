@@ -100,7 +100,7 @@ def evaluate(
     import jax
     from tqdm import tqdm
 
-    from lens_jax import checkpoints, evaluation, inference, sharding
+    from lens_jax import checkpoints, evaluation, files, inference, sharding
     from lens_jax.config import ConfigError, MeshConfig
     from lens_jax.data.pipeline import Evaluation
     from lens_jax.data.sources import open_source
@@ -125,10 +125,10 @@ def evaluate(
     def keep() -> None:
         """Writes what is known so far: a split that fails costs none of those before it."""
         if rows is not None:
-            _replace(rows, "".join(lines))
+            files.write_text(rows, "".join(lines))
         if output is not None:
             scores = results[0] if suite is None else results
-            _replace(output, json.dumps(scores, indent=2) + "\n")
+            files.write_text(output, json.dumps(scores, indent=2) + "\n")
         if page is not None:
             evaluation_page.write(page, str(checkpoint), sections)
 
@@ -162,13 +162,6 @@ def evaluate(
         if scores["truncated"]:
             limit = length_limit(scores["dataset"], max_length)
             print(cut_off(scores, limit, lens.generation.max_new_tokens))
-
-
-def _replace(file: Path, text: str) -> None:
-    """Whole or not at all, whenever the process ends."""
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
 
 
 def length_limit(dataset: str, given: int | None) -> int | None:

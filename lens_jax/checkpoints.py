@@ -274,12 +274,12 @@ class TrainingCheckpoints:
 
     def _failed(self, target: epath.Path, reason: str) -> "CheckpointError":
         """What to say about a checkpoint that could not be written; makes room."""
-        kept: list[int] = []
+        last = "those before it cannot be read now"
         with contextlib.suppress(OSError):
             if processes.is_main():
                 self._remove_unfinished()
-            kept = [step for step in self.steps() if self._score(step) is not None]
-        last = f"the last one is {self.directory / str(kept[-1])}" if kept else "there is none yet"
+            kept = [str(step) for step in self.steps() if self._score(step) is not None]
+            last = f"the last one is {self.directory / kept[-1]}" if kept else "there is none yet"
         return CheckpointError(
             f"checkpoint {target} could not be written, {last}: {' '.join(reason.split())}"
         )

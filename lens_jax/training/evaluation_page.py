@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from lens_jax import files
 from lens_jax.data.pipeline import Evaluation, EvaluationRow
 from lens_jax.data.prompts import box_to_pixels
 from lens_jax.evaluation import Row, summarize
@@ -78,7 +79,7 @@ def write(file: Path, checkpoint: str, sections: Sequence[Section]) -> Path:
     page = report.render(
         "evaluation_page.html", checkpoint=checkpoint, sections=sections, bins=BINS
     )
-    return report.save(page, file)
+    return files.write_text(file, page)
 
 
 def histogram(ious: Sequence[float]) -> list[tuple[float, float, str]]:

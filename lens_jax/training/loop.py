@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from lens_jax import checkpoints, processes, sharding
+from lens_jax import checkpoints, files, processes, sharding
 from lens_jax.config import (
     CheckpointConfig,
     ConfigError,
@@ -314,8 +314,10 @@ def _train(
             scores.append(metrics.get(config.checkpoint.best_by, math.nan))
             seen = upcoming - first_sample
             if at["bad_samples"] > max(1.0, config.data.max_bad * seen):
-                with contextlib.suppress(checkpoints.CheckpointError):
-                    store.wait()
+                try:
+                    store.wait()  # one that is being written is what to go on from
+                except checkpoints.CheckpointError as error:
+                    _warn("%s", error)
                 raise ConfigError(
                     f"{at['bad_samples']} of {seen} samples could not be read, more than "
                     f"data.max_bad {config.data.max_bad} allows; the log names them"
@@ -439,15 +441,8 @@ def _claim(directory: Path, config: RunConfig) -> bool:
         if (directory / "report.html").exists():
             return False
     directory.mkdir(parents=True, exist_ok=True)
-    _write(file, dump_yaml(config))
+    files.write_text(file, dump_yaml(config))
     return True
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all, whenever the process is killed."""
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text(text)
-    unfinished.replace(file)
 
 
 def _prepare(
@@ -575,8 +570,8 @@ def score(job: Run, point: str) -> None:
         folder = job.directory / "evaluation"
         folder.mkdir(exist_ok=True)
         lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows]
-        _write(folder / f"{point}.jsonl", "".join(lines))
-        _write(file, json.dumps(scores, indent=2) + "\n")
+        files.write_text(folder / f"{point}.jsonl", "".join(lines))
+        files.write_text(file, json.dumps(scores, indent=2) + "\n")
     boxes = scores[point]["box_iou"]
     _say(
         f"{POINTS[point]}: {'' if boxes is None else f'box IoU {boxes:.3f}, '}"

@@ -19,6 +19,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
+from lens_jax import files
+
 STAGES = ("alignment", "grpo")
 METRICS = (
     "loss",
@@ -94,10 +96,8 @@ def cut(run_dir: str | os.PathLike[str], stage: str, step: int) -> None:
     """
     rows = [r for r in read(run_dir) if r["stage"] != stage or r["step"] <= step]
     kept = sorted(rows, key=lambda r: (STAGES.index(r["stage"]), r["step"]))
-    file = Path(run_dir) / METRICS_FILE
-    unfinished = file.with_name(f".{METRICS_FILE}")
-    unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    unfinished.replace(file)
+    text = "".join(json.dumps(r) + "\n" for r in kept)
+    files.write_text(Path(run_dir) / METRICS_FILE, text)
 
 
 class StageLog:

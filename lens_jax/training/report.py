@@ -16,6 +16,7 @@ import jinja2
 import yaml
 from PIL import Image
 
+from lens_jax import files
 from lens_jax.training import drawing, metrics
 
 # Evaluations in the order they happen, with their headings.
@@ -98,7 +99,7 @@ def write(run_dir: str | os.PathLike[str]) -> Path:
         size=(WIDTH, HEIGHT),
         plot=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
     )
-    return save(page, run_dir / "report.html")
+    return files.write_text(run_dir / "report.html", page)
 
 
 def compare(run_dirs: Sequence[str | os.PathLike[str]], file: str | os.PathLike[str]) -> Path:
@@ -125,7 +126,7 @@ def compare(run_dirs: Sequence[str | os.PathLike[str]], file: str | os.PathLike[
         size=(WIDTH, HEIGHT),
         plot=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
     )
-    return save(page, Path(file))
+    return files.write_text(Path(file), page)
 
 
 def _overlaid(runs: dict[str, list[dict[str, Any]]], stage: str) -> list[Chart]:
@@ -173,14 +174,6 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template(template).render(**values)
-
-
-def save(page: str, file: Path) -> Path:
-    """Writes a page whole or not at all."""
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(file)
-    return file
 
 
 def headline(evaluation: dict[str, Any]) -> list[tuple[str, float, float]]:
