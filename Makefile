@@ -1,8 +1,11 @@
-# make train | test | lint; ARGS="..." goes to the command, PYTHON=python3.12 names an interpreter.
+# make train | test | lint; ARGS="..." goes to the command, PYTHON=python3.12 names an interpreter;
+# CONSTRAINTS= installs the newest versions instead of those that were tested.
 PYTHON ?= python3
 ARGS ?=
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+  $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .PHONY: train test lint
 
@@ -17,12 +20,12 @@ lint: .venv/.test
 	$(BIN)/ruff format --check
 
 # Training needs no torch; the tests compare with it.
-.venv/.train: pyproject.toml .venv/.created
+.venv/.train: pyproject.toml $(CONSTRAINTS) .venv/.created
 	@echo "installing lens-jax into .venv, once"
 	@$(PIP) --editable .
 	@touch $@
 
-.venv/.test: pyproject.toml .venv/.created
+.venv/.test: pyproject.toml $(CONSTRAINTS) .venv/.created
 	@echo "installing lens-jax and its tests' needs into .venv, once"
 	@$(PIP) --editable ".[test]"
 	@touch $@

@@ -39,7 +39,7 @@ def _equation(equation: core.JaxprEqn, while_trips: int | None) -> int:
         kernel = equation.invars[1].aval
         out_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return 2 * equation.outvars[0].aval.size * kernel.size // out_channels
-    inner = [_jaxpr(jaxpr, while_trips) for jaxpr in _inner(params)]
+    inner = [_jaxpr(jaxpr, while_trips) for jaxpr in inner_jaxprs(params)]
     if name == "cond":
         return max(inner)
     if name == "while":
@@ -52,7 +52,8 @@ def _equation(equation: core.JaxprEqn, while_trips: int | None) -> int:
     return sum(inner) * params.get("length", 1)
 
 
-def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    """The programs among an equation's parameters: a loop's body, the branches of a condition."""
     for value in params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
             if isinstance(part, core.ClosedJaxpr):

@@ -1,17 +1,17 @@
 """The platform of every test: eight virtual CPU devices, exact float32, compiled programs kept.
 
-Tests compile much and compute little: XLA optimizes nothing that takes long, and writes loops by
-its older, quicker emitters.
+Tests compile much and compute little: XLA optimizes nothing that takes long.
 """
 
 import os
 import tempfile
 
+from tests import xla
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false"
+    + f" --xla_force_host_platform_device_count=8 {xla.flags(optimization=0)}"
 ).strip()
 
 import jax

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
+import pytest
 
 from tests import micro
 from tools.convert_weights import parameter_shapes
 from tools.convert_weights.sam1 import table
+
+torch = pytest.importorskip("torch")
 
 CONFIG = micro.WITH_SAM1.sam
 

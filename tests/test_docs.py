@@ -15,6 +15,7 @@ import pytest
 from launch import compile, data, demo, evaluate, predict
 from lens_jax import config
 from lens_jax.data.sources import shapes
+from tests import xla
 from tools.convert_weights import __main__ as convert_weights
 from tools.convert_weights import from_torch
 
@@ -115,7 +116,7 @@ def test_own_data_and_quickstart_as_printed(tmp_path):
     environment = os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": xla.flags(optimization=0),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     subprocess.run(["bash", "-eux", "-c", script], cwd=tmp_path, env=environment, check=True)

@@ -66,7 +66,7 @@ case $command in
     run xpk workload create "${where[@]}" --workload "$job" --tpu-type "$type" \
       --num-slices "$slices" --base-docker-image python:3.12 --script-dir "$root" \
       --termination-grace-period-seconds 3600 \
-      --command "pip install --quiet --editable '.[tpu]' && exec $line"
+      --command "pip install --quiet --constraint constraints.txt --editable '.[tpu]' && exec $line"
     ;;
   log)
     need job

@@ -124,7 +124,8 @@ install=$(
 cd lens-jax
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
-python3 -m uv pip install --quiet --python .venv/bin/python --editable ".[tpu]"
+python3 -m uv pip install --quiet --python .venv/bin/python --constraint constraints.txt \
+  --editable ".[tpu]"
 STEPS
 )
 

@@ -2,9 +2,11 @@
 
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
 
 from lens_jax.models.sam.sam2 import Sam2
+
+torch = pytest.importorskip("torch")
 
 B, G = 2, 3
 KINDS = ("points", "boxes", "points_boxes", "points_mask")

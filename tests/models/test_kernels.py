@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from lens_jax import flops
 from lens_jax.models import kernels, layers
 from lens_jax.models.attention import Attention
 from lens_jax.models.lens import abstract
@@ -46,6 +47,15 @@ def parts(length, heads=4, kv_heads=2, head_dim=8, batch=2):
     rng = np.random.default_rng(0)
     draw = lambda n: rng.standard_normal((batch, length, n, head_dim)).astype(np.float32)  # noqa: E731
     return draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
+
+
+def count_kernels(jaxpr) -> int:
+    """Pallas kernels in a program; a body that it calls several times counts each time."""
+    return sum(
+        equation.primitive.name == "pallas_call"
+        or sum(map(count_kernels, flops.inner_jaxprs(equation.params)))
+        for equation in jaxpr.eqns
+    )
 
 
 def packed_valid(prompt, group, part, queries=2):
@@ -209,7 +219,7 @@ def test_in_the_model(interpreted):
 
     ours = gradient(attention=Attention("splash"), remat="dots")
     # Forward, again in the backward pass (which the compiler drops), two backward; SAM is frozen.
-    assert str(ours.jaxpr).count("pallas_call[") == 4 + 4 + 1
+    assert count_kernels(ours.jaxpr.jaxpr) == 4 + 4 + 1
     ours, theirs = (x.lower().compile()(weights) for x in (ours, gradient()))
     micro.same_gradients(ours[0], theirs[0])
     micro.close(ours[1], theirs[1])

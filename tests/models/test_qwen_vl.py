@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from transformers import (
     Qwen2_5_VLConfig,
@@ -24,6 +23,8 @@ from lens_jax.models.qwen_vl.vision import VisionTower
 from tests import micro
 from tools.convert_weights import parameter_shapes
 from tools.convert_weights.qwen_vl import official_name, table
+
+torch = pytest.importorskip("torch")
 
 # 84 x 140 pixels and 112 x 84 are no multiples of either window.
 ROWS = [((6, 10), (3, 6)), ((8, 6), (1, 2)), ((4, 4), (5, 4))]

@@ -5,7 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 from flax.traverse_util import flatten_dict
@@ -28,6 +27,8 @@ from tests.models.segmenters import (
 )
 from tools.convert_weights.sam1 import HF_MATRIX_AGAIN, hf_source, table
 from tools.convert_weights.table import params_from, tensors_from
+
+torch = pytest.importorskip("torch")
 
 # Windows of 3 cells do not divide the map of 8: the last ones reach beyond it.
 CONFIG = dataclasses.replace(

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -35,6 +34,8 @@ from tools.convert_weights.sam2 import (
     table,
     tensors_from_params,
 )
+
+torch = pytest.importorskip("torch")
 
 BASE = Sam2Config(
     image_size=128,

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
 from lens_jax.models.resample import upsample_logits, valid_pixels
 from lens_jax.rewards import segment
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
 
 mask_iou, boundary_iou = jax.jit(segment.mask_iou), jax.jit(segment.boundary_iou)
 SIZES = [(48, 64), (64, 41), (7, 64), (20, 20), (61, 45), (1, 1)]

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -16,6 +15,8 @@ from lens_jax.models.qwen_vl.language import LanguageModel
 from lens_jax.rollout.sampler import generate, rollout
 from lens_jax.rollout.sampling import GREEDY, Sampling
 from tests import micro
+
+torch = pytest.importorskip("torch")
 
 ROWS = [
     micro.row(micro.CONFIG, grid, text, i)

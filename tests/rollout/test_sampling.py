@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from lens_jax.rollout.sampling import GREEDY, Sampling, penalize, row_keys, sample, top_k
+
+torch = pytest.importorskip("torch")
 
 V, DRAWS = 12, 20000
 

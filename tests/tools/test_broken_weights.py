@@ -9,7 +9,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 from lens_jax import checkpoints
 from tests.golden import weights as golden
@@ -17,6 +16,8 @@ from tests.tools.test_convert_weights import GOLDEN
 from tools.convert_weights import from_torch
 from tools.convert_weights.__main__ import main
 from tools.convert_weights.reader import open_weights
+
+torch = pytest.importorskip("torch")
 
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00002.safetensors"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import save_file
 
@@ -19,6 +18,8 @@ from tools.convert_weights import WeightsError, from_torch, lens_table, paramete
 from tools.convert_weights.export import to_torch
 from tools.convert_weights.sam1 import HF_MATRIX_AGAIN, hf_source, original_encoder_name
 from tools.convert_weights.verify import verify
+
+torch = pytest.importorskip("torch")
 
 GOLDEN = Path(os.environ.get("LENS_GOLDEN_DIR", Path(__file__).parents[1] / "golden" / "data"))
 CONFIG = sam1.CONFIG

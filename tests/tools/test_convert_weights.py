@@ -9,7 +9,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
@@ -31,6 +30,8 @@ from tools.convert_weights import (
 from tools.convert_weights import table as tables
 from tools.convert_weights.__main__ import main
 from tools.convert_weights.reader import open_weights
+
+torch = pytest.importorskip("torch")
 
 GOLDEN = Path(os.environ.get("LENS_GOLDEN_DIR", Path(__file__).parents[1] / "golden" / "data"))
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from lens_jax import checkpoints
@@ -30,6 +29,8 @@ from tools.convert_weights.__main__ import main
 from tools.convert_weights.reader import open_weights
 from tools.convert_weights.table import WeightsError
 from tools.convert_weights.writer import Spec, write_model
+
+torch = pytest.importorskip("torch")
 
 BFLOAT16 = ml_dtypes.bfloat16
 BF16_NAMES = ("model.layers.0.", "connector.blocks.1.", "sam.image_encoder.trunk.blocks.2.")

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from lens_jax.data.sources import shapes
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.sam2 import Sam2
+from tests import xla
 from tools import make_tiny_sam
 from tools.convert_weights.sam2 import params_from_tensors
 
@@ -42,8 +43,7 @@ def test_a_few_steps(tmp_path, monkeypatch):
         f"from tools import make_tiny_sam; make_tiny_sam.PROMPTS = {prompts}; "
         f"make_tiny_sam.LENGTHS = [3]; make_tiny_sam.main({arguments})"
     )
-    options = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
-    environment = dict(os.environ, XLA_FLAGS=options)
+    environment = dict(os.environ, XLA_FLAGS=xla.flags(optimization=1))
     root = SHIPPED.parents[2]
     subprocess.run([sys.executable, "-c", command], check=True, env=environment, cwd=root)
     record = json.loads((tmp_path / "training.json").read_text())
