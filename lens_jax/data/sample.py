@@ -4,14 +4,16 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Bool, Float, Shaped, UInt8
+from PIL import ExifTags, Image
 
 # Pictures of 90 to 179 megapixels are fine; from there on Pillow refuses them.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# A damaged EXIF block hides nothing that is read here.
+warnings.filterwarnings("ignore", "(Corrupt|Possibly corrupt) EXIF data", UserWarning)
 
 
 class SampleError(Exception):
@@ -53,7 +55,9 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(
+    path: Path, *, pixels: Literal["upright", "stored"] = "upright"
+) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes a picture to RGB, as `to_rgb` does.
 
     Raises:
@@ -61,21 +65,28 @@ def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     """
     try:
         with Image.open(path) as image:
-            return to_rgb(image)
+            return to_rgb(image, pixels=pixels)
     except FileNotFoundError:
         raise SampleError(f"{path}: no such picture") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise SampleError(f"{path}: not a readable picture ({error})") from error
 
 
-def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as a viewer shows it: upright as its EXIF orientation says, the first frame of
-    several, what is transparent on white, 16-bit grey by its upper 8 bits.
+def to_rgb(
+    image: Image.Image, *, pixels: Literal["upright", "stored"] = "upright"
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture as a viewer shows it: the first frame of several, what is transparent on white,
+    16-bit grey by its upper 8 bits.
+
+    Args:
+        pixels: turned upright as the picture's EXIF orientation says, or as its decoder gives them,
+            for annotations that speak for those.
 
     Raises:
         ValueError: pixels of 32 bits, whose range nothing tells, or none at all.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    turned = orientation(image) if pixels == "upright" else 1
     if image.mode in ("I", "F"):
         raise ValueError("its pixels have 32 bits; save it with 8 or 16 bits a channel")
     if image.mode.startswith("I;16"):
@@ -83,7 +94,72 @@ def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = np.asarray(image.convert("RGB"))
-    if not pixels.size:
+    array = np.asarray(image.convert("RGB"))
+    if not array.size:
         raise ValueError(f"it has {image.width} x {image.height} pixels")
-    return pixels
+    return turn(array, turned)
+
+
+def orientation(image: Image.Image | str | Path) -> int:
+    """A picture's EXIF orientation, 1 to 8: how its stored pixels are turned to be upright.
+
+    1, as they are, where there is none, or where the block is damaged or says anything else: that
+    is how viewers show such pictures. A TIFF's is 1, for Pillow turns it while decoding.
+
+    Raises:
+        SampleError: `image` is the path of no picture.
+    """
+    if not isinstance(image, Image.Image):
+        try:
+            with Image.open(image) as opened:
+                if opened.format == "PNG":
+                    opened.load()  # the block may follow the pixels
+                return orientation(opened)
+        except FileNotFoundError:
+            raise SampleError(f"{image}: no such picture") from None
+        except Exception as error:
+            raise SampleError(f"{image}: not a readable picture ({error})") from error
+    if image.format == "TIFF":
+        return 1
+    try:
+        block = image.info.get("exif")
+        if block is None:  # older PNG writers put it into a text, in hexadecimal digits
+            profile = image.info.get("Raw profile type exif", "")
+            block = bytes.fromhex("".join(profile.split("\n")[3:]))
+        # Not Image.getexif, which takes XMP's orientation where EXIF has none; viewers do not.
+        exif = Image.Exif()
+        exif.load(block)
+        value = exif.get(ExifTags.Base.Orientation)
+    except Exception:  # what cameras and editors write raises nearly anything
+        return 1
+    return value if type(value) is int and 1 <= value <= 8 else 1
+
+
+def turn(array: Shaped[np.ndarray, "h w ..."], orientation: int) -> Shaped[np.ndarray, "H W ..."]:
+    """Stored pixels, of a picture or of a mask, to upright ones."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)
+
+
+def turn_box(
+    box: Sequence[float], size: tuple[int, int], orientation: int
+) -> Float[np.ndarray, "4"]:
+    """A box xyxy on stored pixels to the same box on upright ones.
+
+    Args:
+        size: (height, width) of the stored picture.
+    """
+    height, width = size
+    x0, y0, x1, y1 = map(float, box)
+    if orientation in (5, 6, 7, 8):
+        x0, y0, x1, y1, height, width = y0, x0, y1, x1, width, height
+    if orientation in (3, 4, 7, 8):
+        y0, y1 = height - y1, height - y0
+    if orientation in (2, 3, 6, 7):
+        x0, x1 = width - x1, width - x0
+    return np.array([x0, y0, x1, y1])
