@@ -5,6 +5,11 @@
     DATA_DIR/refer_seg/images/saiapr_tc-12/00/images/25.jpg    refCLEF's
 
 A sample is a referred object with all its sentences.
+
+Annotations, sentences included ("the left man"), speak for the pixels as they are stored: the
+official code reads them so, and the browsers in which people wrote them did not turn pictures
+upright. Samples therefore hold stored pixels, whatever EXIF says: picture, mask, box and words
+agree, and scores compare with the official ones.
 """
 
 import dataclasses
@@ -16,10 +21,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from lens_jax.data.masks import decode_runs, draw_polygons
 from lens_jax.data.sample import Sample, SampleError, read_image
+from lens_jax.data.sources.annotations import (
+    check_size,
+    fitting_box,
+    inside,
+    numbers,
+    sentences,
+    short,
+    side,
+    whole_number,
+)
 
 # Who split the sentences: the file's name says it.
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "refclef": "unc"}
@@ -30,24 +45,32 @@ IMAGE_FOLDERS = (
     "coco/train2014",
     "train2014",
 )
+INSTANCES = "instances.json"
 REFCLEF_FOLDERS = ("refer_seg/images/saiapr_tc-12", "saiapr_tc-12")
 
 
 @dataclasses.dataclass(frozen=True)
 class Ref:
-    """A referred object before anything is read: its sentences and its annotation."""
+    """A referred object before its picture is read: its sentences and its annotation.
 
-    ref_id: int
-    image_id: int
-    file_name: str
-    size: tuple[int, int]  # (height, width)
-    expressions: tuple[str, ...]
-    bbox: tuple[float, ...]  # x, y, width, height
-    segmentation: Any
+    `error` says why a ref cannot be used; the rest is then empty.
+    """
+
+    ref_id: int | None
+    image_id: int = 0
+    file_name: str = ""
+    size: tuple[int, int] = (0, 0)  # (height, width)
+    expressions: tuple[str, ...] = ()
+    bbox: tuple[float, ...] | None = None  # x, y, width, height; None: nothing is meant
+    segmentation: Any = None
+    error: str | None = None
 
 
 class RefCoco:
     """One split of one data set.
+
+    A broken ref counts as a sample with one sentence, of every split if its own cannot be read, and
+    raises when it is asked for.
 
     Args:
         data_dir: the folder that holds `refer_seg/`.
@@ -70,48 +93,68 @@ class RefCoco:
     ):
         self.split, self.official_masks = split, official_masks
         refs_file, refs = _read_refs(data_dir, dataset)
-        names = sorted({ref["split"] for ref in refs})
+        names = _splits(refs)
         if split not in names:
             raise ValueError(f"split: {split!r} is none of {', '.join(names)} of {refs_file}")
-        self.refs = _join(refs, split, refs_file.with_name("instances.json"))
+        self.refs = _join(refs, split, refs_file)
         places = REFCLEF_FOLDERS if dataset == "refclef" else IMAGE_FOLDERS
         folders = [Path(data_dir) / name for name in places]
         self.image_folder = next((f for f in folders if f.is_dir()), folders[0])
-        self.num_expressions = [len(ref.expressions) for ref in self.refs]
+        self.num_expressions = [max(1, len(ref.expressions)) for ref in self.refs]
+        self._instances_file = refs_file.with_name(INSTANCES)
 
     def __len__(self) -> int:
         return len(self.refs)
 
     def __getitem__(self, index: int) -> Sample:
         ref = self.refs[index]
+        if ref.error is not None:
+            raise SampleError(ref.error)
         path = self.image_folder / ref.file_name
-        image = read_image(path)
-        if image.shape[:2] != ref.size:
-            raise SampleError(
-                f"{path}: {image.shape[1]} x {image.shape[0]} pixels, but its annotation says "
-                f"{ref.size[1]} x {ref.size[0]}"
-            )
+        image = read_image(path, pixels="stored")
         try:
-            x, y, width, height = (float(v) for v in ref.bbox)
-            mask = summed_mask(ref.segmentation, *ref.size)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise SampleError(
-                f"{path}: ref {ref.ref_id} has a broken mask or box ({error})"
-            ) from error
+            check_size(ref.size, image.shape[:2], "as stored")
+        except ValueError as error:
+            raise SampleError(f"{path}: {error}") from None
+        mask, box = self.truth(ref)
         return Sample(
             image=image,
             expressions=ref.expressions,
             mask=mask == 1 if self.official_masks else mask > 0,
-            box=np.array([x, y, x + width, y + height]),
+            box=box,
             ref_id=ref.ref_id,
             image_id=ref.image_id,
             image_path=str(path),
         )
 
+    def truth(self, ref: Ref) -> tuple[UInt8[np.ndarray, "H W"], Float[np.ndarray, "4"] | None]:
+        """How many parts of a ref's mask cover each stored pixel, and its box xyxy.
+
+        Raises:
+            SampleError: the ref is broken.
+        """
+        if ref.error is not None:
+            raise SampleError(ref.error)
+        try:
+            mask = summed_mask(ref.segmentation, *ref.size)
+            box = ref.bbox
+            if box is not None:
+                x, y, width, height = box
+                box = (x, y, x + width, y + height)
+            return mask, fitting_box(box, mask > 0, "bbox")
+        except (ValueError, TypeError, OverflowError) as error:
+            raise SampleError(
+                f"{self._instances_file}: ref {ref.ref_id} has a broken mask or box ({error})"
+            ) from error
+
 
 def splits(data_dir: str | Path, dataset: str) -> list[str]:
     """What splits a data set has; raises as `RefCoco` does."""
-    return sorted({ref["split"] for ref in _read_refs(data_dir, dataset)[1]})
+    return _splits(_read_refs(data_dir, dataset)[1])
+
+
+def _splits(refs: list[dict[str, Any]]) -> list[str]:
+    return sorted({ref["split"] for ref in refs if isinstance(ref.get("split"), str)})
 
 
 def _read_refs(data_dir: str | Path, dataset: str) -> tuple[Path, list[dict[str, Any]]]:
@@ -120,14 +163,14 @@ def _read_refs(data_dir: str | Path, dataset: str) -> tuple[Path, list[dict[str,
         raise ValueError(f"dataset: {dataset!r} is none of {', '.join(SPLIT_BY)}")
     folder = Path(data_dir) / "refer_seg" / dataset
     refs_file = folder / f"refs({SPLIT_BY[dataset]}).p"
-    for file in (refs_file, folder / "instances.json"):
+    for file in (refs_file, folder / INSTANCES):
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} is missing: data_dir must hold refer_seg/ in REFER's layout"
             )
     refs = load_refs(refs_file)
-    if not all(isinstance(ref.get("split"), str) for ref in refs):
-        raise ValueError(f"{refs_file}: not a refs file (a ref has no split)")
+    if not _splits(refs):
+        raise ValueError(f"{refs_file}: not a refs file (no ref has a split)")
     return refs_file, refs
 
 
@@ -140,20 +183,38 @@ def summed_mask(segmentation: Any, height: int, width: int) -> UInt8[np.ndarray,
     Raises:
         ValueError, TypeError, OverflowError: it is nothing of these.
     """
-    if not segmentation:
+    if segmentation is None or segmentation in ([], {}):
         return np.zeros((height, width), np.uint8)
+    if not isinstance(segmentation, Mapping | list | tuple):
+        raise ValueError(f"segmentation must be polygons or run lengths, not {short(segmentation)}")
     parts = [segmentation] if isinstance(segmentation, Mapping) else list(segmentation)
     size = (height, width)
     if isinstance(parts[0], Mapping):
-        return np.sum([decode_runs(part, size) for part in parts], axis=0, dtype=np.uint8)
-    corners = [np.asarray(part, np.float64).reshape(-1, 2) for part in parts]
-    return draw_polygons(corners, size)
+        count = sum(decode_runs(part, size).astype(np.int64) for part in parts)
+        return np.minimum(count, 255).astype(np.uint8)
+    corners = [_corners(part) for part in parts]
+    # One or two corners enclose nothing; COCO's code takes four numbers for a box xywh.
+    areas = [part for part in corners if len(part) > 2]
+    if not areas:
+        raise ValueError("no polygon has three corners")
+    return draw_polygons(areas, size)
+
+
+def _corners(part: Any) -> Float[np.ndarray, "N 2"]:
+    count = len(part) if isinstance(part, list | tuple) else 0
+    if not count or count % 2:
+        raise ValueError(f"a polygon must be [x, y, x, y, ...], not {short(part)}")
+    return np.array(numbers(part, count, "a polygon")).reshape(-1, 2)
 
 
 def load_refs(file: Path) -> list[dict[str, Any]]:
-    """Reads a refs pickle. Only plain data is let in: no class, no function."""
+    """Reads a refs pickle. Only plain data is let in: no class, no function.
+
+    Text of Python 2, which has no encoding, is UTF-8; bytes that are not become surrogates.
+    """
     try:
-        refs = _PlainUnpickler(io.BytesIO(file.read_bytes()), encoding="latin1").load()
+        content = io.BytesIO(file.read_bytes())
+        refs = _PlainUnpickler(content, encoding="utf-8", errors="surrogateescape").load()
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(f"{file}: not a refs file ({error})") from error
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
@@ -166,37 +227,69 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and plain data needs no code")
 
 
-def _join(refs: list[dict[str, Any]], split: str, instances_file: Path) -> list[Ref]:
+def _join(refs: list[dict[str, Any]], split: str, refs_file: Path) -> list[Ref]:
     """The split's refs with what instances.json says about their objects and pictures."""
+    instances_file = refs_file.with_name(INSTANCES)
     try:
-        instances = json.loads(instances_file.read_text())
-        images = {image["id"]: image for image in instances["images"]}
-        annotations = {a["id"]: a for a in instances["annotations"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{instances_file}: not COCO annotations ({error})") from error
+        instances = json.loads(instances_file.read_bytes())
+        images, annotations = (_by_id(instances[key]) for key in ("images", "annotations"))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{instances_file}: not COCO annotations ({error!r})") from error
     joined = []
-    for ref in refs:
-        if ref["split"] != split:
+    for number, ref in enumerate(refs):
+        if ref.get("split") != split and isinstance(ref.get("split"), str):
             continue
+        where = f"{refs_file}: ref {short(ref.get('ref_id', f'number {number}'))}"
         try:
-            image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
-            joined.append(
-                Ref(
-                    ref_id=ref["ref_id"],
-                    image_id=ref["image_id"],
-                    file_name=image["file_name"],
-                    size=(image["height"], image["width"]),
-                    expressions=tuple(sentence["sent"] for sentence in ref["sentences"]),
-                    bbox=tuple(annotation["bbox"]),
-                    segmentation=annotation["segmentation"],
-                )
-            )
-        except KeyError as key:
-            raise ValueError(
-                f"{instances_file}: ref {ref.get('ref_id')} refers to {key}, which is not there"
-            ) from None
-        except TypeError as error:
-            raise ValueError(
-                f"{instances_file}: ref {ref.get('ref_id')} is broken ({error})"
-            ) from None
+            joined.append(_ref(ref, images, annotations))
+        except ValueError as error:
+            joined.append(Ref(None, error=f"{where}: {error}"))
     return joined
+
+
+def _by_id(entries: list[Any]) -> dict[Any, Any]:
+    """Entries of instances.json by id; None where different ones share it."""
+    table: dict[Any, Any] = {}
+    for entry in entries:
+        if isinstance(entry, dict) and isinstance(key := entry.get("id"), int | float | str):
+            table[key] = None if table.get(key, entry) != entry else entry
+    return table
+
+
+def _entry(table: dict[Any, Any], ref: dict[str, Any], key: str) -> dict[str, Any]:
+    """What a ref means by one of its ids."""
+    value = ref.get(key)
+    if not isinstance(value, int | float | str) or value not in table:
+        raise ValueError(f"{key} is {short(value)}, which {INSTANCES} does not hold")
+    if table[value] is None:
+        raise ValueError(f"{key} is {short(value)}, under which {INSTANCES} holds two entries")
+    return table[value]
+
+
+def _ref(ref: dict[str, Any], images: dict, annotations: dict) -> Ref:
+    if not isinstance(ref.get("split"), str):
+        raise ValueError(f"split must be a name, not {short(ref.get('split'))}")
+    image = _entry(images, ref, "image_id")
+    annotation = _entry(annotations, ref, "ann_id")
+    if annotation.get("image_id", ref["image_id"]) != ref["image_id"]:
+        raise ValueError(
+            f"image_id is {short(ref['image_id'])}, but its annotation is of "
+            f"{short(annotation['image_id'])}"
+        )
+    said = ref.get("sentences")
+    if not isinstance(said, list | tuple) or not all(isinstance(s, Mapping) for s in said):
+        raise ValueError(f"sentences must be a list of objects, not {short(said)}")
+    bbox = annotation.get("bbox")
+    if bbox is not None:
+        bbox = numbers(bbox, 4, f"bbox of annotation {ref['ann_id']}")
+    file_name = image.get("file_name")
+    inside(Path(), file_name, "file_name")
+    return Ref(
+        ref_id=whole_number(ref.get("ref_id"), "ref_id"),
+        image_id=whole_number(ref["image_id"], "image_id"),
+        file_name=file_name,
+        size=(side(image.get("height"), "height"), side(image.get("width"), "width")),
+        expressions=sentences([sentence.get("sent") for sentence in said]),
+        bbox=bbox,
+        segmentation=annotation.get("segmentation"),
+    )
