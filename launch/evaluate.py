@@ -79,7 +79,8 @@ def evaluate(
         limit: Score only so many expressions of each split, the first ones.
         max_length: Tokens of prompt and completion together at most. Not given: 768, as in the
             official code; no such limit for folder, whose pictures may be larger.
-        official_masks: Count pixels that several polygons of one object cover as background.
+        official_masks: Count pixels that several parts of one object cover as background, as the
+            official evaluation of RefCOCO and GroundingSuite does.
         output: Write the scores as JSON; of a --suite after each of its splits.
         rows: Write one JSON object for each expression; data.curriculum of a run can read it.
         page: Write an HTML page: worst, best and random samples, the distribution of IoUs, scores

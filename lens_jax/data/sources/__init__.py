@@ -28,7 +28,7 @@ def open_source(
             or folder, one's own.
         split: any for grounding_suite, which is one file.
         evaluation: ask as the official evaluation does, where that differs from training.
-        official_masks: see `RefCoco`; the other data sets have no such masks.
+        official_masks: see `RefCoco` and `GroundingSuite`; the other data sets have no such masks.
 
     Raises:
         FileNotFoundError, ValueError: a file or the split is not there, cannot be read, or is
@@ -37,7 +37,7 @@ def open_source(
     if dataset == "reason_seg":
         source = ReasonSeg(data_dir, split, evaluation=evaluation)
     elif dataset == "grounding_suite":
-        source = GroundingSuite(data_dir, evaluation=evaluation)
+        source = GroundingSuite(data_dir, evaluation=evaluation, official_masks=official_masks)
     elif dataset == "tfds_ref_coco":
         source = TfdsRefCoco(data_dir, split)
     elif dataset == "folder":

@@ -2,34 +2,56 @@
 
     DATA_DIR/reason_seg/ReasonSeg/{train, val, test}/<name>.{jpg, json}
 
-A sample is a picture with the polygons of its target and the sentences that ask for it.
+A sample is a picture with the polygons of its target and the sentences that ask for it. They speak
+for upright pixels, as EXIF says: labelme shows pictures so, and the official code paints masks on
+what cv2.imread returns, which is upright, too.
 """
 
 import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from lens_jax.data.sample import Sample, SampleError, read_image
+from lens_jax.data.sources.annotations import check_size, numbers, sentences, short, side
 
 IGNORED = 255  # pixels that are neither target nor background, in `label_map`
 LONGEST_SIDE = 640
+FLAG = "flag"  # the label, in any case, of what is not of the picture
+ENDINGS = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
+# Text that is not cp1252: control characters, words of no letter in ASCII (of another code page or
+# of two bytes a letter), and characters that are UTF-8 (of a file with a damaged byte elsewhere).
+NOT_CP1252 = re.compile(
+    rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|[\x80-\xff]{4}"
+    rb"|\xc2[\xa0-\xbf]|\xc3[\x80-\xbf]|[\xe2-\xef][\x80-\xbf]{2}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Annotation:
-    """A labelme file. `polygons` holds what each one is labelled and its corners (x, y)."""
+    """A labelme file. `polygons` holds what each one is labelled and its corners (x, y).
+
+    `size` is the picture's (height, width), where the file says it. `error` says why a file cannot
+    be used; the rest is then empty.
+    """
 
     image: Path
-    sentences: tuple[str, ...]
-    polygons: tuple[tuple[str, Int[np.ndarray, "N 2"]], ...]
+    sentences: tuple[str, ...] = ()
+    polygons: tuple[tuple[str, Int[np.ndarray, "N 2"]], ...] = ()
+    size: tuple[int, int] | None = None
+    error: str | None = None
 
 
 class ReasonSeg:
     """One split, by file name.
+
+    A file that cannot be read counts as a sample with one sentence, and raises when it is asked
+    for. A sample without target has an empty mask and no box.
 
     Args:
         data_dir: the folder that holds `reason_seg/`.
@@ -38,7 +60,7 @@ class ReasonSeg:
             evaluation does.
 
     Raises:
-        FileNotFoundError, ValueError: the split is not there, or a file cannot be read.
+        FileNotFoundError, ValueError: the split is not there.
     """
 
     def __init__(self, data_dir: str | Path, split: str = "train", *, evaluation: bool = False):
@@ -51,9 +73,10 @@ class ReasonSeg:
         if split not in splits:
             raise ValueError(f"split: {split!r} is none of {', '.join(splits)} of {root}")
         self.evaluation = evaluation
-        self.annotations = [read_annotation(f) for f in sorted((root / split).glob("*.json"))]
+        self.annotations = [_read(file) for file in annotation_files(root / split)]
         self.num_expressions = [
-            1 if evaluation else len(annotation.sentences) for annotation in self.annotations
+            1 if evaluation else max(1, len(annotation.sentences))
+            for annotation in self.annotations
         ]
 
     def __len__(self) -> int:
@@ -61,6 +84,8 @@ class ReasonSeg:
 
     def __getitem__(self, index: int) -> Sample:
         annotation = self.annotations[index]
+        if annotation.error is not None:
+            raise SampleError(annotation.error)
         image = read_image(annotation.image)
         # What is to be ignored counts as background.
         mask = label_map(annotation, image.shape[0], image.shape[1]) == 1
@@ -68,7 +93,7 @@ class ReasonSeg:
             image=image,
             expressions=annotation.sentences[: self.num_expressions[index]],
             mask=mask,
-            box=None if self.evaluation else mask_box(mask),
+            box=None if self.evaluation or not mask.any() else mask_box(mask),
             ref_id=index,
             image_id=index,
             image_path=str(annotation.image),
@@ -77,30 +102,82 @@ class ReasonSeg:
         )
 
 
-def read_annotation(file: Path) -> Annotation:
-    """Reads a labelme file: UTF-8, or cp1252 where it is not."""
-    content = file.read_bytes()
+def annotation_files(folder: Path) -> list[Path]:
+    """A split's files in order, without those that macOS leaves beside them on foreign disks."""
+    return sorted(file for file in folder.glob("*.json") if not file.name.startswith("._"))
+
+
+def _read(file: Path) -> Annotation:
     try:
-        try:
-            content = json.loads(content.decode())
-        except UnicodeDecodeError:
-            content = json.loads(content.decode("cp1252"))
-        annotation = Annotation(
-            image=file.with_suffix(".jpg"),
-            sentences=tuple(content["text"]),
-            polygons=tuple(
-                # Corners between pixels are cut off to whole ones.
-                (shape["label"], np.array(shape["points"], np.float64).astype(np.int32))
-                for shape in content["shapes"]
-            ),
+        return read_annotation(file)
+    except ValueError as error:
+        return Annotation(_picture(file), error=str(error))
+
+
+def read_annotation(file: Path) -> Annotation:
+    """Reads a labelme file: UTF-8, or cp1252 where it is not.
+
+    Raises:
+        ValueError: it is no annotation; the text names the file.
+    """
+    try:
+        content = json.loads(_decoded(file.read_bytes()))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        if not isinstance(content.get("shapes"), list):
+            raise ValueError(f"`shapes` must be a list, not {short(content.get('shapes'))}")
+        height, width = (content.get(key) for key in ("imageHeight", "imageWidth"))
+        size = None
+        if height is not None or width is not None:
+            size = (side(height, "imageHeight"), side(width, "imageWidth"))
+        return Annotation(
+            image=_picture(file),
+            sentences=sentences(content.get("text"), "`text`"),
+            polygons=tuple(_polygon(shape) for shape in content["shapes"]),
+            size=size,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{file}: not a labelme annotation ({error})") from error
-    if not annotation.sentences or not all(isinstance(s, str) for s in annotation.sentences):
-        raise ValueError(f"{file}: `text` must be a list of at least one sentence")
-    if not all(isinstance(label, str) for label, _ in annotation.polygons):
-        raise ValueError(f"{file}: `label` of a shape must be a string")
-    return annotation
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        wrong = NOT_CP1252.search(content)
+        try:
+            if wrong is None:
+                return content.decode("cp1252")
+        except UnicodeDecodeError:
+            pass
+    raise ValueError("its text is neither UTF-8 nor cp1252; save it as UTF-8")
+
+
+def _picture(file: Path) -> Path:
+    """The picture of the same name; the data set's own are .jpg."""
+    names = [file.with_suffix(ending) for ending in ENDINGS]
+    return next((name for name in names if name.is_file()), names[0])
+
+
+def _polygon(shape: Any) -> tuple[str, Int[np.ndarray, "N 2"]]:
+    if not isinstance(shape, dict):
+        raise ValueError(f"a shape must be an object, not {short(shape)}")
+    label, points = shape.get("label"), shape.get("points")
+    kind = shape.get("shape_type") or "polygon"
+    if not isinstance(label, str):
+        raise ValueError(f"`label` of a shape must be a string, not {short(label)}")
+    if label.lower() == FLAG:
+        return label, np.zeros((0, 2), np.int32)
+    if not isinstance(points, list) or not points:
+        raise ValueError(f"`points` of {short(label)} must be a list of corners")
+    corners = [numbers(point, 2, f"a corner of {short(label)}") for point in points]
+    if kind == "rectangle" and len(corners) == 2:
+        (x0, y0), (x1, y1) = corners
+        corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+    elif kind not in ("polygon", "rectangle"):
+        raise ValueError(f"{short(label)} is a {short(kind)}; draw a polygon")
+    # Corners between pixels are cut off to whole ones.
+    return label, np.array(corners).astype(np.int32)
 
 
 def label_map(annotation: Annotation, height: int, width: int) -> UInt8[np.ndarray, "H W"]:
@@ -108,17 +185,33 @@ def label_map(annotation: Annotation, height: int, width: int) -> UInt8[np.ndarr
 
     Polygons are painted by area, the largest first, so that small ones lie on top. A polygon
     covers its outline, too. One labelled flag is no polygon of the picture.
+
+    Args:
+        height, width: of the upright picture.
+
+    Raises:
+        SampleError: the annotation is for a picture of another size, or not in pixels.
     """
+    try:
+        check_size(annotation.size, (height, width), "upright as its EXIF says")
+    except ValueError as error:
+        raise SampleError(f"{annotation.image}: {error}") from None
+    polygons = [(label, c) for label, c in annotation.polygons if label.lower() != FLAG]
+    if (
+        polygons
+        and max(height, width) > 2
+        and all((c >= 0).all() and (c <= 1).all() for _, c in polygons)
+    ):
+        raise SampleError(f"{annotation.image}: its polygons are in fractions; give pixels")
     shapes, areas = [], []
-    for label, corners in annotation.polygons:
-        if label.lower() == "flag":
-            continue
+    for label, corners in polygons:
+        if (np.abs(corners) > 2 * max(height, width)).any():
+            raise SampleError(
+                f"{annotation.image}: {label!r} has a corner far outside of {width} x {height}"
+            )
         value = IGNORED if "ignore" in label.lower() else 1
         painted = np.zeros((height, width), np.uint8)
-        try:
-            _paint(painted, corners, 1)
-        except cv2.error as error:
-            raise SampleError(f"{annotation.image}: broken polygon {label!r} ({error})") from error
+        _paint(painted, corners, 1)
         shapes.append((corners, value))
         areas.append(painted.sum(dtype=np.int64))
     labels = np.zeros((height, width), np.uint8)
@@ -128,10 +221,8 @@ def label_map(annotation: Annotation, height: int, width: int) -> UInt8[np.ndarr
 
 
 def mask_box(mask: Bool[np.ndarray, "H W"]) -> Int[np.ndarray, "4"]:
-    """xyxy of the first and the last pixels that are set; zeros where none is."""
+    """xyxy of the first and the last pixels that are set, of which there must be one."""
     ys, xs = np.nonzero(mask)
-    if not len(ys):
-        return np.zeros(4, np.int64)
     return np.array([xs.min(), ys.min(), xs.max(), ys.max()])
 
 

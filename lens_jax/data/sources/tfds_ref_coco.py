@@ -4,7 +4,9 @@
                                              prepares it; configs are refcoco_unc, refcoco_google,
                                              refcocoplus_unc, refcocog_google and refcocog_umd
 
-A record there is a picture with all of its objects; a sample here is one object.
+A record there is a picture with all of its objects; a sample here is one object. Boxes and masks
+speak for the pixels as they are stored, as in RefCOCO's own files; samples hold those, whatever
+EXIF says.
 """
 
 import importlib.util
@@ -17,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lens_jax.data.sample import Sample, SampleError, to_rgb
+from lens_jax.data.sources.annotations import check_size, fitting_box, numbers, sentences
 
 NAME = "ref_coco"
 CONFIG = "refcoco_unc"
@@ -52,17 +55,18 @@ class TfdsRefCoco:
             split=self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
         # Without pictures; the library insists on every ragged feature.
-        sentences = tfds.features.Sequence({"raw": tfds.features.Text(), "refexp_id": np.int64})
-        index = tfds.features.FeaturesDict(
-            {"objects": tfds.features.Sequence({"refexp": sentences})}
-        )
+        refexp = tfds.features.Sequence({"raw": tfds.features.Text(), "refexp_id": np.int64})
+        index = tfds.features.FeaturesDict({"objects": tfds.features.Sequence({"refexp": refexp})})
         self._places: list[tuple[int, int]] = []
         self.num_expressions: list[int] = []
         for record in tqdm(range(len(self._records)), desc="reading the index", unit="picture"):
-            objects = index.deserialize_example_np(self._records[record])["objects"]
-            for place, sentences in enumerate(objects["refexp"]["raw"]):
-                self._places.append((record, place))
-                self.num_expressions.append(len(sentences))
+            try:
+                objects = index.deserialize_example_np(self._records[record])["objects"]
+                counts = [len(sentences) for sentences in objects["refexp"]["raw"]]
+            except Exception:  # a damaged record: one sample, which says so when it is read
+                counts = [1]
+            self._places += [(record, place) for place in range(len(counts))]
+            self.num_expressions += [max(1, count) for count in counts]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -75,26 +79,25 @@ class TfdsRefCoco:
                 self._records[record], decoders=self._decoders
             )
             with Image.open(io.BytesIO(content["image"])) as picture:
-                image = to_rgb(picture)
+                image = to_rgb(picture, pixels="stored")
+            objects = content["objects"]
+            mask = objects["mask"][place][..., 0] > 0
+            check_size(mask.shape, image.shape[:2], "as stored")
+            height, width = mask.shape
+            y0, x0, y1, x1 = numbers(objects["bbox"][place].tolist(), 4, "bbox")
+            box = (x0 * width, y0 * height, x1 * width, y1 * height)
+            said = [text.decode().strip() for text in objects["refexp"]["raw"][place]]
+            return Sample(
+                image=image,
+                expressions=sentences(said),
+                mask=mask,
+                box=fitting_box(box, mask, "bbox"),
+                ref_id=int(objects["id"][place]),
+                image_id=int(content["image/id"]),
+                image_path=where,
+            )
         except Exception as error:  # decoders raise nearly anything on damaged bytes
-            raise SampleError(f"{where}: not readable ({error})") from error
-        objects = content["objects"]
-        mask = objects["mask"][place][..., 0] > 0
-        height, width = image.shape[:2]
-        if mask.shape != (height, width):
-            raise SampleError(f"{where}: a mask of {mask.shape} for a picture of {(height, width)}")
-        y0, x0, y1, x1 = np.asarray(objects["bbox"][place], np.float64)
-        return Sample(
-            image=image,
-            expressions=tuple(
-                sentence.decode().strip() for sentence in objects["refexp"]["raw"][place]
-            ),
-            mask=mask,
-            box=np.array([x0 * width, y0 * height, x1 * width, y1 * height]),
-            ref_id=int(objects["id"][place]),
-            image_id=int(content["image/id"]),
-            image_path=where,
-        )
+            raise SampleError(f"{where}: object {place} is not readable ({error})") from error
 
 
 def _check(data_dir: Path, name: str, split: str) -> Path:

@@ -1,0 +1,129 @@
+"""EXIF orientation as cameras and editors write it: pixels upright or stored, masks and boxes too."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from lens_jax.data.sample import SampleError, orientation, read_image, to_rgb, turn, turn_box
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+
+
+def tiff(orientation=6, kind=3, count=1, entries=1):
+    """A little-endian EXIF block of one directory, as cameras write it."""
+    value = struct.pack("<HH", orientation, 0)
+    entry = struct.pack("<HHI", 0x0112, kind, count) + value
+    return b"II*\0" + struct.pack("<IH", 8, entries) + entry + b"\0" * 4
+
+
+# -1/0 as an unsigned fraction beside the orientation: it cannot be written back.
+FRACTION = (
+    b"II*\0"
+    + struct.pack("<IH", 8, 2)
+    + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    + struct.pack("<HHII", 0x011A, 10, 1, 38)
+    + b"\0" * 4
+    + struct.pack("<ii", -1, 0)
+)
+BLOCKS = {
+    "none": (None, 1),
+    "empty": (b"", 1),
+    "garbage": (b"\x01\x02garbage", 1),
+    "cut": (tiff()[:14], 1),
+    "far": (b"II*\0\xff\xff\xff\x7f", 1),
+    "many entries": (tiff(entries=60000), 6),
+    "turned": (tiff(), 6),
+    "a second prefix": (b"Exif\0\0" + tiff(1), 1),
+    "unwritable": (FRACTION, 6),
+    "0": (tiff(0), 1),
+    "9": (tiff(9), 1),
+    "text": (tiff(0x36, kind=2, count=2), 1),
+}
+
+
+def jpeg(block):
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "JPEG", quality=100, subsampling=0)
+    content = file.getvalue()
+    if block is None:
+        return content
+    segment = b"\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block
+    return content[:2] + segment + content[2:]
+
+
+def png(kind, block, *, last=False):
+    """With one more chunk before the pixels, or after them."""
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "PNG")
+    content = file.getvalue()
+    place = content.index(b"IEND" if last else b"IDAT") - 4
+    chunk = struct.pack(">I", len(block)) + kind + block
+    chunk += struct.pack(">I", zlib.crc32(kind + block))
+    return content[:place] + chunk + content[place:]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_no_block_makes_a_picture_unreadable(tmp_path, name):
+    block, expected = BLOCKS[name]
+    file = tmp_path / "a.jpg"
+    file.write_bytes(jpeg(block))
+    assert orientation(file) == expected
+    stored = read_image(file, pixels="stored")
+    assert np.abs(stored.astype(int) - PIXELS).max() < 40
+    np.testing.assert_array_equal(read_image(file), turn(stored, expected))
+
+
+def test_blocks_of_png(tmp_path):
+    file = tmp_path / "a.png"
+    block = b"Exif\0\0" + tiff(8)
+    profile = b"Raw profile type exif\0\nexif\n%8d\n%s\n" % (len(block), block.hex().encode())
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0<a tiff:Orientation='x'/><b tiff:Orientation=\"3\"/>"
+    for content, expected in (
+        (png(b"eXIf", tiff(8)), 8),
+        (png(b"eXIf", tiff(8), last=True), 8),
+        (png(b"eXIf", b"abc"), 1),
+        (png(b"tEXt", profile), 8),
+        (png(b"tEXt", b"Raw profile type exif\0\n\nno\ndigits"), 1),
+        (png(b"iTXt", xmp), 1),  # viewers turn by EXIF alone
+    ):
+        file.write_bytes(content)
+        assert orientation(file) == expected
+        np.testing.assert_array_equal(read_image(file, pixels="stored"), PIXELS)
+        np.testing.assert_array_equal(read_image(file), turn(PIXELS, expected))
+
+
+def test_tiff_is_turned_while_it_is_decoded(tmp_path):
+    file = tmp_path / "a.tif"
+    Image.fromarray(PIXELS).save(file, tiffinfo={0x0112: 6})
+    assert orientation(file) == 1
+    for pixels in ("upright", "stored"):
+        np.testing.assert_array_equal(read_image(file, pixels=pixels), turn(PIXELS, 6))
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_pixels_masks_and_boxes_turn_alike(number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "PNG", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+    np.testing.assert_array_equal(turn(PIXELS, number), expected)
+    np.testing.assert_array_equal(to_rgb(Image.open(file)), expected)
+    mask = np.zeros((5, 7), bool)
+    mask[1:3, 2:6] = True
+    x0, y0, x1, y1 = turn_box((2, 1, 6, 3), (5, 7), number).astype(int)
+    around = np.zeros(expected.shape[:2], bool)
+    around[y0:y1, x0:x1] = True
+    np.testing.assert_array_equal(turn(mask, number), around)
+    assert turn(mask, number).flags.c_contiguous
+
+
+def test_what_is_no_picture_has_no_orientation(tmp_path):
+    (tmp_path / "page.jpg").write_text("<html>")
+    for name in ("page.jpg", "missing.jpg", "."):
+        with pytest.raises(SampleError):
+            orientation(tmp_path / name)
