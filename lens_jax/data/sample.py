@@ -13,7 +13,9 @@ from PIL import ExifTags, Image
 # Pictures of 90 to 179 megapixels are fine; from there on Pillow refuses them.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # A damaged EXIF block hides nothing that is read here.
-warnings.filterwarnings("ignore", "(Corrupt|Possibly corrupt) EXIF data|Metadata Warning", UserWarning)
+warnings.filterwarnings(
+    "ignore", "(Corrupt|Possibly corrupt) EXIF data|Metadata Warning", UserWarning
+)
 
 
 class SampleError(Exception):

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from lens_jax.data.sample import SampleError
@@ -73,6 +74,11 @@ def test_masks_in_every_form_agree():
     assert summed_mask([], 24, 32).sum() == 0
     twice = summed_mask([[4.0, 2, 20, 2, 20, 9, 4, 9]] * 2, 24, 32)
     assert twice.max() == 2
+    whole = {"size": [24, 32], "counts": [0, 768]}
+    assert (summed_mask([whole] * 257, 24, 32) == 255).all()
+    # One or two corners enclose nothing, and do not make boxes of the others.
+    slivers = summed_mask([[5, 5, 6, 6], [4.0, 2, 20, 2, 20, 9, 4, 9], [1, 1]], 24, 32)
+    np.testing.assert_array_equal(slivers, mask)
     often = summed_mask([[4.0, 2, 20, 2, 20, 9, 4, 9]] * 256, 24, 32)
     np.testing.assert_array_equal(often, 255 * mask)
 
@@ -128,6 +134,11 @@ def test_joined_sources_follow_each_other(shapes_dir):
         {"size": [24, 32], "counts": [10, -5]},
         {"size": [10**6, 10**6], "counts": [10**12]},
         [[1, 2, 3]],
+        [[20, 30, 60, 80]],
+        [["4", "2", "20", "2", "20", "9"]],
+        [[4.0, 2, 20, 2, 20, 9], {"size": [24, 32], "counts": [768]}],
+        "4 2 20 2",
+        True,
         [[]],
         [None],
         3,
@@ -136,3 +147,152 @@ def test_joined_sources_follow_each_other(shapes_dir):
 def test_a_broken_mask_is_an_error_and_no_crash(broken):
     with pytest.raises((ValueError, TypeError)):
         summed_mask(broken, 24, 32)
+
+
+SQUARE = [4, 2, 20, 2, 20, 9, 4, 9]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a data set of one picture and two refs, of which the first is changed."""
+
+    def write(ref=(), annotation=(), image=(), exif=None, size=(32, 24), refs=None):
+        folder = tmp_path / "refer_seg" / "refcoco"
+        pictures = tmp_path / "refer_seg/images/mscoco/images/train2014"
+        for directory in (folder, pictures):
+            directory.mkdir(parents=True, exist_ok=True)
+        options = {} if exif is None else {"exif": exif}
+        Image.new("RGB", size).save(pictures / "a.jpg", **options)
+        good = {"image_id": 1, "split": "train", "sentences": [{"sent": "it", "raw": "It"}]}
+        rows = [{"ref_id": i, "ann_id": i, **good} for i in (1, 2)]
+        rows[0] |= dict(ref)
+        (folder / "refs(unc).p").write_bytes(pickle.dumps(rows if refs is None else refs))
+        shape = {"image_id": 1, "bbox": [4, 2, 16, 7], "segmentation": [SQUARE]}
+        annotations = [{"id": i, **shape} for i in (1, 2)]
+        annotations[0] |= dict(annotation)
+        images = [{"id": i, "file_name": "a.jpg", "width": 32, "height": 24} for i in (1, 3)]
+        images[1] |= dict(image)
+        content = {"images": images, "annotations": annotations}
+        (folder / "instances.json").write_text(json.dumps(content))
+        return RefCoco(tmp_path)
+
+    return write
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("ref", "annotation", "said"),
+    [
+        ({}, {"bbox": [4, 2, INF, 7]}, "finite numbers, not .4, 2, inf, 7"),
+        ({}, {"bbox": [NAN, 2, 16, 7]}, "finite"),
+        ({}, {"bbox": ["4", "2", "16", "7"]}, "finite"),
+        ({}, {"bbox": [4, 2, True, 7]}, "finite"),
+        ({}, {"bbox": [4, 2, 16]}, "4 numbers"),
+        ({}, {"bbox": None}, "bbox is missing"),
+        ({}, {"bbox": [20, 9, -16, -7]}, "no area"),
+        ({}, {"bbox": [4, 2, 0, 0]}, "no area"),
+        ({}, {"bbox": [0.1, 0.1, 0.5, 0.3]}, "fractions"),
+        ({}, {"bbox": [24, 15, 5, 5]}, "does not touch the mask"),
+        ({}, {"segmentation": []}, "no pixel"),
+        ({}, {"segmentation": None}, "no pixel"),
+        ({}, {"segmentation": [[4, 2, 20, 9]]}, "three corners"),
+        ({}, {"segmentation": {"size": [24, 32], "counts": "zzz"}}, "run-length"),
+        (
+            {},
+            {"segmentation": {"size": [32, 24], "counts": [768]}},
+            r"\[32, 24\] instead of \[24, 32",
+        ),
+        ({}, {"image_id": 3}, "its annotation is of 3"),
+        ({"sentences": [{"sent": 7}]}, {}, "must be text, not 7"),
+        ({"sentences": [{"sent": ""}]}, {}, "is empty"),
+        ({"sentences": [{"sent": "good"}, {"sent": " \t"}]}, {}, "is empty"),
+        ({"sentences": [{"raw": "no sent"}]}, {}, "must be text, not None"),
+        ({"sentences": []}, {}, "at least one sentence"),
+        ({"sentences": "it"}, {}, "list of objects"),
+        ({"sentences": [{"sent": b"it"}]}, {}, "must be text"),
+        ({"ref_id": NAN}, {}, "ref_id must be a whole number"),
+        ({"ann_id": 9}, {}, "ann_id is 9, which instances.json does not hold"),
+        ({"ann_id": [1]}, {}, "ann_id"),
+        ({"image_id": "1"}, {}, "image_id is '1'"),
+        ({"image_id": 3}, {"image_id": 3}, "a.jpg: 32 x 24 pixels .* says 16 x 24"),
+        ({"split": None}, {}, "split must be a name"),
+    ],
+)
+def test_one_broken_ref_costs_that_ref(write, ref, annotation, said):
+    source = write(ref, annotation, image={"width": 16})
+    assert source.num_expressions[0] >= 1
+    with pytest.raises(SampleError, match=said) as caught:
+        source[0]
+    text = str(caught.value)
+    assert "\n" not in text and ("ref " in text or "a.jpg" in text)
+    assert source[1].box.tolist() == [4, 2, 20, 9] and source[1].mask.sum() == 16 * 7
+
+
+@pytest.mark.parametrize("size", [0, -24, 24.5, NAN, INF, "24", None, True, 10**7])
+def test_broken_sizes(write, size):
+    source = write({"image_id": 3}, {"image_id": 3}, image={"height": size})
+    with pytest.raises(SampleError, match=r"refs\(unc\)\.p: ref 1: height"):
+        source[0]
+    whole = write({"image_id": 3}, {"image_id": 3}, image={"height": 24.0, "width": 32.0})
+    assert whole[0].mask.shape == (24, 32)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname", "../train2014/a.jpg", "x/../../a.jpg", "", 3, "\0"]
+)
+def test_names_stay_inside_of_the_data_set(write, name):
+    source = write({"image_id": 3}, {"image_id": 3}, image={"file_name": name})
+    with pytest.raises(SampleError, match=r"refs\(unc\)\.p: ref 1: file_name"):
+        source[0]
+
+
+def test_no_target(write):
+    sample = write(annotation={"segmentation": [], "bbox": [0, 0, 0, 0]})[0]
+    assert sample.box is None and not sample.mask.any()
+
+
+def test_annotations_speak_for_stored_pixels(write):
+    for orientation in (3, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        source = write(exif=exif)
+        assert source[0].image.shape == (24, 32, 3) and source[0].mask[2:9, 4:20].all()
+    with pytest.raises(SampleError, match=r"24 x 32 pixels \(as stored\).* says 32 x 24"):
+        write(size=(24, 32), exif=exif)[0]
+
+
+def test_entries_of_instances_that_share_an_id(write, tmp_path):
+    write()
+    file = tmp_path / "refer_seg/refcoco/instances.json"
+    content = json.loads(file.read_text())
+    content["annotations"] += [content["annotations"][1], content["annotations"][0] | {"bbox": []}]
+    content["images"] += [None, {"no": "id"}, {"id": []}]
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    source = RefCoco(tmp_path)
+    with pytest.raises(SampleError, match=r"ann_id is 1, under which .* holds two entries"):
+        source[0]
+    assert source[1].mask.any()
+
+
+def test_sentences_of_python_2(write):
+    """Its pickles hold bytes where text is meant: UTF-8."""
+    ref = b"(lp0\n(dp1\nS'ref_id'\nI1\nsS'ann_id'\nI1\nsS'image_id'\nI1\nsS'split'\nS'train'\nsS'"
+    ref += b"sentences'\n(lp2\n(dp3\nS'raw'\nS'\\xe9'\nsS'sent'\nS'caf\\xc3\\xa9'\nsasa."
+    source = write()
+    file = source._instances_file.with_name("refs(unc).p")
+    file.write_bytes(ref)
+    data_dir = file.parents[2]
+    assert RefCoco(data_dir)[0].expressions == ("café",)
+    file.write_bytes(ref.replace(b"\\xc3", b""))
+    with pytest.raises(SampleError, match="no Unicode text"):
+        RefCoco(data_dir)[0]
+
+
+def test_another_split_is_named(write, tmp_path):
+    write()
+    folder = tmp_path / "refer_seg" / "refcoco"
+    (folder / "refs(unc).p").rename(folder / "refs(google).p")
+    with pytest.raises(FileNotFoundError, match=r"refs\(google\)\.p is split otherwise"):
+        RefCoco(tmp_path)

@@ -1,4 +1,4 @@
-"""EXIF orientation as cameras and editors write it: pixels upright or stored, masks and boxes too."""
+"""EXIF orientation as cameras and editors write it: pixels, masks and boxes, upright or stored."""
 
 import io
 import struct

@@ -36,13 +36,13 @@ def mask_of(box):
     return mask
 
 
-def encoded(picture, kind):
+def encoded(picture, kind, **options):
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, kind, quality=100, subsampling=0)
+    Image.fromarray(picture).save(file, kind, quality=100, subsampling=0, **options)
     return file.getvalue()
 
 
-def record(number, image=None):
+def record(number, image=None, **changes):
     from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
     picture, objects = scene(number)
@@ -65,7 +65,7 @@ def record(number, image=None):
         "coco_annotations/area": [84],
         "coco_annotations/bbox": [0.0, 0.0, 0.5, 0.5],
         "coco_annotations/label": [1],
-    }
+    } | {key.replace("__", "/"): value for key, value in changes.items()}
     lists = {
         int: ("int64_list", tf_feature_pb2.Int64List),
         float: ("float_list", tf_feature_pb2.FloatList),
@@ -81,15 +81,32 @@ def record(number, image=None):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """refcoco_unc: three pictures for training, one, damaged, for validation."""
+    """refcoco_unc: three pictures for training; for validation a damaged one, one with an EXIF
+    orientation, one with broken objects, one without target, and a record that is none."""
     root = tmp_path_factory.mktemp("tfds")
     builder = tfds.builder("ref_coco/refcoco_unc", data_dir=root, file_format="array_record")
     directory = Path(builder.data_path)
     directory.mkdir(parents=True)
     splits = []
+    exif = Image.Exif()
+    exif[0x0112] = 6
     for split, records in {
         "train": [record(i) for i in (1, 2, 3)],
-        "validation": [record(4, image=b"\xff\xd8\xff")],
+        "validation": [
+            record(4, image=b"\xff\xd8\xff"),
+            record(5, image=encoded(scene(5)[0], "JPEG", exif=exif)),
+            record(
+                6,
+                objects__refexp__raw__ragged_flat_values=[b"\xff", b"left", b" "],
+                objects__bbox=[0.1, 0.1, 0.5, 0.5, 0.5, 0.5, 0.1, 0.1],
+            ),
+            record(
+                7,
+                objects__bbox=[0.0] * 4 + [0.1, 0.1, float("nan"), 0.5],
+                objects__mask=[encoded(np.zeros(SIZE, bool), "PNG")] * 2,
+            ),
+            b"\xff\xff",
+        ],
     }.items():
         template = tfds.core.ShardedFileTemplate(
             data_dir=directory,
@@ -132,8 +149,23 @@ def test_every_object_is_a_sample(data_dir):
 
 
 def test_a_damaged_picture_is_named(data_dir):
-    with pytest.raises(SampleError, match="tfds:ref_coco/refcoco_unc/validation, record 0: not"):
+    with pytest.raises(
+        SampleError, match="tfds:ref_coco/refcoco_unc/validation, record 0: object 0 is not"
+    ):
         open_source("tfds_ref_coco", "val", data_dir)[0]
+
+
+def test_objects_are_read_for_what_they_must_be(data_dir):
+    source = open_source("tfds_ref_coco", "val", data_dir)
+    stored = source[2]
+    assert stored.image.shape == (*SIZE, 3)
+    np.testing.assert_array_equal(stored.mask, mask_of(scene(5)[1][0][0]))
+    none = source[6]
+    assert none.box is None and not none.mask.any()
+    assert len(source) == 9 and source.num_expressions[8] == 1
+    for index, said in {4: "utf-8", 5: "is empty", 7: "finite", 8: "record 4"}.items():
+        with pytest.raises(SampleError, match=said):
+            source[index]
 
 
 def test_errors_say_what_is_wrong(data_dir, tmp_path):

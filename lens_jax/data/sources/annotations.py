@@ -4,7 +4,7 @@ Each function raises ValueError, which says in one line what is wrong with the v
 """
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 LARGEST = 1e9  # of any coordinate; larger ones have no place in a picture
+LARGEST_PICTURE = 2**28  # pixels, more than Pillow decodes
 
 
 def whole_number(value: Any, what: str) -> int:
@@ -22,12 +23,12 @@ def whole_number(value: Any, what: str) -> int:
     return value
 
 
-def side(value: Any, what: str) -> int:
-    """A picture's width or height."""
-    number = whole_number(value, what)
-    if number < 1:
-        raise ValueError(f"{what} must be at least 1, not {number}")
-    return number
+def picture_size(annotation: Mapping[str, Any], height: str, width: str) -> tuple[int, int]:
+    """A picture's (height, width), which an annotation says under these keys."""
+    size = tuple(whole_number(annotation.get(key), key) for key in (height, width))
+    if min(size) < 1 or size[0] * size[1] > LARGEST_PICTURE:
+        raise ValueError(f"{height} {size[0]} and {width} {size[1]} are no picture's")
+    return size
 
 
 def numbers(values: Any, count: int, what: str) -> tuple[float, ...]:
@@ -50,13 +51,13 @@ def sentence(value: Any, what: str = "a sentence") -> str:
     return value
 
 
-def sentences(values: Any, what: str = "sentences") -> tuple[str, ...]:
+def sentences(values: Any, what: str = "`sentences`") -> tuple[str, ...]:
     """One sentence or more. A single one may stand where a list is expected."""
     if isinstance(values, str):
         values = [values]
     if not isinstance(values, list | tuple) or not values:
         raise ValueError(f"{what} must be a list of at least one sentence, not {short(values)}")
-    return tuple(sentence(value, f"one of {what}") for value in values)
+    return tuple(sentence(value, f"a sentence of {what}") for value in values)
 
 
 def inside(folder: Path, name: Any, what: str) -> Path:

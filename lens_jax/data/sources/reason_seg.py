@@ -18,18 +18,22 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from lens_jax.data.sample import Sample, SampleError, read_image
-from lens_jax.data.sources.annotations import check_size, numbers, sentences, short, side
+from lens_jax.data.sources.annotations import check_size, numbers, picture_size, sentences, short
 
 IGNORED = 255  # pixels that are neither target nor background, in `label_map`
 LONGEST_SIDE = 640
 FLAG = "flag"  # the label, in any case, of what is not of the picture
+SIZE = ("imageHeight", "imageWidth")  # labelme's keys
 ENDINGS = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
+NUL = re.compile(b"\0")  # of UTF-16 and UTF-32
 # Text that is not cp1252: control characters, words of no letter in ASCII (of another code page or
 # of two bytes a letter), and characters that are UTF-8 (of a file with a damaged byte elsewhere).
 NOT_CP1252 = re.compile(
     rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|[\x80-\xff]{4}"
     rb"|\xc2[\xa0-\xbf]|\xc3[\x80-\xbf]|[\xe2-\xef][\x80-\xbf]{2}"
 )
+# Of a sentence that somebody read in a wrong encoding before it was saved.
+CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,28 +130,26 @@ def read_annotation(file: Path) -> Annotation:
             raise ValueError("it holds no JSON object")
         if not isinstance(content.get("shapes"), list):
             raise ValueError(f"`shapes` must be a list, not {short(content.get('shapes'))}")
-        height, width = (content.get(key) for key in ("imageHeight", "imageWidth"))
-        size = None
-        if height is not None or width is not None:
-            size = (side(height, "imageHeight"), side(width, "imageWidth"))
+        said = sentences(content.get("text"), "`text`")
+        if wrong := CONTROL.search(" ".join(said)):
+            raise ValueError(f"`text` holds the control character {wrong[0]!r}; save it as UTF-8")
+        has_size = any(content.get(key) is not None for key in SIZE)
         return Annotation(
             image=_picture(file),
-            sentences=sentences(content.get("text"), "`text`"),
+            sentences=said,
             polygons=tuple(_polygon(shape) for shape in content["shapes"]),
-            size=size,
+            size=picture_size(content, *SIZE) if has_size else None,
         )
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{file}: not a labelme annotation ({error})") from error
 
 
 def _decoded(content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        wrong = NOT_CP1252.search(content)
+    for encoding in ("utf-8-sig", "cp1252"):
+        wrong = NOT_CP1252 if encoding == "cp1252" else NUL
         try:
-            if wrong is None:
-                return content.decode("cp1252")
+            if not wrong.search(content):
+                return content.decode(encoding)
         except UnicodeDecodeError:
             pass
     raise ValueError("its text is neither UTF-8 nor cp1252; save it as UTF-8")

@@ -30,9 +30,9 @@ from lens_jax.data.sources.annotations import (
     fitting_box,
     inside,
     numbers,
+    picture_size,
     sentences,
     short,
-    side,
     whole_number,
 )
 
@@ -165,8 +165,10 @@ def _read_refs(data_dir: str | Path, dataset: str) -> tuple[Path, list[dict[str,
     refs_file = folder / f"refs({SPLIT_BY[dataset]}).p"
     for file in (refs_file, folder / INSTANCES):
         if not file.is_file():
+            others = ", ".join(sorted(path.name for path in folder.glob("refs(*).p")))
+            there = f", and {others} is split otherwise" if others and file == refs_file else ""
             raise FileNotFoundError(
-                f"{file} is missing: data_dir must hold refer_seg/ in REFER's layout"
+                f"{file} is missing: data_dir must hold refer_seg/ in REFER's layout{there}"
             )
     refs = load_refs(refs_file)
     if not _splits(refs):
@@ -288,7 +290,7 @@ def _ref(ref: dict[str, Any], images: dict, annotations: dict) -> Ref:
         ref_id=whole_number(ref.get("ref_id"), "ref_id"),
         image_id=whole_number(ref["image_id"], "image_id"),
         file_name=file_name,
-        size=(side(image.get("height"), "height"), side(image.get("width"), "width")),
+        size=picture_size(image, "height", "width"),
         expressions=sentences([sentence.get("sent") for sentence in said]),
         bbox=bbox,
         segmentation=annotation.get("segmentation"),
