@@ -106,7 +106,7 @@ def orientation(image: Image.Image | str | Path) -> int:
     """A picture's EXIF orientation, 1 to 8: how its stored pixels are turned to be upright.
 
     1, as they are, where there is none, or where the block is damaged or says anything else: that
-    is how viewers show such pictures. A TIFF's is 1, for Pillow turns it while decoding.
+    is how viewers show such pictures. A TIFF's is 1, too: Pillow turns it while decoding.
 
     Raises:
         SampleError: `image` is the path of no picture.
@@ -114,15 +114,16 @@ def orientation(image: Image.Image | str | Path) -> int:
     if not isinstance(image, Image.Image):
         try:
             with Image.open(image) as opened:
-                if opened.format == "PNG":
-                    opened.load()  # the block may follow the pixels
                 return orientation(opened)
         except FileNotFoundError:
             raise SampleError(f"{image}: no such picture") from None
         except Exception as error:
             raise SampleError(f"{image}: not a readable picture ({error})") from error
-    if image.format == "TIFF":
-        return 1
+    if image.format in ("PNG", "TIFF"):  # a PNG's block may follow its pixels
+        image.load()
+    if image.format == "TIFF":  # Pillow removes what it has done, and older ones do nothing
+        value = image.tag_v2.get(ExifTags.Base.Orientation)
+        return value if type(value) is int and 1 <= value <= 8 else 1
     try:
         block = image.info.get("exif")
         if block is None:  # older PNG writers put it into a text, in hexadecimal digits

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 LARGEST = 1e9  # of any coordinate; larger ones have no place in a picture
+LONGEST_NAME = 1000  # characters of a file's name with its folders
 LARGEST_PICTURE = 2**28  # pixels, more than Pillow decodes
 
 
@@ -65,7 +66,7 @@ def inside(folder: Path, name: Any, what: str) -> Path:
 
     Links in `folder` are followed: those are its owner's.
     """
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
+    if not isinstance(name, str) or not name.strip() or "\0" in name or len(name) > LONGEST_NAME:
         raise ValueError(f"{what} must be a file's name, not {short(name)}")
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.is_absolute() or path.drive or ".." in path.parts:
