@@ -82,24 +82,39 @@ def convert(
     data_dir: Path,
     output: Path,
     dataset: Literal["refcoco", "refcoco+", "refcocog", "refclef"] = "refcoco",
+    resized: Literal["refuse", "scale"] = "refuse",
+    boxes: Literal["auto", "xywh", "xyxy"] = "auto",
 ) -> None:
     """Writes a data set in another layout as one of your own: manifest.jsonl and pictures/.
 
     Pictures are hard links to the originals where the file system allows it, else copies. Nothing
     is left behind if it fails. What a manifest cannot say is left out, and counted by reason.
+    Masks and boxes are turned upright with their pictures.
 
     Args:
         from_: The layout: REFER's refer_seg/, LISA's reason_seg/ReasonSeg/, COCO's .json files
             with sentences or categories, or a folder of labelme's .json files.
-        data_dir: The folder that holds it.
+        data_dir: The folder that holds it, with all its pictures.
         output: The folder to write; must not exist yet, or be empty.
         dataset: Which of the data sets in refer_seg/.
+        resized: What to do with the annotations of pictures that were resized afterwards, by the
+            size that they say: leave them out, or scale them.
+        boxes: What COCO's bbox holds, [x, y, width, height] or [x0, y0, x1, y1]; auto looks at
+            masks, areas and pictures, and leaves out what they do not tell.
     """
     from lens_jax.data import conversion
 
     try:
         bar = partial(tqdm, desc="converting", unit="object", dynamic_ncols=True)
-        summary = conversion.convert(from_, data_dir, output, dataset=dataset, progress=bar)
+        summary = conversion.convert(
+            from_,
+            data_dir,
+            output,
+            dataset=dataset,
+            resized=resized,
+            boxes=boxes,
+            progress=bar,
+        )
     except ValueError as error:
         raise cli.UsageError(str(error)) from error
     rows = sum(summary.rows.values())
@@ -107,9 +122,9 @@ def convert(
     lines = [["objects", "count"], *map(list, sorted(summary.rows.items()))]
     lines += [["written", rows], ["left out", left_out], ["all", rows + left_out]]
     print(cli.table(lines))
-    if summary.left_out:
-        heading = ["left out", "objects", "the first one"]
-        print("\n" + cli.table([heading, *summary.left_out], left=(0, 2)))
+    for title, found in (("left out", summary.left_out), ("to look at", summary.remarks)):
+        if found:
+            print("\n" + cli.table([[title, "objects", "the first one"], *found], left=(0, 2)))
     if not rows:
         raise cli.UsageError("no object can be converted: nothing is written")
     print(f"\n{rows:,} rows and {summary.pictures:,} pictures: {output}")

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from lens_jax.data import images, prompts
+from lens_jax.data.mask_files import read_mask
 from lens_jax.data.sample import Sample
 from lens_jax.data.sources.folder import (
     FILE,
     Row,
     RowError,
+    coordinates,
+    file_of,
     mask_box,
-    polygon_corners,
     read_manifest,
     read_row,
 )
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 FIT = 0.7  # IoU that a given box has at least with its mask's own
 SLACK = 1.0  # pixels by which coordinates may leave the picture unremarked
+PERCENT = 150  # pixels of a picture's shorter side, from which on percent are told from pixels
 PATCH = images.FACTOR // 2  # pixels of a patch's side
 SIDE = 260  # pixels of a thumbnail's longer side
 TINT = np.array([0, 214, 255])
@@ -111,6 +115,7 @@ def check(data_dir: Path, progress: Callable[..., Iterable] = lambda rows, **_: 
     usable = [verdict for verdict in verdicts if verdict.error is None]
     _compare_splits(usable)
     _compare_sentences(usable)
+    _suspect_percent(usable)
     return Report(data_dir, verdicts)
 
 
@@ -170,7 +175,8 @@ def page(report: Report, thumbnails: int) -> str:
 def _judge(data_dir: Path, row: Row) -> Verdict:
     try:
         sample = read_row(data_dir, row)
-        picture = hashlib.blake2b((data_dir / row.image).read_bytes(), digest_size=16).digest()
+        content = file_of(data_dir, row.image).read_bytes()
+        picture = hashlib.blake2b(content, digest_size=16).digest()
     except RowError as error:
         text = str(error).replace(str(data_dir / FILE), FILE, 1)
         return Verdict(row, Note(error.kind, printable(text)))
@@ -178,18 +184,25 @@ def _judge(data_dir: Path, row: Row) -> Verdict:
         return Verdict(row, Note("unreadable picture", printable(f"{_where(row)}: {error}")))
     target = hashlib.blake2b(np.packbits(sample.mask).tobytes(), digest_size=16).digest()
     notes = [
-        Note(kind, printable(f"{_where(row)}: {text}")) for kind, text in _remarks(row, sample)
+        Note(kind, printable(f"{_where(row)}: {text}"))
+        for kind, text in _remarks(data_dir, row, sample)
     ]
     size = (sample.mask.shape[0], sample.mask.shape[1])
     return Verdict(row, None, notes, not sample.mask.any(), picture, target, size)
 
 
-def _remarks(row: Row, sample: Sample) -> Iterable[tuple[str, str]]:
+def _remarks(data_dir: Path, row: Row, sample: Sample) -> Iterable[tuple[str, str]]:
     """What a row says that may be a mistake."""
     height, width = sample.mask.shape
-    corners = polygon_corners(row) if row.form == "polygons" else np.empty((0, 2))
-    if row.box is not None:
-        corners = np.concatenate([corners, np.reshape(row.box, (2, 2))])
+    if row.form == "mask":
+        for kind, text in read_mask(file_of(data_dir, row.shape)).doubts:
+            yield kind, f"{row.shape}: {text}"
+    if sample.mask.all():
+        yield "whole picture", f"{row.form or 'box'} covers the whole picture"
+    elif sample.mask[:: height - 1 or 1, :: width - 1 or 1].all():
+        what = f"{row.form} covers all four corners: is it the background that is marked?"
+        yield "all corners", what
+    corners = coordinates(row)
     over = np.maximum(corners - [width, height], -corners)
     if over.size and over.max() > SLACK:
         what = f"{row.form or 'box'} leaves the picture by {over.max():.1f} pixels and is cut off"
@@ -232,6 +245,23 @@ def _compare_sentences(verdicts: Sequence[Verdict]) -> None:
             text = f"“{sentence}” stands in line {first.row.line} already"
             note = Note(kind, f"{_where(row)}: {text}{'' if same else ', for another mask'}")
             verdict.notes.append(note)
+
+
+def _suspect_percent(verdicts: Sequence[Verdict]) -> None:
+    """Notes coordinates that may be percent: in large pictures, too, none is over 100."""
+    found = [(v, coordinates(v.row)) for v in verdicts if min(v.size) >= PERCENT]
+    found = [(verdict, corners) for verdict, corners in found if corners.size]
+    if may_be_percent([corners for _, corners in found]):
+        for verdict, _ in found:
+            height, width = verdict.size
+            text = f"no coordinate is over 100, but the picture has {width} x {height} pixels"
+            verdict.notes.append(Note("perhaps percent", f"{_where(verdict.row)}: {text}"))
+
+
+def may_be_percent(corners: Sequence[Float[np.ndarray, "N 2"]]) -> bool:
+    """Whether all corners (x, y) in pictures of a side of PERCENT and more may be percent."""
+    largest = max((float(values.max()) for values in corners), default=0.0)
+    return 50 < largest <= 100
 
 
 def _count(split: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:

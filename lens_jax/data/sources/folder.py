@@ -2,9 +2,9 @@
 
     {"image": "photos/a.jpg", "expressions": ["the left cup"], "mask": "masks/a.png"}
 
-`mask` (a PNG, 0 is background), `polygons`, `rle` and `box` say where the object is; what is
-missing is derived. A key of these with null, and no other, says that nothing in the picture is
-meant. `split` is train where it is missing.
+`mask` (a picture of it, `data/mask_files.py`), `polygons`, `rle` and `box` say where the object
+is, on the upright picture; what is missing is derived. A key of these with null, and no other, says
+that nothing in the picture is meant. `split` is train where it is missing.
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from PIL import Image
 
+from lens_jax.data.mask_files import read_mask
 from lens_jax.data.masks import decode_runs, draw_polygons
-from lens_jax.data.sample import Sample, SampleError, read_image
+from lens_jax.data.sample import Sample, SampleError, orientation, read_image
+from lens_jax.data.sources import annotations
 
 FILE = "manifest.jsonl"
 SHAPES = ("mask", "polygons", "rle")  # of which a row has one at most
@@ -133,20 +134,19 @@ def read_row(data_dir: Path, row: Row) -> Sample:
     if row.error is not None:
         raise row.error
     where = f"{data_dir / FILE}, line {row.line}"
-    path = data_dir / row.image
+    path = file_of(data_dir, row.image)
     try:
         image = read_image(path)
     except SampleError as error:
         raise RowError("unreadable picture", f"{where}: {error}") from error
     size = (image.shape[0], image.shape[1])
-    if max(size) > 200 * min(size):
-        message = f"{path}: {size[1]} x {size[0]} pixels, more than 200 times as long as wide"
-        raise RowError("picture too long", f"{where}: {message}")
     try:
-        mask = _mask(data_dir, row, size)
-        box = _box(row, mask)
+        mask, box = read_target(data_dir, row, size)
     except RowError as error:
-        raise RowError(error.kind, f"{where}: {error}") from error
+        hint = ""
+        if error.kind == "mask size" and (turned := orientation(path)) != 1:
+            hint = f", upright as EXIF orientation {turned} turns it"
+        raise RowError(error.kind, f"{where}: {error}{hint}") from error
     return Sample(
         image=image,
         expressions=row.expressions,
@@ -158,27 +158,58 @@ def read_row(data_dir: Path, row: Row) -> Sample:
     )
 
 
+def read_target(
+    data_dir: Path, row: Row, size: tuple[int, int]
+) -> tuple[Bool[np.ndarray, "H W"], Float[np.ndarray, "4"] | None]:
+    """A row's mask and box xyxy, for a picture of `size` (height, width).
+
+    Raises:
+        RowError: the row cannot be used with such a picture.
+    """
+    if max(size) > 200 * min(size):
+        message = f"{row.image}: {size[1]} x {size[0]} pixels, more than 200 times as long as wide"
+        raise RowError("picture too long", message)
+    corners = coordinates(row)
+    if corners.size and max(size) > 2 and corners.min() > -0.01 and corners.max() < 1.01:
+        what = "box" if row.box is not None else row.form
+        here = f"give pixels, here of {size[1]} x {size[0]}"
+        raise RowError("fractions", f"{what} lies in 0..1; {here}")
+    mask = _mask(data_dir, row, size)
+    return mask, _box(row, mask)
+
+
+def file_of(data_dir: Path, name: str) -> Path:
+    """Where a file of the manifest lies, its name with any system's separators."""
+    path = data_dir / name
+    return data_dir / name.replace("\\", "/") if "\\" in name and not _exists(path) else path
+
+
+def coordinates(row: Row) -> Float[np.ndarray, "N 2"]:
+    """All corners (x, y) of a row's polygons and box. Raises RowError for what are no polygons."""
+    corners = np.empty((0, 2)) if row.box is None else np.reshape(row.box, (2, 2))
+    if row.form != "polygons":
+        return corners
+    return np.concatenate([corners, *_polygons(row.shape)])
+
+
 def mask_box(mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "4"]:
     """xyxy around the pixels that are set, of which there must be one; the ends are exclusive."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float64)
 
 
-def polygon_corners(row: Row) -> Float[np.ndarray, "N 2"]:
-    """All corners (x, y) of a row's polygons. Raises RowError for what are no polygons."""
-    if not isinstance(row.shape, list) or not row.shape:
-        raise RowError("wrong type", "polygons must be a list of lists [x, y, x, y, ...]")
-    return np.concatenate([_corners(polygon) for polygon in row.shape])
-
-
 def _typed(content: dict[str, Any], number: int, split: str) -> Row:
     image, expressions = content.get("image"), content.get("expressions")
     if not _is_text(image):
         raise RowError("wrong type", "image must be the path of a picture, in Unicode")
-    if Path(image).is_absolute():
-        raise RowError("wrong type", f"image: {image} must be relative to the manifest's folder")
-    if not isinstance(expressions, list) or not expressions or not all(map(_is_text, expressions)):
+    _check_name(image, "image")
+    if not isinstance(expressions, list) or not expressions:
         raise RowError("wrong type", "expressions must be a list of one or more sentences")
+    for expression in expressions:
+        try:
+            annotations.sentence(expression, "one of the expressions")
+        except ValueError as error:
+            raise RowError("no sentence", str(error)) from None
     given = [key for key in SHAPES if content.get(key) is not None]
     if len(given) > 1:
         raise RowError("two masks", f"give one of {' and '.join(given)}")
@@ -187,17 +218,19 @@ def _typed(content: dict[str, Any], number: int, split: str) -> Row:
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             raise RowError("wrong type", f"box must be [x0, y0, x1, y1], not {_short(box)}")
         if box[0] >= box[2] or box[1] >= box[3]:
-            raise RowError("empty box", f"box: {box} has no area; it is [x0, y0, x1, y1]")
+            message = f"box: {box} has no area; it is [x0, y0, x1, y1], not [x, y, width, height]"
+            raise RowError("empty box", message)
         box = tuple(map(float, box))
     if not any(key in content for key in (*SHAPES, "box")):
         message = 'give mask, polygons, rle or box, or "box": null if nothing is meant'
         raise RowError("no mask, no box", message)
     form = given[0] if given else None
     shape = content[form] if form else None
-    if form == "mask" and (not _is_text(shape) or Path(shape).is_absolute()):
-        raise RowError(
-            "wrong type", f"mask must be the relative path of a PNG, not {_short(shape)}"
-        )
+    if form == "mask":
+        if not _is_text(shape):
+            message = f"mask must be the relative path of a PNG, not {_short(shape)}"
+            raise RowError("wrong type", message)
+        _check_name(shape, "mask")
     unknown = tuple(key for key in content if key not in KEYS)
     return Row(number, split, image, tuple(expressions), form, shape, box, unknown)
 
@@ -215,9 +248,12 @@ def _mask(data_dir: Path, row: Row, size: tuple[int, int]) -> Bool[np.ndarray, "
             raise RowError("outside", f"box: {list(row.box)} holds no pixel of {width} x {height}")
         return mask
     if row.form == "mask":
-        mask = _read_mask(data_dir / row.shape, size)
+        mask = _read_mask(file_of(data_dir, row.shape), size)
     elif row.form == "polygons":
-        mask = _draw(row.shape, size)
+        try:
+            mask = draw_polygons(_polygons(row.shape), size) > 0
+        except ValueError as error:
+            raise RowError("outside", f"polygons: {error}") from error
     else:
         if isinstance(row.shape, dict) and row.shape.get("size") != list(size):
             said = _short(row.shape.get("size"))
@@ -243,43 +279,42 @@ def _box(row: Row, mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "4"] | No
 
 
 def _wrong_size(what: str, size: tuple[int, int]) -> RowError:
-    return RowError(
-        "mask size",
-        f"{what} its picture has {size[1]} x {size[0]} pixels (upright as its EXIF says)",
-    )
+    return RowError("mask size", f"{what} its picture has {size[1]} x {size[0]} pixels")
 
 
 def _read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
-    """Every pixel that is not 0 (in any channel) nor transparent."""
     try:
-        with Image.open(path) as image:
-            if image.size != size[::-1]:
-                raise _wrong_size(f"{path} has {image.width} x {image.height} pixels,", size)
-            if image.format == "JPEG":
-                raise RowError("broken mask", f"{path}: JPEG blurs masks; save it as PNG")
-            if image.mode in ("LA", "PA", "RGBA"):
-                *channels, alpha = image.convert("RGBA").split()
-                pixels = np.stack([np.asarray(c) for c in channels], -1)
-                return pixels.any(-1) & (np.asarray(alpha) > 0)
-            pixels = np.asarray(image)
-    except RowError:
-        raise
+        mask = read_mask(path).mask
     except FileNotFoundError:
         raise RowError("no mask file", f"{path}: no such mask") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+    except ValueError as error:
         raise RowError("broken mask", f"{path}: not a readable mask ({error})") from error
-    return pixels.any(-1) if pixels.ndim == 3 else pixels != 0
+    if mask.shape != size:
+        height, width = mask.shape
+        raise _wrong_size(f"{path} has {width} x {height} pixels, and", size)
+    return mask
 
 
-def _draw(polygons: Any, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
-    """The union of polygons, painted as COCO does; their edges may leave the picture."""
+def _check_name(name: str, key: str) -> None:
+    """Raises RowError for the name of a file outside data_dir."""
+    try:
+        annotations.inside(Path(), name, key)
+    except ValueError as error:
+        raise RowError("outside data_dir", str(error)) from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _polygons(polygons: Any) -> list[Float[np.ndarray, "N 2"]]:
+    """The corners (x, y) of each polygon."""
     if not isinstance(polygons, list) or not polygons:
         raise RowError("wrong type", "polygons must be a list of lists [x, y, x, y, ...]")
-    parts = [_corners(polygon) for polygon in polygons]
-    try:
-        return draw_polygons(parts, size) > 0
-    except ValueError as error:
-        raise RowError("outside", f"polygons: {error}") from error
+    return [_corners(polygon) for polygon in polygons]
 
 
 def _corners(polygon: Any) -> Float[np.ndarray, "N 2"]:
@@ -297,9 +332,11 @@ def _corners(polygon: Any) -> Float[np.ndarray, "N 2"]:
 
 def _is_text(value: Any) -> bool:
     """Whether a value is a string that is not blank and that can be written as UTF-8."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
+    try:
+        annotations.sentence(value)
+    except ValueError:
         return False
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+    return True
 
 
 def _is_number(value: Any) -> bool:

@@ -1,0 +1,314 @@
+"""COCO's form, as many tools export it."""
+
+import collections
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lens_jax.data.conversion.objects import (
+    BROKEN,
+    SPLITS,
+    Found,
+    LeftOut,
+    Picture,
+    Unfit,
+    bounds,
+    dropped,
+    find,
+    polygons,
+    split_of,
+)
+from lens_jax.data.masks import decode_runs, encode_runs
+from lens_jax.data.sources.annotations import numbers, side
+
+# Keys under which annotations and pictures say their sentences.
+SENTENCES = ("expressions", "sentences", "captions", "expression", "sentence", "caption", "phrase")
+# Folders that exports keep pictures in, after those that a split's name tells.
+FOLDERS = ("images", "data", "JPEGImages", "")
+AGREED = 0.9  # share of a file's boxes that must tell one form of them
+Form = Literal["auto", "xywh", "xyxy"]
+
+
+def read(data_dir: Path, boxes: Form) -> Iterator[Found | LeftOut]:
+    """The .json files in DATA_DIR and in its folders (annotations/, or one a split). A word of a
+    file's name tells its split, or else its folder's.
+
+    An annotation's sentences are its `expressions`, `sentences`, `captions` or `caption`; else its
+    picture's `caption`, if it is the only annotation there; else the name of its category, if it is
+    the only one of that category, or of one below it, there.
+    """
+    files = sorted([*data_dir.glob("*.json"), *data_dir.glob("*/*.json")])
+    if not files:
+        raise FileNotFoundError(f"{data_dir} holds no .json file, nor does a folder in it")
+    return (item for file in files for item in _file(file, data_dir, boxes))
+
+
+def _file(file: Path, data_dir: Path, boxes: Form) -> Iterator[Found | LeftOut]:
+    try:
+        content = json.loads(file.read_bytes())
+        for key in ("images", "annotations"):
+            if not isinstance(content, dict) or not isinstance(content.get(key), list):
+                raise ValueError(f"it has no list of {key}")
+        reader = _Reader(file, data_dir, content, boxes)
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        yield LeftOut("the file is not in COCO's form", f"{file}: {error}")
+        return
+    for annotation in content["annotations"]:
+        named = annotation.get("id") if isinstance(annotation, dict) else annotation
+        where = f"{file}: annotation {str(named)[:60]}"
+        try:
+            yield reader.object(annotation, where)
+        except Unfit as error:
+            yield error.at(where)
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            OverflowError,
+        ) as error:
+            yield LeftOut("its annotation is broken", f"{where}: {error}")
+
+
+class _Reader:
+    """One file."""
+
+    def __init__(self, file: Path, data_dir: Path, content: dict[str, Any], boxes: Form):
+        self.data_dir = data_dir
+        parts = file.relative_to(data_dir).with_suffix("").parts
+        self.split = split_of(*parts)
+        self.images = _by_id(content["images"])
+        self.categories = _Categories(content.get("categories"))
+        self.places = _places(file, data_dir, self.split)
+        self.found: dict[str, Picture] = {}
+        info = content.get("info")
+        upright = isinstance(info, Mapping) and info.get("orientation") == "upright"
+        self.pixels: Literal["upright", "stored"] = "upright" if upright else "stored"
+        annotations = [a for a in content["annotations"] if isinstance(a, dict)]
+        self.per_image = collections.Counter(self._shown(a) for a in annotations)
+        self.per_category = collections.Counter(
+            (self._shown(a), name)
+            for a in annotations
+            for name in self.categories.line(a.get("category_id"))
+        )
+        self.form = boxes if boxes != "auto" else _form(annotations, self._image_size)
+
+    def object(self, annotation: Any, where: str) -> Found | LeftOut:
+        if not isinstance(annotation, dict):
+            raise ValueError("it is no object")
+        image = self._image(annotation)
+        if annotation.get("iscrowd"):
+            raise Unfit("it is a crowd, not one object")
+        row = {"expressions": self._sentences(annotation, image), "split": self.split}
+        size = self._size(image)
+        mask, remarks = _mask(annotation.get("segmentation"))
+        row |= mask
+        box, more = self._box(annotation, bool(mask))
+        if box is not None:
+            row["box"] = box
+        if not mask and box is None:
+            alone = " (keypoints alone)" if annotation.get("keypoints") else ""
+            raise Unfit("it has neither mask nor box", alone.strip())
+        found = self._picture(image.get("file_name"))
+        picture = Picture(found.path, found.roots, None, size, self.pixels)
+        return Found(picture, row, where, (*remarks, *more))
+
+    def _image(self, annotation: dict[str, Any]) -> dict[str, Any]:
+        key = annotation.get("image_id")
+        image = self.images.get(_key(key))
+        if image is None:
+            raise Unfit("its picture is not listed in the file", f"no image with id {key!r}")
+        if len(image) > 1:
+            raise Unfit("its picture's id stands for several", f"images with id {key!r}")
+        return image[0]
+
+    def _shown(self, annotation: dict[str, Any]) -> str:
+        """What picture an annotation is of, however often the file lists it."""
+        images = self.images.get(_key(annotation.get("image_id")), [{}])
+        name = images[0].get("file_name")
+        return name if isinstance(name, str) else _key(annotation.get("image_id"))
+
+    def _image_size(self, annotation: dict[str, Any]) -> tuple[int, int] | None:
+        try:
+            return self._size(self._image(annotation))
+        except (Unfit, ValueError, TypeError):
+            return None
+
+    def _size(self, image: dict[str, Any]) -> tuple[int, int] | None:
+        height, width = image.get("height"), image.get("width")
+        if height is None and width is None:
+            return None
+        return (side(_number(height), "height"), side(_number(width), "width"))
+
+    def _sentences(self, annotation: dict[str, Any], image: dict[str, Any]) -> list[Any]:
+        sentences = _said(annotation)
+        shown = self._shown(annotation)
+        if not sentences and self.per_image[shown] == 1:
+            sentences = _said(image)
+        if sentences:
+            return sentences
+        names = self.categories.line(annotation.get("category_id"))
+        if not names:
+            raise Unfit("it has no sentence, and its category has no name")
+        if self.per_category[shown, names[0]] > 1:
+            what = f"{names[0]!r} is in the picture {self.per_category[shown, names[0]]} times"
+            raise Unfit("it has no sentence, and its category is there twice", what)
+        return [names[0]]
+
+    def _box(
+        self, annotation: dict[str, Any], masked: bool
+    ) -> tuple[list[float] | None, list[str]]:
+        box = annotation.get("bbox")
+        if box is None or box == []:
+            return None, []
+        x, y, third, fourth = numbers(box, 4, "bbox")
+        if masked and not (third and fourth):
+            return None, ["its bbox has no area: the mask's own is taken"]
+        remarks = [] if masked else ["it has a box alone: its mask is the filled box"]
+        if self.form == "xyxy":
+            return [x, y, third, fourth], [*remarks, "its bbox was read as [x0, y0, x1, y1]"]
+        if self.form == "auto" and masked:
+            return None, ["its bbox has two readings: the mask's own is taken"]
+        if self.form == "auto" and max(third, fourth) > 1:  # fractions are refused as such
+            what = f"bbox {box}: say --boxes xywh or --boxes xyxy"
+            raise Unfit("its bbox may be [x, y, width, height] or [x0, y0, x1, y1]", what)
+        return [x, y, x + third, y + fourth], remarks
+
+    def _picture(self, name: Any) -> Picture:
+        if not isinstance(name, str) or name not in self.found:
+            picture = find(self.data_dir, self.places, name)
+            self.found[name] = picture
+        return self.found[name]
+
+
+class _Categories:
+    """Names of categories, with those they lie below."""
+
+    def __init__(self, categories: Any):
+        self.names: dict[str, str] = {}
+        self.above: dict[str, str] = {}
+        for category in categories if isinstance(categories, list) else ():
+            if not isinstance(category, dict) or not isinstance(category.get("name"), str):
+                continue
+            self.names[_key(category.get("id"))] = category["name"]
+            if isinstance(category.get("supercategory"), str):
+                self.above[category["name"]] = category["supercategory"]
+
+    def line(self, key: Any) -> list[str]:
+        """A category's name, then that of the one above it, and so on."""
+        names: list[str] = []
+        name = self.names.get(_key(key))
+        while name is not None and name not in names:
+            names.append(name)
+            name = self.above.get(name)
+        return names
+
+
+def _key(value: Any) -> str:
+    """An id as other tools write it, too: 1, 1.0 or "1"."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def _by_id(images: Sequence[Any]) -> dict[str, list[dict[str, Any]]]:
+    """Pictures by their ids; several where different files share one."""
+    table: dict[str, list[dict[str, Any]]] = {}
+    for image in images:
+        if isinstance(image, dict) and image.get("id") is not None:
+            known = table.setdefault(_key(image["id"]), [])
+            if not any(other.get("file_name") == image.get("file_name") for other in known):
+                known.append(image)
+    return table
+
+
+def _places(file: Path, data_dir: Path, split: str) -> list[Path]:
+    """Folders that may hold a file's pictures, the ones meant for this file first."""
+    own = file.stem.removeprefix("instances_").removeprefix("person_keypoints_")
+    words = [own, *(word for word, meant in SPLITS.items() if meant == split)]
+    named = [f"{folder}{word}" for word in words for folder in ("images/", "", "data/")]
+    places = [file.parent, *(data_dir / name for name in (*named, *FOLDERS))]
+    return list(dict.fromkeys(place for place in places if place.is_dir()))
+
+
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
+def _said(holder: Mapping[str, Any]) -> list[Any]:
+    for key in SENTENCES:
+        value = holder.get(key)
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, list) and value:
+            # REFER writes a sentence as an object of its own.
+            return [
+                v.get("sent") or v.get("raw") or "" if isinstance(v, Mapping) else v for v in value
+            ]
+    return []
+
+
+def _mask(segmentation: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A manifest's `polygons` or `rle`, and what was done; neither where there is none."""
+    if segmentation is None or segmentation in ([], {}, [[]]):
+        return {}, ()
+    if isinstance(segmentation, Mapping):
+        return {"rle": dict(segmentation)}, ()
+    if isinstance(segmentation, list) and all(isinstance(s, Mapping) for s in segmentation):
+        if len(segmentation) == 1:
+            return {"rle": dict(segmentation[0])}, ()
+        size = segmentation[0].get("size")
+        if not isinstance(size, list) or len(size) != 2:
+            raise ValueError("run lengths have no size")
+        size = (side(size[0], "a size"), side(size[1], "a size"))
+        parts = [decode_runs(part, size) for part in segmentation]
+        return {"rle": encode_runs(np.logical_or.reduce(parts))}, ()
+    parts, slivers = polygons(segmentation)
+    return {"polygons": parts}, dropped(slivers)
+
+
+def _form(annotations: Sequence[dict[str, Any]], size_of: Any) -> Form:
+    """What a file's boxes are, told by its masks, areas and pictures; auto if they do not tell."""
+    votes: collections.Counter[str] = collections.Counter()
+    for annotation in annotations:
+        try:
+            x, y, third, fourth = numbers(annotation.get("bbox"), 4, "bbox")
+            vote = _vote((x, y, third, fourth), annotation, size_of(annotation))
+        except (Unfit, ValueError, TypeError, AttributeError):
+            continue
+        if vote is not None:
+            votes[vote] += 1
+    for form in ("xywh", "xyxy"):
+        if votes[form] and votes[form] >= AGREED * votes.total():
+            return form
+    return "auto"
+
+
+def _vote(
+    box: tuple[float, float, float, float],
+    annotation: dict[str, Any],
+    size: tuple[int, int] | None,
+) -> Form | None:
+    x, y, third, fourth = box
+    if third <= x or fourth <= y:
+        return "xywh" if third > 0 and fourth > 0 else None
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list) and segmentation and not isinstance(segmentation[0], dict):
+        *_, x1, y1 = bounds(polygons(segmentation)[0])
+        as_size = abs(x1 - x - third) + abs(y1 - y - fourth)
+        as_corner = abs(x1 - third) + abs(y1 - fourth)
+        return "xywh" if as_size < as_corner else "xyxy" if as_corner < as_size else None
+    area = annotation.get("area")
+    if type(area) in (int, float) and area > 0:
+        as_size, as_corners = third * fourth, (third - x) * (fourth - y)
+        if as_size != as_corners:
+            if segmentation:  # a mask's area, which is at most its box's
+                return "xywh" if area > as_corners * 1.01 + 1 else None
+            return "xywh" if abs(area - as_size) < abs(area - as_corners) else "xyxy"
+    if size is not None and (x + third > size[1] + 1 or y + fourth > size[0] + 1):
+        return "xyxy"
+    return None
