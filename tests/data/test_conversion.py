@@ -78,7 +78,10 @@ def test_reason_seg(tmp_path):
     (root / "val" / "d.json").write_text("{")
     summary = convert("reason_seg", tmp_path / "data", tmp_path / "out")
     assert summary.rows == {"train": 1, "val": 1}
-    assert left_out(summary) == {"unreadable picture": 1, "broken annotation": 1}
+    assert left_out(summary) == {
+        "its picture or a polygon cannot be read": 1,
+        "its annotation is broken": 1,
+    }
     old, new = ReasonSeg(tmp_path / "data")[0], Folder(tmp_path / "out")[0]
     np.testing.assert_array_equal(old.mask, new.mask)
     assert new.expressions == ("what is it", "and why")
@@ -116,10 +119,11 @@ def test_coco(tmp_path):
     summary = convert("coco", data, tmp_path / "out")
     assert summary.rows == {"val": 4}
     assert left_out(summary) == {
-        "no sentence, and its category is there twice": 3,
-        "a crowd": 1,
-        "broken annotation": 1,
-        "no picture": 1,
+        "it has no sentence, and its category is there twice": 2,
+        "it has no sentence, and its category has no name": 1,
+        "it is a crowd, not one object": 1,
+        "its picture is not listed in the file": 1,
+        "its picture is missing": 1,
     }
     source = Folder(tmp_path / "out", "val")
     said = [sample.expressions for sample in (source[i] for i in range(4))]
@@ -137,7 +141,7 @@ def test_coco(tmp_path):
 def test_labelme(tmp_path):
     data = tmp_path / "data"
     picture(data / "train" / "a.png")
-    picture(tmp_path / "elsewhere.png")
+    picture(data / "elsewhere.png")
     inside = base64.b64encode((data / "train" / "a.png").read_bytes()).decode()
     shapes = [
         {"label": "cup", "points": SQUARE, "shape_type": "polygon", "description": "a blue one"},
@@ -152,7 +156,7 @@ def test_labelme(tmp_path):
     files = {
         "train/a.json": {"imagePath": "C:\\photos\\a.png", "shapes": shapes},
         "val/b.json": {"imagePath": "b.png", "imageData": inside, "shapes": shapes[:1]},
-        "val/c.json": {"imagePath": "../../elsewhere.png", "shapes": shapes[:1]},
+        "val/c.json": {"imagePath": "../elsewhere.png", "shapes": shapes[:1]},
         "val/d.json": {"imagePath": "d.png", "shapes": shapes[:2]},
         "notes.json": [],
     }
@@ -162,11 +166,11 @@ def test_labelme(tmp_path):
     summary = convert("labelme", data, tmp_path / "out")
     assert summary.rows == {"train": 4, "val": 2} and summary.pictures == 3
     assert left_out(summary) == {
-        "a line": 1,
-        "wrong type": 1,
-        "broken annotation": 1,
-        "no picture": 2,
-        "not labelme's form": 1,
+        "a line has no area": 1,
+        "it has no label": 1,
+        "its annotation is broken": 1,
+        "its picture is missing": 2,
+        "the file is not in labelme's form": 1,
     }
     train, val = Folder(tmp_path / "out"), Folder(tmp_path / "out", "val")
     assert train[0].expressions == ("cup", "a blue one")
@@ -210,7 +214,7 @@ def test_names_that_are_no_unicode(tmp_path):
     summary = convert("labelme", data, tmp_path / "out")
     assert summary.rows == {"train": 1}
     ((_, count, text),) = summary.left_out
-    assert count == 1 and "b\\udcff.png" in text and text.encode()
+    assert count == 1 and "b\\udcff.json" in text and text.encode()
     (data / "a.json").unlink()
     assert not convert("labelme", data, tmp_path / "none").rows
     assert not (tmp_path / "none").exists()
@@ -219,10 +223,10 @@ def test_names_that_are_no_unicode(tmp_path):
 def test_pictures_of_one_name_stay_apart(tmp_path):
     data = tmp_path / "data"
     for i, place in enumerate(("x/a.png", "y/a.png")):
-        picture(tmp_path / place, (40, 30 + i))
+        picture(data / place, (40, 30 + i))
         content = {"imagePath": f"../{place}", "shapes": [{"label": "it", "points": SQUARE}]}
-        data.mkdir(exist_ok=True)
-        (data / f"{i}.json").write_text(json.dumps(content))
+        (data / "json").mkdir(exist_ok=True)
+        (data / "json" / f"{i}.json").write_text(json.dumps(content))
     assert convert("labelme", data, tmp_path / "out").pictures == 2
     source = Folder(tmp_path / "out")
     assert [source[i].image.shape[0] for i in range(2)] == [30, 31]

@@ -79,7 +79,7 @@ def test_convert(tmp_path, capsys):
     assert data.main(argv) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^left out +1$", printed, re.M) and re.search(r"^all +2$", printed, re.M)
-    assert re.search(r"^a line +1 +.*a\.json: shape 1$", printed, re.M)
+    assert re.search(r"^a line has no area +1 +.*a\.json: shape 1$", printed, re.M)
     assert json.loads((out / "manifest.jsonl").read_text())["image"] == "pictures/a.png"
     assert data.main(["check", "--data_dir", str(out)]) == 0
     assert data.main(argv) == 2 and "exists already" in capsys.readouterr().err

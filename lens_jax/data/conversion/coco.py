@@ -1,7 +1,6 @@
 """COCO's form, as many tools export it."""
 
 import collections
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 
 from lens_jax.data.conversion.objects import (
-    BROKEN,
     SPLITS,
     Found,
     LeftOut,
@@ -18,7 +16,9 @@ from lens_jax.data.conversion.objects import (
     bounds,
     dropped,
     find,
+    json_files,
     polygons,
+    read_json,
     split_of,
 )
 from lens_jax.data.masks import decode_runs, encode_runs
@@ -28,7 +28,8 @@ from lens_jax.data.sources.annotations import numbers, side
 SENTENCES = ("expressions", "sentences", "captions", "expression", "sentence", "caption", "phrase")
 # Folders that exports keep pictures in, after those that a split's name tells.
 FOLDERS = ("images", "data", "JPEGImages", "")
-AGREED = 0.9  # share of a file's boxes that must tell one form of them
+ASKED = 1000  # of a file's boxes that tell their form
+AGREED = 0.9  # share of them that must tell the same
 Form = Literal["auto", "xywh", "xyxy"]
 
 
@@ -40,7 +41,7 @@ def read(data_dir: Path, boxes: Form) -> Iterator[Found | LeftOut]:
     picture's `caption`, if it is the only annotation there; else the name of its category, if it is
     the only one of that category, or of one below it, there.
     """
-    files = sorted([*data_dir.glob("*.json"), *data_dir.glob("*/*.json")])
+    files = json_files(data_dir, "*.json", "*/*.json")
     if not files:
         raise FileNotFoundError(f"{data_dir} holds no .json file, nor does a folder in it")
     return (item for file in files for item in _file(file, data_dir, boxes))
@@ -48,7 +49,7 @@ def read(data_dir: Path, boxes: Form) -> Iterator[Found | LeftOut]:
 
 def _file(file: Path, data_dir: Path, boxes: Form) -> Iterator[Found | LeftOut]:
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
         for key in ("images", "annotations"):
             if not isinstance(content, dict) or not isinstance(content.get(key), list):
                 raise ValueError(f"it has no list of {key}")
@@ -111,8 +112,11 @@ class _Reader:
         if box is not None:
             row["box"] = box
         if not mask and box is None:
-            alone = " (keypoints alone)" if annotation.get("keypoints") else ""
-            raise Unfit("it has neither mask nor box", alone.strip())
+            raise Unfit(
+                "it has keypoints alone"
+                if annotation.get("keypoints")
+                else "it has neither mask nor box"
+            )
         found = self._picture(image.get("file_name"))
         picture = Picture(found.path, found.roots, None, size, self.pixels)
         return Found(picture, row, where, (*remarks, *more))
@@ -242,13 +246,12 @@ def _number(value: Any) -> Any:
 def _said(holder: Mapping[str, Any]) -> list[Any]:
     for key in SENTENCES:
         value = holder.get(key)
-        if isinstance(value, str):
+        if value is None or value == []:
+            continue
+        if not isinstance(value, list):
             return [value]
-        if isinstance(value, list) and value:
-            # REFER writes a sentence as an object of its own.
-            return [
-                v.get("sent") or v.get("raw") or "" if isinstance(v, Mapping) else v for v in value
-            ]
+        # REFER writes a sentence as an object of its own.
+        return [v.get("sent") or v.get("raw") or "" if isinstance(v, Mapping) else v for v in value]
     return []
 
 
@@ -282,6 +285,8 @@ def _form(annotations: Sequence[dict[str, Any]], size_of: Any) -> Form:
             continue
         if vote is not None:
             votes[vote] += 1
+        if votes.total() == ASKED:
+            break
     for form in ("xywh", "xyxy"):
         if votes[form] and votes[form] >= AGREED * votes.total():
             return form

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,9 @@ from lens_jax.data.conversion.objects import (
     Unfit,
     dropped,
     find,
+    json_files,
     polygons,
+    read_json,
     split_of,
 )
 from lens_jax.data.masks import draw_polygons, encode_runs
@@ -31,8 +32,12 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What is drawn as corners in order; `rotation` and `quadrilateral` are X-AnyLabeling's.
 OUTLINES = ("polygon", "rotation", "oriented_rectangle", "quadrilateral")
 AREAS = (*OUTLINES, "rectangle", "circle", "mask")
-WITHOUT_AREA = {"point": "a point", "line": "a line", "linestrip": "a line of several parts"}
-WITHOUT_AREA |= {"points": "points"}
+WITHOUT_AREA = {
+    "point": "a point has no area",
+    "points": "points have no area",
+    "line": "a line has no area",
+    "linestrip": "a line of several parts has no area",
+}
 NO_OBJECT = ("__ignore__", "_background_")  # labels that labelme's own tools take for none
 
 
@@ -43,7 +48,7 @@ def read(data_dir: Path) -> Iterator[Found | LeftOut]:
     A shape's label is its sentence, its description another one; shapes with one label and one
     group_id are one object.
     """
-    files = sorted(data_dir.rglob("*.json"))
+    files = json_files(data_dir, "**/*.json")
     if not files:
         raise FileNotFoundError(f"{data_dir} holds no .json file")
     return (item for file in files for item in _file(file, data_dir))
@@ -51,7 +56,7 @@ def read(data_dir: Path) -> Iterator[Found | LeftOut]:
 
 def _file(file: Path, data_dir: Path) -> Iterator[Found | LeftOut]:
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
             raise ValueError("it has no list of shapes")
         objects: dict[Any, list[tuple[int, Any]]] = {}
@@ -74,56 +79,59 @@ def _file(file: Path, data_dir: Path) -> Iterator[Found | LeftOut]:
     for members in objects.values():
         where = f"{file}: shape {members[0][0]}"
         try:
-            row, slivers = _object([shape for _, shape in members], size)
+            row, done = _object([shape for _, shape in members], size)
             if isinstance(found, Unfit):
                 yield found.at(where)
                 continue
             picture = Picture(found.path, found.roots, found.content, size)
-            yield Found(picture, row | {"split": split}, where, dropped(slivers))
+            yield Found(picture, row | {"split": split}, where, done)
         except Unfit as error:
             yield error.at(where)
         except BROKEN as error:
             yield LeftOut("its annotation is broken", f"{where}: {error}")
 
 
-def _object(shapes: Sequence[Any], size: tuple[int, int] | None) -> tuple[dict[str, Any], int]:
-    """A row without its picture and split, and how many parts were dropped."""
+def _object(
+    shapes: Sequence[Any], size: tuple[int, int] | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A row without its picture and split, and what was done."""
     if not all(isinstance(shape, dict) for shape in shapes):
-        raise ValueError("it is no object")
+        raise ValueError("a shape must be an object")
     label = shapes[0].get("label")
     if label in NO_OBJECT:
         raise Unfit(f"it is labelled {label}")
-    kinds = [_kind(shape) for shape in shapes]
     said = [label, *(shape.get("description") for shape in shapes)]
     sentences = [text for text in dict.fromkeys(said) if text and str(text).strip()]
     if not sentences:
         raise Unfit("it has no label")
     row: dict[str, Any] = {"expressions": sentences}
-    outlines = [
-        _outline(shape.get("points"), kind)
-        for shape, kind in zip(shapes, kinds, strict=True)
-        if kind != "mask"
-    ]
-    crops = [shape for shape, kind in zip(shapes, kinds, strict=True) if kind == "mask"]
-    if kinds == ["rectangle"] and (box := _upright_box(outlines[0])) is not None:
-        return row | {"box": box}, 0
+    kinds = [_kind(shape) for shape in shapes]
+    areas = [(s, kind) for s, kind in zip(shapes, kinds, strict=True) if kind not in WITHOUT_AREA]
+    if not areas:
+        raise Unfit(WITHOUT_AREA[kinds[0]])
+    done = ("points or lines of its group were dropped",) if len(areas) < len(shapes) else ()
+    outlines = [_outline(shape.get("points"), kind) for shape, kind in areas if kind != "mask"]
+    if [kind for _, kind in areas] == ["rectangle"]:
+        box = _upright_box(outlines[0])
+        if box is not None:
+            return row | {"box": box}, done
     parts, slivers = polygons(outlines) if outlines else ([], 0)
+    done += dropped(slivers)
+    crops = [shape for shape, kind in areas if kind == "mask"]
     if not crops:
-        return row | {"polygons": parts}, slivers
+        return row | {"polygons": parts}, done
     if size is None:
         raise ValueError("a mask needs imageHeight and imageWidth")
     mask = draw_polygons([np.reshape(part, (-1, 2)) for part in parts], size) > 0
     for crop in crops:
         _paste(mask, crop)
-    return row | {"rle": encode_runs(mask)}, slivers
+    return row | {"rle": encode_runs(mask)}, done
 
 
 def _kind(shape: Mapping[str, Any]) -> str:
     """A shape's kind: polygon where it says none."""
     kind = shape.get("shape_type") or "polygon"
-    if kind in WITHOUT_AREA:
-        raise Unfit(f"{WITHOUT_AREA[kind]} has no area")
-    if not isinstance(kind, str) or kind not in AREAS:
+    if not isinstance(kind, str) or kind not in (*AREAS, *WITHOUT_AREA):
         raise Unfit("it is a kind of shape that is not known", str(kind)[:60])
     return kind
 

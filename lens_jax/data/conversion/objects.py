@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -75,6 +76,24 @@ def split_of(*names: str) -> str:
     return found[-1] if found else "train"
 
 
+def read_json(file: Path) -> Any:
+    """The content of a JSON file: UTF-8, or UTF-16 or 32, which it tells by itself.
+
+    Raises:
+        ValueError, OSError, RecursionError: it cannot be read.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except UnicodeDecodeError:
+        raise ValueError("its text is not UTF-8; save it so") from None
+
+
+def json_files(data_dir: Path, *patterns: str) -> list[Path]:
+    """Files in order, without those that macOS leaves beside them on foreign disks."""
+    files = {file for pattern in patterns for file in data_dir.glob(pattern)}
+    return sorted(file for file in files if not file.name.startswith("._"))
+
+
 def find(data_dir: Path, places: Sequence[Path], name: Any) -> Picture:
     """The picture of a name in the first of some folders that holds it.
 
@@ -97,7 +116,10 @@ def find(data_dir: Path, places: Sequence[Path], name: Any) -> Picture:
         reachable |= inside
     shown = name if len(name) < 200 else f"{name[:200]}..."
     if not reachable:
-        what = f"{shown} lies outside {data_dir}: give a folder that holds both as --data_dir"
+        way = "give a folder that holds both as --data_dir"
+        if Path(name).is_absolute() or PureWindowsPath(name).drive:
+            way = "write it as it lies in that folder"
+        what = f"{shown} lies outside {data_dir}: {way}"
         raise Unfit("the name of its picture leads out of the data set", what)
     raise Unfit("its picture is missing", f"no {shown} in {data_dir}")
 

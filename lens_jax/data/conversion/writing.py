@@ -26,7 +26,7 @@ Size = tuple[int, int]  # (height, width)
 # What the check calls a row that cannot be used -> the sentence of its table.
 REASONS = {
     "wrong type": "a value of it has the wrong type",
-    "no sentence": "its sentence is empty",
+    "no sentence": "one of its sentences is empty, or no text",
     "empty box": "its box has no area",
     "no mask, no box": "it has neither mask nor box",
     "outside": "it lies outside the picture",
@@ -50,14 +50,12 @@ class Summary:
     remarks: list[tuple[str, int, str]]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Known:
-    """A picture that can be decoded: its size as stored, how it is turned, and its place in the
-    output once a row of it is written."""
+    """A picture that can be decoded: its size as stored, and how it is turned."""
 
     stored: Size
     orientation: int
-    name: str | None = None
 
     @property
     def upright(self) -> Size:
@@ -104,13 +102,13 @@ def write(
             try:
                 known = pictures.known(item.picture)
                 content, done = _fit(item, known, scale)
-                name = pictures.name(item.picture, known)
+                name = pictures.name(item.picture)
                 line = json.dumps({"image": name} | content, ensure_ascii=True)
                 row = parse(line.encode(), rows.total() + 1)
                 if row.error is not None:
                     raise row.error
                 read_target(folder, row, known.upright)
-                pictures.place(item.picture, known, name)
+                pictures.place(item.picture, name)
             except Unfit as error:
                 item = error.at(item.where)
             except RowError as error:
@@ -185,20 +183,13 @@ class _Pictures:
             what = f"{picture.path}: {error}".replace(" <_io.BytesIO", " <").partition(" <")[0]
             raise Unfit("its picture cannot be read", what) from None
 
-    def name(self, picture: Picture, known: _Known) -> str:
-        """Its place in data_dir, with a number if that is taken."""
-        if known.name is not None:
-            return known.name
-        path, root = (Path(os.path.abspath(p)) for p in (picture.path, self.data_dir))
-        place = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-        candidate, number = place, 1
-        while (name := str(PurePosixPath(PICTURES, *candidate.parts))) in self.placed:
-            number += 1
-            candidate = place.with_stem(f"{place.stem}-{number}")
-        return name
+    def name(self, picture: Picture) -> str:
+        """Its place in the output: that which it has in data_dir."""
+        path, root = (os.path.abspath(p) for p in (picture.path, self.data_dir))
+        return str(PurePosixPath(PICTURES, *Path(path).relative_to(root).parts))
 
-    def place(self, picture: Picture, known: _Known, name: str) -> None:
-        if known.name is not None:
+    def place(self, picture: Picture, name: str) -> None:
+        if name in self.placed:
             return
         target = self.folder / name
         try:
@@ -212,7 +203,6 @@ class _Pictures:
                     shutil.copyfile(picture.path, target)
         except OSError as error:
             raise Unfit("its picture cannot be copied", str(error)) from error
-        known.name = name
         self.placed.add(name)
 
 

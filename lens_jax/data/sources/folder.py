@@ -291,7 +291,7 @@ def _read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
         raise RowError("broken mask", f"{path}: not a readable mask ({error})") from error
     if mask.shape != size:
         height, width = mask.shape
-        raise _wrong_size(f"{path} has {width} x {height} pixels, and", size)
+        raise _wrong_size(f"{path} has {width} x {height} pixels,", size)
     return mask
 
 
