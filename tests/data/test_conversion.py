@@ -120,7 +120,7 @@ def test_coco(tmp_path):
     assert summary.rows == {"val": 4}
     assert left_out(summary) == {
         "it has no sentence, and its category is there twice": 2,
-        "it has no sentence, and its category has no name": 1,
+        "one of its sentences is empty, or no text": 1,
         "it is a crowd, not one object": 1,
         "its picture is not listed in the file": 1,
         "its picture is missing": 1,

@@ -137,7 +137,7 @@ BAD_ROWS = [
     ({"expressions": ["it", 3], "box": BOX}, "no sentence", "must be text, not 3"),
     ({"expressions": ["it", " "], "box": BOX}, "no sentence", "is empty"),
     ({"expressions": ["\u200b\ufeff"], "box": BOX}, "no sentence", "is empty"),
-    ({"expressions": ["\ud800"], "box": BOX}, "no sentence", "no Unicode"),
+    ({"expressions": ["a\ud800"], "box": BOX}, "no sentence", "no Unicode"),
     ({"mask": "mask.png", "rle": {}}, "two masks", "give one of mask and rle"),
     ({"box": [1, 2, 3]}, "wrong type", r"\[x0, y0, x1, y1\], not \[1, 2, 3\]"),
     ({"box": [1, 2, float("nan"), 4]}, "wrong type", "NaN"),

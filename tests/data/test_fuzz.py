@@ -311,7 +311,7 @@ def fuzz_convert(number, directory, processor, capsys):
         written, left_out = int(counts["written"]), int(counts["left out"])
         assert int(counts["all"]) == written + left_out
         assert code == 0 and written
-        check_folder(new, written, capsys)
+        assert check_folder(new, written, capsys).unusable == 0
     if kind == "refcoco":
         try:
             source = RefCoco(directory / "old", "refcoco", "train")
