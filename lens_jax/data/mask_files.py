@@ -6,8 +6,8 @@
 - Colour: black is background.
 - Transparent pixels are background, and all others object, whatever their colour.
 - A soft edge is object from half of the largest value on. An edge is soft where there are more than
-  16 different values, or at least 4 of which the largest is bright and fills two thirds of what is
-  not 0. Fewer, or others, are several objects, and count as one.
+  two values, the largest of them bright, and the others fill no area; bright shades of more than 16
+  are always soft. Other values are several objects, and count as one.
 
 What leaves two readings is refused: a palette without black, transparent pixels beside black ones.
 """
@@ -176,9 +176,18 @@ def _object(
     else:
         shades = np.count_nonzero(np.unique(codes))
     mask = values > 0
-    soft = shades > FEW
-    if 4 <= shades <= FEW and values.dtype.kind == "u":
-        largest = values.max()
-        bright = largest > np.iinfo(values.dtype).max // 2
-        soft = bright and 3 * np.count_nonzero(values == largest) >= 2 * np.count_nonzero(mask)
-    return (values >= values.max() / 2 if soft else mask), int(shades), bool(soft)
+    largest = values.max()
+    bright = values.dtype.kind != "u" or largest > np.iinfo(values.dtype).max // 2
+    many = shades > FEW
+    soft = (many and bright) or ((many or (shades > 2 and bright)) and not _has_areas(values))
+    return (values >= largest / 2 if soft else mask), int(shades), bool(soft)
+
+
+def _has_areas(values: Shaped[np.ndarray, "H W"]) -> bool:
+    """Whether values between 0 and the largest fill areas, as of objects, and no mere edges."""
+    inner = values[1:-1, 1:-1]
+    alike = np.ones(inner.shape, bool)
+    for beside in (values[:-2, 1:-1], values[2:, 1:-1], values[1:-1, :-2], values[1:-1, 2:]):
+        alike &= inner == beside
+    between = (inner > 0) & (inner < values.max())
+    return bool(10 * np.count_nonzero(alike & between) > np.count_nonzero(between))

@@ -110,6 +110,53 @@ def test_what_is_to_be_looked_at(pictures):
     assert dict((kind, count) for kind, count, _ in report.notes())["split leakage"] == 6
 
 
+def test_doubtful_masks_are_to_be_looked_at(pictures):
+    grey = np.zeros((30, 40), np.uint8)
+    grey[3:15, 4:20] = 255
+    soft = Image.fromarray(np.kron(grey, np.ones((4, 4), np.uint8)))
+    several = grey // 255
+    several[8:15] *= 2
+    masks = {
+        "inverted": Image.fromarray(255 - grey),
+        "whole": Image.new("L", (40, 30), 1),
+        "soft": soft.resize((40, 30), Image.Resampling.BICUBIC),
+        "several": Image.fromarray(several),
+    }
+    for name, mask in masks.items():
+        mask.save(pictures / f"{name}.png")
+    whole = [[0, 0, 40, 0, 40, 30, 0, 30]]
+    write(
+        pictures,
+        *(row("a.png", f"the {name}", mask=f"{name}.png") for name in masks),
+        row("b.png", polygons=whole),
+        row("c.png", box=BOX),
+    )
+    report = check(pictures)
+    assert report.unusable == 0
+    assert [kinds(verdict) for verdict in report.verdicts] == [
+        ["all corners"],
+        ["whole picture"],
+        ["soft edge"],
+        ["several values"],
+        ["whole picture"],
+        [],
+    ]
+    assert "line 1: mask covers all four corners" in report.verdicts[0].notes[0].text
+    assert "soft.png: 7 values: from half" in report.verdicts[2].notes[0].text
+    sizes = [v.target for v in report.verdicts[2:4]]
+    assert sizes[0] == sizes[1]  # a soft edge is no part of the object
+
+
+def test_coordinates_that_may_be_percent(pictures):
+    Image.new("RGB", (640, 480)).save(pictures / "large.png")
+    percent, pixels = [20, 30, 60, 80], [200, 30, 260, 80]
+    large = row("large.png", "that", box=percent)
+    write(pictures, row(box=BOX), large, row("large.png", "it", polygons=[[1, 1, 9, 1, 9, 9]]))
+    assert [kinds(v) for v in check(pictures).verdicts] == [[], *[["perhaps percent"]] * 2]
+    write(pictures, row(box=BOX), large, row("large.png", "it", box=pixels))
+    assert not check(pictures).notes()
+
+
 def test_the_page_shows_masks_and_escapes_text(pictures):
     write(
         pictures,

@@ -147,6 +147,15 @@ def test_several_objects_count_as_one_and_are_doubtful(tmp_path):
         found = read_mask(tmp_path / name)
         np.testing.assert_array_equal(found.mask, MASK, err_msg=name)
         assert found.doubts == (("several values", "2 besides 0, which count as one object"),)
+    many = (np.arange(WIDTH) // 3 + 1).astype(np.uint8) * ON  # numbers of instances
+    for name, scale in (("instances.png", 1), ("void.png", 13)):
+        pixels = many * np.uint8(scale)
+        Image.fromarray(np.where(pixels > 100, 255, pixels) if scale > 1 else pixels).save(
+            tmp_path / name
+        )
+        found = read_mask(tmp_path / name)
+        np.testing.assert_array_equal(found.mask, MASK)
+        assert [kind for kind, _ in found.doubts] == ["several values"]
 
 
 def test_a_mask_is_turned_as_its_own_file_says(tmp_path):

@@ -85,6 +85,32 @@ def test_convert(tmp_path, capsys):
     assert data.main(argv) == 2 and "exists already" in capsys.readouterr().err
 
 
+def test_convert_says_what_it_did(tmp_path, capsys):
+    """And scales resized pictures' annotations on request."""
+    data_dir, out = tmp_path / "data", tmp_path / "out"
+    (data_dir / "train").mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(data_dir / "train" / "a.jpg")
+    annotation = {"image_id": 1, "category_id": 1, "bbox": [8, 6, 32, 24], "area": 768}
+    annotation["segmentation"] = [[8, 6, 40, 6, 40, 30, 8, 30], [3, 3, 4, 4]]
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 80, "height": 60}],
+        "annotations": [annotation],
+        "categories": [{"id": 1, "name": "cup"}],
+    }
+    (data_dir / "train" / "_annotations.coco.json").write_text(json.dumps(content))
+    argv = ["convert", "--from", "coco", "--data_dir", str(data_dir), "--output", str(out)]
+    assert data.main(argv) == 2
+    said = capsys.readouterr()
+    text = r"^its picture was resized after it was annotated +1 .*40 x 30 .* says 80 x 60"
+    assert re.search(text, said.out, re.M) and "no object can be converted" in said.err
+    assert data.main([*argv, "--resized", "scale"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^to look at +objects +the first one$", printed, re.M)
+    assert re.search(r"^scaled to the size of its picture +1 .*annotation None$", printed, re.M)
+    assert re.search(r"^parts of it with under three corners were dropped +1 ", printed, re.M)
+    assert Folder(out)[0].box.tolist() == [4, 3, 20, 15]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -100,7 +126,7 @@ def test_convert(tmp_path, capsys):
         ),
         (
             ["convert", "--from", "coco", "--data_dir", "x", "--output", "y"],
-            "x holds no .json file",
+            "x holds no .json file, nor does a folder in it",
         ),
     ],
 )

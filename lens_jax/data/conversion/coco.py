@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lens_jax.data.conversion.objects import (
+    BROKEN,
     SPLITS,
     Found,
     LeftOut,
@@ -22,7 +23,7 @@ from lens_jax.data.conversion.objects import (
     split_of,
 )
 from lens_jax.data.masks import decode_runs, encode_runs
-from lens_jax.data.sources.annotations import numbers, side
+from lens_jax.data.sources.annotations import numbers, picture_size
 
 # Keys under which annotations and pictures say their sentences.
 SENTENCES = ("expressions", "sentences", "captions", "expression", "sentence", "caption", "phrase")
@@ -64,14 +65,7 @@ def _file(file: Path, data_dir: Path, boxes: Form) -> Iterator[Found | LeftOut]:
             yield reader.object(annotation, where)
         except Unfit as error:
             yield error.at(where)
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            IndexError,
-            AttributeError,
-            OverflowError,
-        ) as error:
+        except BROKEN as error:
             yield LeftOut("its annotation is broken", f"{where}: {error}")
 
 
@@ -146,7 +140,8 @@ class _Reader:
         height, width = image.get("height"), image.get("width")
         if height is None and width is None:
             return None
-        return (side(_number(height), "height"), side(_number(width), "width"))
+        size = {"height": _number(height), "width": _number(width)}
+        return picture_size(size, "height", "width")
 
     def _sentences(self, annotation: dict[str, Any], image: dict[str, Any]) -> list[Any]:
         sentences = _said(annotation)
@@ -264,11 +259,8 @@ def _mask(segmentation: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     if isinstance(segmentation, list) and all(isinstance(s, Mapping) for s in segmentation):
         if len(segmentation) == 1:
             return {"rle": dict(segmentation[0])}, ()
-        size = segmentation[0].get("size")
-        if not isinstance(size, list) or len(size) != 2:
-            raise ValueError("run lengths have no size")
-        size = (side(size[0], "a size"), side(size[1], "a size"))
-        parts = [decode_runs(part, size) for part in segmentation]
+        height, width = map(int, numbers(segmentation[0].get("size"), 2, "size of run lengths"))
+        parts = [decode_runs(part, (height, width)) for part in segmentation]
         return {"rle": encode_runs(np.logical_or.reduce(parts))}, ()
     parts, slivers = polygons(segmentation)
     return {"polygons": parts}, dropped(slivers)

@@ -26,7 +26,7 @@ from lens_jax.data.conversion.objects import (
     split_of,
 )
 from lens_jax.data.masks import draw_polygons, encode_runs
-from lens_jax.data.sources.annotations import numbers, side
+from lens_jax.data.sources.annotations import numbers, picture_size
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What is drawn as corners in order; `rotation` and `quadrilateral` are X-AnyLabeling's.
@@ -67,7 +67,7 @@ def _file(file: Path, data_dir: Path) -> Iterator[Found | LeftOut]:
         height, width = content.get("imageHeight"), content.get("imageWidth")
         size = None
         if height is not None or width is not None:
-            size = (side(height, "imageHeight"), side(width, "imageWidth"))
+            size = picture_size(content, "imageHeight", "imageWidth")
     except (ValueError, RecursionError, OSError) as error:
         yield LeftOut("the file is not in labelme's form", f"{file}: {error}")
         return
