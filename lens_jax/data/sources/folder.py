@@ -300,7 +300,7 @@ def _check_name(name: str, key: str) -> None:
     try:
         annotations.inside(Path(), name, key)
     except ValueError as error:
-        raise RowError("outside data_dir", str(error)) from None
+        raise RowError("bad name", str(error)) from None
 
 
 def _exists(path: Path) -> bool:
