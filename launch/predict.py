@@ -95,6 +95,8 @@ def predict(
     asked = questions.name(pairs)
 
     checkpoints.read_config(checkpoint)
+    if output.exists() and not output.is_dir():
+        raise cli.UsageError(f"--output: {output} is a file, not a folder")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=output):
         pass  # whatever keeps all answers from being written is said before the first
@@ -149,8 +151,8 @@ class Work:
         batch = []
         for question in questions:
             try:
-                answers.check_room(self.output, question)
                 fingerprint = answers.fingerprint(question, self.identity)
+                answers.check_room(self.output, question)
                 if answers.is_done(self.output, question, fingerprint):
                     self.done += 1
                     continue

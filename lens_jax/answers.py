@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -46,9 +47,17 @@ def fingerprint(question: Question, identity: str) -> str:
 
 
 def is_done(output: Path, question: Question, asked: str) -> bool:
-    """Whether the files of an answer to the question with the fingerprint `asked` are there."""
+    """Whether the files of an answer to the question with the fingerprint `asked` are there.
+
+    A picture of the same content may have had another name then: the answer is given the new one.
+    """
     mask, overlay, text = _files(output, question)
-    return text.is_file() and overlay.is_file() and _asked(mask) == asked
+    if not (text.is_file() and overlay.is_file() and _asked(mask) == asked):
+        return False
+    answer = _read(text)
+    if answer is not None and answer.get("image") != str(question.image):
+        _write_text(text, answer | {"image": str(question.image)})
+    return answer is not None
 
 
 def check_room(output: Path, question: Question) -> None:
@@ -62,7 +71,7 @@ def check_room(output: Path, question: Question) -> None:
         )
     mask, _, text = found = _files(output, question)
     there = [file for file in found if os.path.lexists(file)]
-    if there and _asked(mask) is None and not _is_answer(text):
+    if there and _asked(mask) is None and _read(text) is None:
         raise TakenError(
             f"{question.image}: {there[0]} is there and no answer of predict.py: move it, or give "
             "another --output"
@@ -104,9 +113,7 @@ def write(
     unfinished.replace(mask)
     drawn = drawing.overlay(pixels, box, result.mask, side=max(drawing.PANEL, *picture.size))
     drawn.save(overlay)
-    # A name's bytes that are no Unicode are half characters: JSON has escapes for these.
-    lines = json.dumps(answer, ensure_ascii=False, indent=1) + "\n"
-    files.write_text(text, lines.encode("utf-8", "backslashreplace").decode())
+    _write_text(text, answer)
 
 
 def _files(output: Path, question: Question) -> tuple[Path, Path, Path]:
@@ -125,9 +132,16 @@ def _asked(mask: Path) -> str | None:
         return None
 
 
-def _is_answer(text: Path) -> bool:
+def _read(text: Path) -> dict[str, Any] | None:
+    """An answer's JSON; None for anything else."""
     try:
         answer = json.loads(text.read_bytes()) if text.is_file() else None
     except (OSError, ValueError):
-        return False
-    return isinstance(answer, dict) and answer.keys() >= OURS
+        return None
+    return answer if isinstance(answer, dict) and answer.keys() >= OURS else None
+
+
+def _write_text(text: Path, answer: dict[str, Any]) -> None:
+    # A name's bytes that are no Unicode are half characters: JSON has escapes for these.
+    lines = json.dumps(answer, ensure_ascii=False, indent=1) + "\n"
+    files.write_text(text, lines.encode("utf-8", "backslashreplace").decode())

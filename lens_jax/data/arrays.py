@@ -62,14 +62,16 @@ def check_is_file(path: Path) -> None:
     """Raises SampleError for anything but a regular file."""
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a name that no file system holds
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character, for example
         named = f"{path}" if len(str(path)) < 300 else f"{str(path)[:100]}..."
         if re.search(r"(^|/)([a-z][a-z0-9+]{1,9}:/|data:)", str(path)):  # Path makes // one /
             reason = "an address, not a file: download the picture and give its path"
         elif isinstance(error, FileNotFoundError):
             reason = "no such picture"
+        elif isinstance(error, OSError):
+            reason = f"cannot be opened ({error.strerror})"
         else:
-            reason = f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+            reason = "no file has such a name"
         raise SampleError(f"{named}: {reason}") from None
     if stat.S_ISDIR(mode):
         raise SampleError(f"{path}: a folder, not a picture")
