@@ -118,8 +118,11 @@ def evaluate(
         ]
     except (ValueError, ConfigError) as error:
         raise cli.UsageError(str(error).replace("mesh.data", "--devices")) from error
-    for file in filter(None, (output, rows, page)):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    for flag, file in (("output", output), ("rows", rows), ("page", page)):
+        if file is not None and file.is_dir():
+            raise cli.UsageError(f"--{flag}: {file} is a folder, not a file")
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
 
     lens = inference.Lens.from_pretrained(checkpoint, mesh=mesh, precision=precision)
     together = batch_size * sharding.num_parts(mesh)

@@ -142,6 +142,4 @@ def _read(text: Path) -> dict[str, Any] | None:
 
 
 def _write_text(text: Path, answer: dict[str, Any]) -> None:
-    # A name's bytes that are no Unicode are half characters: JSON has escapes for these.
-    lines = json.dumps(answer, ensure_ascii=False, indent=1) + "\n"
-    files.write_text(text, lines.encode("utf-8", "backslashreplace").decode())
+    files.write_text(text, json.dumps(answer, ensure_ascii=False, indent=1) + "\n")

@@ -99,6 +99,7 @@ def test_mistakes_are_one_line(refused, asked, tmp_path, data_dir):
     assert "--devices 99" in says(*val, "--devices", 99)
     assert "did you mean --limit" in says(*val, "--limits", 3)
     assert "float32, bfloat16, got half" in says(*val, "--precision", "half")
+    assert f"--rows: {tmp_path} is a folder" in says(*val, "--rows", tmp_path)
 
 
 def test_a_damaged_picture_is_named(asked, data_dir, tmp_path, capfd):
