@@ -7,12 +7,12 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch import predict
 from lens_jax import cli
 
 EXAMPLE = """\
@@ -32,7 +32,12 @@ STYLE = """
 }"""
 
 
-def demo(checkpoint: Path, host: str = "127.0.0.1", port: PositiveInt = 7860) -> None:
+def demo(
+    checkpoint: Path,
+    host: str = "127.0.0.1",
+    port: PositiveInt = 7860,
+    precision: Literal["float32", "bfloat16"] | None = None,
+) -> None:
     """Serves a page: picture and sentence in; mask, box and completion out.
 
     It is served to this machine alone. On another --host, whoever reaches it may use it.
@@ -43,6 +48,7 @@ def demo(checkpoint: Path, host: str = "127.0.0.1", port: PositiveInt = 7860) ->
         checkpoint: A pretrained checkpoint, such as runs/tiny/final.
         host: The address to listen on; 0.0.0.0 for all of the machine's.
         port: The port to listen on.
+        precision: Of matrix products; float32 on CPU and bfloat16 elsewhere if not given.
     """
     from lens_jax import checkpoints, inference
 
@@ -54,7 +60,7 @@ def demo(checkpoint: Path, host: str = "127.0.0.1", port: PositiveInt = 7860) ->
         raise cli.UsageError(
             'the page needs Gradio: run pip install "lens-jax[demo]" or pip install gradio'
         ) from None
-    lens = inference.Lens.from_pretrained(checkpoint)
+    lens = inference.Lens.from_pretrained(checkpoint, precision=precision)
     with tempfile.TemporaryDirectory(prefix="lens-demo-") as folder:
         page = build(lens, checkpoint.resolve().parent.name, Path(folder))
         try:
@@ -85,25 +91,29 @@ def build(lens, name: str, folder: Path):
     """The page for a model; answers are written into folders of their own below `folder`."""
     import gradio
 
-    from lens_jax.data.sample import SampleError, read_image
+    from lens_jax import answers
+    from lens_jax.data.arrays import read_picture
+    from lens_jax.data.questions import Question
+    from lens_jax.data.sample import SampleError
 
     busy = threading.Lock()  # one question at a time: the model fills its device
 
     def answer(file: str | None, sentence: str, reasoning: bool):
         if not file:
             raise gradio.Error("Choose a picture first.", title="No picture")
-        if not sentence.strip():
+        if not (sentence or "").strip():
             raise gradio.Error("Say what to segment: the sentence is empty.", title="No sentence")
         image = Path(file)
         try:
-            pixels = read_image(image)
+            pixels = read_picture(image)
             with busy:
                 result = lens.segment(pixels, sentence.strip(), reasoning=reasoning)
         except (SampleError, ValueError) as error:
             reason = str(error).removeprefix(f"{image}: ")
             raise gradio.Error(f"{image.name}: {reason}", title="This cannot be asked") from error
         place = Path(tempfile.mkdtemp(dir=folder))
-        predict.write(place, predict.Question(image, sentence.strip(), image.stem), pixels, result)
+        question = Question(Path(image.name), sentence.strip(), image.stem)
+        answers.write(place, question, pixels, result)
         overlay, mask, text = (
             str(place / f"{image.stem}.{end}") for end in ("overlay.png", "mask.png", "json")
         )

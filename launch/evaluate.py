@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from jsonargparse.typing import PositiveInt
 
@@ -29,8 +29,8 @@ SPLITS = {
 }
 # Tokens of prompt and completion together in the official evaluation, its data sets' default.
 OFFICIAL_LENGTH = 768
-# Expressions a device decodes together, always: numbers then depend on nothing but the device.
-ROWS = 8
+# Batches prepared ahead of the one that is decoded.
+AHEAD = 2
 
 # Key of the scores -> heading of the table, and how the value is written.
 COLUMNS = {
@@ -53,8 +53,9 @@ def evaluate(
     split: str | None = None,
     suite: str | None = None,
     reasoning: bool = False,
-    batch_size: PositiveInt = 16,
+    batch_size: PositiveInt = 8,
     devices: PositiveInt | None = None,
+    precision: Literal["float32", "bfloat16"] | None = None,
     limit: PositiveInt | None = None,
     max_length: PositiveInt | None = None,
     official_masks: bool = False,
@@ -74,8 +75,10 @@ def evaluate(
         suite: In place of --dataset: several, with commas between them, as DATASET:SPLIT, or
             DATASET for all of its held-out splits. The scores are then a list.
         reasoning: Ask for a line of thought before the answer.
-        batch_size: Expressions read ahead; no number depends on it.
+        batch_size: Expressions that a device decodes together. Scores may differ in the last
+            places between sizes, as between devices.
         devices: How many devices share the work; all that are present if not given.
+        precision: Of matrix products; float32 on CPU and bfloat16 elsewhere if not given.
         limit: Score only so many expressions of each split, the first ones.
         max_length: Tokens of prompt and completion together at most. Not given: 768, as in the
             official code; no such limit for folder, whose pictures may be larger.
@@ -116,11 +119,14 @@ def evaluate(
         ]
     except (ValueError, ConfigError) as error:
         raise cli.UsageError(str(error).replace("mesh.data", "--devices")) from error
-    for file in filter(None, (output, rows, page)):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    for flag, file in (("output", output), ("rows", rows), ("page", page)):
+        if file is not None and file.is_dir():
+            raise cli.UsageError(f"--{flag}: {file} is a folder, not a file")
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
 
-    lens = inference.Lens.from_pretrained(checkpoint, mesh=mesh)
-    together = ROWS * sharding.num_parts(mesh)
+    lens = inference.Lens.from_pretrained(checkpoint, mesh=mesh, precision=precision)
+    together = batch_size * sharding.num_parts(mesh)
     results, lines, sections = [], [], []
 
     def keep() -> None:
@@ -143,7 +149,7 @@ def evaluate(
             limit=limit,
             max_length=length_limit(name, max_length),
             reasoning=reasoning,
-            prefetch=-(-batch_size // together),
+            prefetch=AHEAD,
         )
         progress = partial(tqdm, desc=f"{name} {part}", unit="batch", dynamic_ncols=True)
         drawn = evaluation_page.Collector() if page is not None else None

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
 
     config = configuration.load(argv)
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     import jax
 
     from lens_jax import processes

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -85,13 +86,17 @@ def run(
             parser._option_string_actions[flag] = action
     try:
         options = parser.parse_args(None if argv is None else list(argv)).as_dict()
+        # Shells leave the ~ of --image=~/a.png to the program.
+        for name, value in options.items():
+            if isinstance(value, Path):
+                options[name] = Path(os.path.expanduser(value))
     except UsageError as error:
         return complain(error)
 
     from lens_jax.checkpoints import CheckpointError
     from lens_jax.data.sample import SampleError
 
-    keep_compiled_programs()
+    prepare_jax()
     try:
         return command(**options) or 0
     except (UsageError, CheckpointError, SampleError, OSError) as error:
@@ -125,10 +130,14 @@ def run_one_of(
     return run(command, argv[1:], prog=f"{prog} {name}", example=example)
 
 
-def keep_compiled_programs() -> None:
-    """Sets JAX's compilation cache: what one command compiled, the next one reads."""
+def prepare_jax() -> None:
+    """Sets JAX's compilation cache: what one command compiled, the next one reads; and keeps
+    libtpu away from machines without a TPU."""
     import jax
 
+    from lens_jax import tpu
+
+    tpu.pass_over_if_absent()
     if jax.config.jax_compilation_cache_dir is None:
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "lens-jax")
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -137,8 +146,17 @@ def keep_compiled_programs() -> None:
 def complain(error: Exception) -> int:
     """Prints an error, a line for each, clear of progress bars; returns the exit code for it."""
     for line in error.errors if isinstance(error, UsageError) else [str(error)]:
-        tqdm.write(f"error: {' '.join(line.split())}", file=sys.stderr)
+        tqdm.write(f"error: {printable(' '.join(line.split()))}", file=sys.stderr)
     return 2
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows: names of files may hold control characters, and bytes that are
+    no Unicode."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c
+        for c in text
+    )
 
 
 def _explain(message: str, flags: Iterable[str]) -> str:

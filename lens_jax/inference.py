@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,21 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from PIL import Image
 
-from lens_jax import checkpoints, sharding
+from lens_jax import checkpoints, sharding, tpu
+from lens_jax.data.arrays import to_picture
 from lens_jax.data.images import FACTOR, smart_resize, upsample_logits
-from lens_jax.data.pipeline import Buckets, Processor
-from lens_jax.data.sample import to_rgb
+from lens_jax.data.pipeline import Buckets, Processor, stack_prompts
 from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, abstract
+from lens_jax.models.precision import DTYPES, default, products
 from lens_jax.rewards import text_rewards
 from lens_jax.rollout.sampler import Rollout, generate
 from lens_jax.rollout.sampling import GREEDY, Sampling
 
-Picture = UInt8[np.ndarray, "H W 3"] | Image.Image
+Picture = str | os.PathLike[str] | Image.Image | Shaped[np.ndarray, "..."]
 
 # Shapes are rounded up to these, so that pictures of any size share a few compiled programs.
 BUCKETS = Buckets(
@@ -133,10 +136,15 @@ def read(state, prompts: Prompts, embedded, tokens, lengths, *, definition) -> A
 
 
 @partial(jax.jit, static_argnames=("definition",))
-def draw(state, prompts: Prompts, hidden, *, definition) -> tuple[Array, Array]:
-    """SAM's prompt token [B, E] and mask logits [B, h, w] from the queries' hidden states."""
+def draw(state, sam_pixels, hidden, *, definition) -> tuple[Array, Array]:
+    """SAM's prompt token [B, E] and mask logits [B, h, w] from the queries' hidden states.
+
+    Of the prompts it takes the pixels [B, A, A, 3] alone, which are of one size whatever the
+    prompts' buckets: it is compiled once for a number of rows.
+    """
     model = nnx.merge(definition, state)
-    masks = model.masks(model.sam_features(prompts), hidden, stability=True)
+    features = model.sam.encode(model.sam.normalize(sam_pixels))
+    masks = model.masks(features, hidden, stability=True)
     return model.context(hidden)[:, 0], masks.logits[:, 0]
 
 
@@ -161,8 +169,39 @@ def round_up(length: int) -> int:
     return -(-length // COMPLETION_BUCKET) * COMPLETION_BUCKET
 
 
-def _upright(image: Picture) -> UInt8[np.ndarray, "H W 3"]:
-    return to_rgb(image) if isinstance(image, Image.Image) else image
+def bucket_rows(rows: int, parts: int = 1) -> int:
+    """How many rows are decoded for so many: in each of `parts` 1, 2, 4, 8, ...
+
+    Few numbers of rows, few compiled programs.
+    """
+    return parts << (-(-rows // parts) - 1).bit_length()
+
+
+def _questions(
+    images: Sequence[Picture], prompts: Sequence[str]
+) -> list[tuple[UInt8[np.ndarray, "H W 3"], str]]:
+    """Pictures as arrays with their sentences. Raises ValueError for what is neither."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray):
+        raise ValueError(f"give a list of sentences, not {type(prompts).__name__}")
+    one = isinstance(images, np.ndarray) and images.ndim < 4
+    if one or not isinstance(images, Sequence | np.ndarray) or isinstance(images, str | bytes):
+        raise ValueError("give a list of pictures, or an array [N, H, W, 3]")
+    if len(images) != len(prompts):
+        raise ValueError(
+            f"{len(images)} pictures and {len(prompts)} sentences: give one sentence a picture"
+        )
+    asked = []
+    for number, (image, prompt) in enumerate(zip(images, prompts, strict=True), start=1):
+        where = f", number {number} of {len(images)}" if len(images) > 1 else ""
+        if not isinstance(prompt, str):
+            raise ValueError(f"the sentence{where} is text, not {type(prompt).__name__}")
+        if not prompt.strip():
+            raise ValueError(f"the sentence{where} is empty: say what to segment")
+        try:
+            asked.append((to_picture(image), prompt))
+        except ValueError as error:
+            raise ValueError(f"{error} (picture{where})" if where else str(error)) from error
+    return asked
 
 
 class Lens:
@@ -180,7 +219,9 @@ class Lens:
         mesh: jax.sharding.Mesh | None = None,
     ):
         self.definition, self.state = definition, state
-        self.config: LensConfig = nnx.merge(definition, state).config
+        model = nnx.merge(definition, state)
+        self.config: LensConfig = model.config
+        self.precision = "float32" if model.sam.dtype == jnp.float32 else "bfloat16"
         self.processor, self.generation, self.mesh = processor, generation, mesh
         read_text = text_rewards(processor.tokenizer)
         self._read_text = jax.jit(sharding.by_rows(read_text, mesh) if mesh else read_text)
@@ -197,14 +238,18 @@ class Lens:
 
         Args:
             mesh: devices that share a batch; None takes one device.
-            precision: `bfloat16` or `float32`; by default float32 on CPU, bfloat16 elsewhere.
+            precision: of matrix products, `bfloat16` or `float32` (on accelerators, too); by
+                default float32 on CPU, bfloat16 elsewhere.
 
         Raises:
             CheckpointError: the directory is missing, incomplete or damaged.
+            ValueError: there is no such precision.
         """
-        if precision is None:
-            precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[precision]
+        tpu.pass_over_if_absent()
+        precision = precision or default()
+        if precision not in DTYPES:
+            raise ValueError(f"precision: {precision!r} is none of {', '.join(DTYPES)}")
+        dtype = DTYPES[precision]
         config, params = checkpoints.load_pretrained(directory, dtype=dtype)
         params.pop("unused", None)
         config = LensConfig.from_dict(config)
@@ -230,30 +275,34 @@ class Lens:
     ) -> list[Result]:
         """Segments one picture for each prompt.
 
-        Raises ValueError for a sentence that is too long (`check_length`).
+        They are decoded together, filled up to 1, 2, 4, 8, ... rows on each device. Masks and boxes
+        lie on the upright picture.
 
         Args:
-            images: PIL images or uint8 arrays [H, W, 3]. PIL images are turned upright as their
-                EXIF orientation says; masks and boxes lie on the upright picture.
+            images: paths, PIL images or arrays, as `data.arrays.to_picture` takes them: uint8
+                [H, W, 3] and what is converted to that without doubt. Paths and PIL images are
+                turned upright as their EXIF orientation says.
             prompts: bare expressions; the checkpoint's template goes around them.
             reasoning: ask for a line of thought before the answer.
             temperature: 0 is greedy; above, completions are drawn.
             seed: of the draw; a completion depends on it and on its place in the batch.
+
+        Raises:
+            ValueError: a picture that cannot be read, a sentence that is empty or too long
+                (`check_length`), or not one sentence a picture.
         """
-        if not len(images) and not len(prompts):
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature: {temperature} is not a number of at least 0")
+        asked = _questions(images, prompts)
+        if not asked:
             return []
-        images = [_upright(image) for image in images]
-        rows = sharding.equal_parts(len(prompts), self.mesh) if self.mesh else len(prompts)
-        # A mesh takes equal parts: the last picture is asked as often as is missing.
-        alike = rows - len(prompts)
-        inputs = self._prompts(
-            [*images, *images[-1:] * alike], [*prompts, *prompts[-1:] * alike], reasoning
-        )
+        rows = bucket_rows(len(asked), sharding.num_parts(self.mesh) if self.mesh else 1)
+        inputs = self._prompts(asked, reasoning, rows=rows)
         sampling = Sampling(temperature=temperature) if temperature else None
         ids = np.arange(rows, dtype=np.int32)
         responses = self.respond(inputs, ids, seed=seed, sampling=sampling)
         results = []
-        for i, image in enumerate(images):
+        for i, (image, _) in enumerate(asked):
             size = image.shape[:2]
             low = responses.mask_logits[i]
             box = None
@@ -284,25 +333,26 @@ class Lens:
         longest = self.generation.max_new_tokens
         limit = np.minimum(longest if limit is None else limit, np.full(len(sample_id), longest))
         prompts, sample_id, limit = self._place((prompts, sample_id, limit.astype(np.int32)))
-        written, embedded, hidden = write(
-            self.state,
-            prompts,
-            sample_id,
-            jax.random.key(seed),
-            sampling,
-            np.array(self.generation.end_tokens, np.int32),
-            limit,
-            definition=self.definition,
-            max_new_tokens=round_up(longest),
-        )
-        kept = round_up(int(written.lengths.max()))
-        tokens, lengths = written.tokens[:, 0, :kept], written.lengths[:, 0]
-        if hidden is None:
-            hidden = read(
-                self.state, prompts, embedded, tokens, lengths, definition=self.definition
+        with products(self.precision):
+            written, embedded, hidden = write(
+                self.state,
+                prompts,
+                sample_id,
+                jax.random.key(seed),
+                sampling,
+                np.array(self.generation.end_tokens, np.int32),
+                limit,
+                definition=self.definition,
+                max_new_tokens=round_up(longest),
             )
-        _, logits = draw(self.state, prompts, hidden, definition=self.definition)
-        text = dict(self._read_text(tokens, lengths))
+            kept = round_up(int(written.lengths.max()))
+            tokens, lengths = written.tokens[:, 0, :kept], written.lengths[:, 0]
+            if hidden is None:
+                hidden = read(
+                    self.state, prompts, embedded, tokens, lengths, definition=self.definition
+                )
+            _, logits = draw(self.state, prompts.sam_pixels, hidden, definition=self.definition)
+            text = dict(self._read_text(tokens, lengths))
         tokens, lengths, ended, logits, text = self._take(
             (tokens, lengths, written.ended[:, 0], logits, text)
         )
@@ -333,16 +383,23 @@ class Lens:
         ids = np.asarray(ids, np.int32)
         tokens = np.pad(ids, (0, round_up(max(1, len(ids))) - len(ids)))[None]
         lengths = np.array([len(ids)], np.int32)
-        prompts = self._prompts([_upright(image)], [prompt], reasoning)
-        embedded = embed(self.state, prompts, definition=self.definition)
-        hidden = read(self.state, prompts, embedded, tokens, lengths, definition=self.definition)
-        drawn = draw(self.state, prompts, hidden, definition=self.definition)
+        prompts = self._prompts(_questions([image], [prompt]), reasoning)
+        static = {"definition": self.definition}
+        with products(self.precision):
+            embedded = embed(self.state, prompts, **static)
+            hidden = read(self.state, prompts, embedded, tokens, lengths, **static)
+            drawn = draw(self.state, prompts.sam_pixels, hidden, **static)
         return tuple(np.asarray(x[0], np.float32) for x in drawn)
 
-    def _prompts(self, images, prompts, reasoning) -> Prompts:
-        for image, prompt in zip(images, prompts, strict=True):
+    def _prompts(
+        self, asked: Sequence[tuple[np.ndarray, str]], reasoning: bool, *, rows: int = 1
+    ) -> Prompts:
+        """A batch of pictures with their sentences; copies of the last make it `rows`."""
+        made = []
+        for image, prompt in asked:
             check_length(self.processor, image.shape[:2], prompt, reasoning)
-        return self.processor.prompts(images, prompts, reasoning=reasoning, buckets=BUCKETS)
+            made.append(self.processor.prompt(image, prompt, reasoning=reasoning))
+        return stack_prompts(made + made[-1:] * (rows - len(made)), BUCKETS)
 
     def _place(self, batch):
         if self.mesh is None:

@@ -23,6 +23,7 @@ from lens_jax.config import ConfigError, GRPOConfig, RunConfig, StageConfig, imp
 from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
+from lens_jax.models.precision import DTYPES, products
 from lens_jax.rewards.sentence import Score
 from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.rollout.sampler import Rollout, rollout
@@ -33,7 +34,7 @@ from lens_jax.training.state import TrainState, among, create, make_optimizer, m
 
 def precision(config: RunConfig) -> AbstractContextManager:
     """Under which a run's programs are traced."""
-    return jax.default_matmul_precision("highest" if config.precision == "float32" else "default")
+    return products(config.precision)
 
 
 def abstract_model(config: RunConfig, shapes: LensConfig, mesh: Mesh) -> LensModel:
@@ -271,4 +272,4 @@ def _objective(settings: GRPOConfig) -> grpo.Objective:
 
 
 def _dtype(config: RunConfig):
-    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.precision]
+    return DTYPES[config.precision]

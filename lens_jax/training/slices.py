@@ -146,9 +146,9 @@ def _evaluation(config, mesh, model, end_tokens, repetition_penalty) -> Iterator
     yield Program(
         "evaluation.draw",
         jax.jit(draw, keep_unused=True),
-        (copy, prompts, hidden),
-        named=named | {"batch": (prompts, hidden)},
-        beside=beside,
+        (copy, prompts.sam_pixels, hidden),
+        named=named | {"batch": (prompts.sam_pixels, hidden)},
+        beside=beside | {"batch": dataclasses.replace(prompts, sam_pixels=None)},
     )
 
 

@@ -157,14 +157,13 @@ def evaluated(run: Official, checkpoint, golden_dir, folder, monkeypatch, bucket
         responses.extend(zip(out.mask_logits, out.box, out.box_found, strict=True))
         return out
 
-    monkeypatch.setattr(evaluate, "ROWS", 1)
     monkeypatch.setattr(inference, "write", stored)
     monkeypatch.setattr(inference.Lens, "respond", record)
     monkeypatch.setattr(inference, "BUCKETS", buckets)
     monkeypatch.setattr(inference, "COMPLETION_BUCKET", room)
     scores, rows = folder / "scores.json", folder / "rows.jsonl"
     flags = ["--checkpoint", checkpoint, "--data_dir", golden_dir / "datasets", *run.flags()]
-    flags += ["--output", scores, "--rows", rows, "--devices", "1"]
+    flags += ["--output", scores, "--rows", rows, "--devices", "1", "--batch_size", "1"]
     assert evaluate.main([str(flag) for flag in flags]) == 0
     rows = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     return json.loads(scores.read_text()), rows, responses

@@ -126,7 +126,7 @@ def test_a_taken_port_is_one_line(refused, checkpoint, monkeypatch):
     gradio = pytest.importorskip("gradio", reason="gradio is not installed")
     with gradio.Blocks(analytics_enabled=False) as page:
         pass
-    monkeypatch.setattr(Lens, "from_pretrained", lambda directory: None)
+    monkeypatch.setattr(Lens, "from_pretrained", lambda directory, **_: None)
     monkeypatch.setattr(demo, "build", lambda *_: page)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -10,6 +10,7 @@ from launch import evaluate
 from lens_jax import evaluation
 from lens_jax.data import images
 from lens_jax.data.sample import SampleError
+from lens_jax.inference import Lens
 from lens_jax.training import evaluation_page
 
 KEYS = {
@@ -97,6 +98,8 @@ def test_mistakes_are_one_line(refused, asked, tmp_path, data_dir):
     assert "names splits itself" in refused(evaluate.main, *none, *val, "--suite", "refcoco")
     assert "--devices 99" in says(*val, "--devices", 99)
     assert "did you mean --limit" in says(*val, "--limits", 3)
+    assert "float32, bfloat16, got half" in says(*val, "--precision", "half")
+    assert f"--rows: {tmp_path} is a folder" in says(*val, "--rows", tmp_path)
 
 
 def test_a_damaged_picture_is_named(asked, data_dir, tmp_path, capfd):
@@ -112,20 +115,27 @@ def test_a_damaged_picture_is_named(asked, data_dir, tmp_path, capfd):
     assert f"error: {pictures[1]}: not a readable picture" in error
 
 
-def test_batch_size_changes_nothing_and_devices_agree(asked, tmp_path, monkeypatch):
-    """Nine expressions, two a device: the last batch of each is filled up.
+def test_batch_sizes_and_devices_agree(asked, tmp_path, monkeypatch):
+    """Nine expressions: the last batch is filled up.
 
-    Meshes may round differently: a pixel may be another one where its logit is next to 0.
+    Programs of other shapes may round differently: a pixel may be another one where its logit is
+    next to 0.
     """
-    monkeypatch.setattr(evaluate, "ROWS", 2)
-    scores, rows, logits = {}, {}, {}
+    scores, rows, logits, sizes = {}, {}, {}, {}
+
+    def respond(lens, prompts, *args, **options):
+        sizes[key] = len(prompts.tokens)
+        return answer(lens, prompts, *args, **options)
+
+    answer = Lens.respond
+    monkeypatch.setattr(Lens, "respond", respond)
 
     def upsampled(low, size):
         logits[key].append(images.upsample_logits(low, size))
         return logits[key][-1]
 
     monkeypatch.setattr(evaluation, "upsample_logits", upsampled)
-    for devices, batch_size in ((1, 1), (1, 3), (1, 8), (8, 8)):
+    for devices, batch_size in ((1, 3), (8, 2)):
         files = [tmp_path / f"{devices}-{batch_size}.{end}" for end in ("json", "jsonl")]
         flags = ("--split", "val", "--limit", 9, "--batch_size", batch_size, "--devices", devices)
         flags = (*asked, *flags, "--output", files[0], "--rows", files[1])
@@ -134,10 +144,9 @@ def test_batch_size_changes_nothing_and_devices_agree(asked, tmp_path, monkeypat
         assert evaluate.main([str(flag) for flag in flags]) == 0
         scores[key] = json.loads(files[0].read_text()) | {"seconds": None}
         rows[key] = [json.loads(line) for line in files[1].read_text().splitlines()]
-    assert rows[1, 1] == rows[1, 3] == rows[1, 8]
-    assert scores[1, 1] == scores[1, 3] == scores[1, 8]
-    assert scores[1, 1]["samples"] == len(rows[8, 8]) == 9
-    for one, eight, a, b in zip(rows[1, 1], rows[8, 8], logits[1, 1], logits[8, 8], strict=True):
+    assert sizes == {(1, 3): 3, (8, 2): 16}
+    assert scores[1, 3]["samples"] == len(rows[8, 2]) == 9
+    for one, eight, a, b in zip(rows[1, 3], rows[8, 2], logits[1, 3], logits[8, 2], strict=True):
         assert one["completion"] == eight["completion"] and one["box"] == eight["box"]
         other = (a > 0) != (b > 0)
         assert np.all(np.abs(a[other]) < 1e-4)

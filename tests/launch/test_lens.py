@@ -1,12 +1,16 @@
 """lens_jax.Lens, as scripts call it."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens_jax import Lens, sharding
+from lens_jax import Lens, inference, sharding
 from lens_jax.config import MeshConfig
 from lens_jax.data.sources import open_source
+from lens_jax.rollout.sampler import Rollout
 
 SENTENCES = ("the red circle", "the square on the left", "it")
 
@@ -41,7 +45,7 @@ def test_what_a_completion_prompts_sam_with(lens, image, results):
 
 
 def test_a_given_completion_draws_what_it_drew_when_it_was_written(lens, image):
-    inputs = lens._prompts([image], SENTENCES[:1], False)
+    inputs = lens._prompts([(image, SENTENCES[0])], False)
     written = lens.respond(inputs, np.zeros(1, np.int32))
     tokens = written.tokens[0, : written.lengths[0]]
     given = lens.mask_logits(image, SENTENCES[0], tokens)
@@ -60,8 +64,6 @@ def test_devices_share_pictures_that_do_not_divide(checkpoint, image, results):
         assert ours.completion == alone.completion
         np.testing.assert_allclose(ours.mask_logits, alone.mask_logits, rtol=1e-4, atol=1e-4)
     assert lens.segment_batch([], []) == []
-    with pytest.raises(ValueError):
-        lens.segment_batch([image], [])
 
 
 def test_drawn_completions_depend_on_the_seed(lens, image):
@@ -69,3 +71,99 @@ def test_drawn_completions_depend_on_the_seed(lens, image):
         lens.segment(image, "it", temperature=2.0, seed=seed).completion for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_few_numbers_of_rows():
+    assert [inference.bucket_rows(n) for n in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert [inference.bucket_rows(n, 3) for n in (1, 3, 4, 7, 12, 13)] == [3, 3, 6, 12, 12, 24]
+
+
+def test_programs_serve_other_rows_and_prompts(lens, image, monkeypatch):
+    """Three rows are decoded as four are; SAM does not care how long a sentence is.
+
+    A stand-in is compiled in place of the language model, for the same shapes.
+    """
+
+    @partial(jax.jit, static_argnames=("definition", "max_new_tokens"))
+    def write(state, prompts, sample_id, *_, definition, max_new_tokens):
+        rows, config = len(prompts.tokens), lens.config
+        tokens = jnp.ones((rows, 1, max_new_tokens), jnp.int32)
+        ones = jnp.ones((rows, 1), jnp.int32)
+        hidden = jnp.zeros((rows, 1, config.num_queries, config.mllm.hidden_size))
+        return Rollout(tokens, ones, tokens * 0.0, ones > 0), None, hidden
+
+    def compiled() -> tuple[int, int]:
+        return write._cache_size(), inference.draw._cache_size()
+
+    monkeypatch.setattr(inference, "write", write)
+    assert len(lens.segment_batch([image] * 3, SENTENCES)) == 3
+    once = compiled()
+    assert len(lens.segment_batch([image] * 4, ["it"] * 4)) == 4
+    assert compiled() == once
+    lens.segment_batch([image] * 4, ["red " * 200] * 4)
+    assert compiled() == (once[0] + 1, once[1])
+
+
+def test_float32_multiplies_in_float32(lens, image, monkeypatch):
+    """On GPUs and TPUs as well, whatever JAX's own setting: their products are marked so."""
+    texts = {}
+
+    def spy(name):
+        program = getattr(inference, name)
+
+        def call(*args, **options):
+            texts[name] = program.lower(*args, **options).as_text()
+            return program(*args, **options)
+
+        monkeypatch.setattr(inference, name, call)
+
+    for name in ("write", "embed", "read", "draw"):
+        spy(name)
+    with jax.default_matmul_precision("default"):
+        lens.segment(image, SENTENCES[0])
+        lens.mask_logits(image, SENTENCES[0], "it")
+    for name, text in texts.items():
+        products = [x for x in text.split("\n") if ".dot_general" in x or ".convolution" in x]
+        assert len(products) > 5, name
+        assert all("HIGHEST, HIGHEST" in x or x.count("precision HIGHEST") == 2 for x in products)
+    assert len(texts) == 4
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "reason"),
+    [
+        ("a", ["it"], "a list of pictures"),
+        (1, ["it"], "a list of pictures"),
+        ([1], "it", "a list of sentences"),
+        ([1], None, "a list of sentences"),
+        ([1, 1], ["it"], "2 pictures and 1 sentences"),
+        ([1], [], "1 pictures and 0 sentences"),
+        ([1], [None], "the sentence is text, not NoneType"),
+        ([1], [["it"]], "the sentence is text, not list"),
+        ([1, 1], ["it", " \n"], "the sentence, number 2 of 2 is empty"),
+        ([1, 2], ["it", "it"], "0 to 1, not 2 to 2"),
+        (["none.png"], ["it"], "none.png: no such picture"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(lens, image, images, prompts, reason):
+    pictures = {1: image, 2: np.full((5, 6), 2.0)}
+    if isinstance(images, list):
+        images = [pictures.get(x, x) for x in images]
+    else:
+        images = pictures.get(images, images)
+    with pytest.raises(ValueError) as error:
+        lens.segment_batch(images, prompts)
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_options_are_one_line(lens, checkpoint, image):
+    for prompt in (None, "", " ", ["it"]):
+        with pytest.raises(ValueError, match="the sentence is"):
+            lens.segment(image, prompt)
+        with pytest.raises(ValueError, match="the sentence is"):
+            lens.mask_logits(image, prompt, "it")
+    for temperature in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature"):
+            lens.segment(image, "it", temperature=temperature)
+    with pytest.raises(ValueError, match="'half' is none of float32, bfloat16"):
+        Lens.from_pretrained(checkpoint, precision="half")

@@ -1,6 +1,8 @@
 """launch/predict.py: files, names, mistakes."""
 
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -9,11 +11,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from launch import predict
-from lens_jax import inference
-from lens_jax.data.sample import read_image
+from lens_jax import answers, inference
+from lens_jax.data.questions import Question
 from lens_jax.inference import Result
 
-KEYS = {"prompt", "completion", "box", "mask_area", "rle"}
+KEYS = {"image", "prompt", "completion", "box", "mask_area", "rle"}
 
 
 @pytest.fixture
@@ -60,12 +62,13 @@ def test_one_picture_of_any_shape(checkpoint, tmp_path, capsys):
     argv = ["--checkpoint", checkpoint, "--image", image, "--prompt", "null", "--output", output]
     assert predict.main([str(a) for a in argv]) == 0
     assert names(output) == files_of("wide.name")
-    check(output, "wide.name", "null", (120, 40))
+    answer = check(output, "wide.name", "null", (120, 40))
+    assert answer["image"] == str(image)
     assert str(output) in capsys.readouterr().out
 
 
 def test_a_folder_in_batches_of_one_shape(checkpoint, pictures, tmp_path, monkeypatch):
-    """Four pictures by three: the last batch is filled up, and nothing of that is written."""
+    """Four pictures by three."""
     monkeypatch.setattr(predict, "BATCH", 3)
     output = tmp_path / "out"
     argv = ["--checkpoint", checkpoint, "--image", pictures, "--prompt", "it", "--output", output]
@@ -91,15 +94,9 @@ def test_a_jsonl_file_and_a_damaged_picture(checkpoint, pictures, tmp_path, capf
     check(output, "b", "y", (112, 112))
     check(output, "a-2", rows[3][1], (112, 112))
     out, err = capfd.readouterr()
-    assert "3 pictures" in out
+    assert f"3 pictures segmented, 1 refused: see {output}" in out
     errors = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("error: ")]
     assert len(errors) == 1 and "bad.jpg" in errors[0]
-
-
-def test_stems_are_unique(tmp_path):
-    images = ["x/a.jpg", "y/a.png", "a-2.jpg", "x/a.jpg", "a-2.jpg"]
-    questions = predict.name([(tmp_path / image, "p") for image in images])
-    assert [q.stem for q in questions] == ["a", "a-3", "a-2", "a-4", "a-2-2"]
 
 
 @pytest.mark.parametrize(
@@ -113,20 +110,13 @@ def test_stems_are_unique(tmp_path):
 def test_what_is_written(tmp_path, box, written):
     mask = np.zeros((30, 50), bool)
     mask[4:9, 10:31] = mask[20, 3] = True
-    question = predict.Question(tmp_path / "a.jpg", "p", "a")
+    question = Question(tmp_path / "a.jpg", "p", "a")
     result = Result("text", box, mask, np.zeros((4, 4), np.float32))
-    predict.write(tmp_path, question, np.zeros((30, 50, 3), np.uint8), result)
+    answers.write(tmp_path, question, np.zeros((30, 50, 3), np.uint8), result)
     answer = check(tmp_path, "a", "p", (50, 30))
     assert answer["box"] == written
     assert (answer["mask_area"], answer["completion"]) == (106, "text")
     assert isinstance(answer["rle"]["counts"], str) and answer["rle"]["size"] == [30, 50]
-
-
-def test_our_own_pictures_are_no_input(pictures):
-    for name in ("a.mask.png", "a.overlay.png"):
-        Image.new("L", (8, 8)).save(pictures / name)
-    listed = [file.name for file, _ in predict._pictures(pictures, "p")]
-    assert listed == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
 
 
 def test_mistakes_are_one_line(refused, checkpoint, pictures, tmp_path):
@@ -144,7 +134,10 @@ def test_mistakes_are_one_line(refused, checkpoint, pictures, tmp_path):
     assert "notes.txt: not a readable picture" in says(
         "--image", pictures / "notes.txt", "--prompt", "p"
     )
-    assert "no pictures" in says("--image", checkpoint, "--prompt", "p")
+    nothing = says("--image", checkpoint, "--prompt", "p")
+    assert "holds no pictures, " in nothing and ".json" in nothing
+    assert "notes.txt is a file" in says(*asked, "--output", pictures / "notes.txt")
+    assert "one of float32, bfloat16, got half" in says(*asked, "--precision", "half")
     assert "--jsonl" in says("--prompt", "p")
     assert "--jsonl" in says(*asked, "--jsonl", picture)
     assert "--thoughts" in says(*asked, "--thoughts", "true")
@@ -156,36 +149,34 @@ def test_mistakes_are_one_line(refused, checkpoint, pictures, tmp_path):
     assert not output.exists() or not names(output)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no questions"),
-        ('{"image": "a.jpg", "prompt": "p"}\n{"image"', "line 2: not JSON"),
-        ('{"image": "a.jpg"}', "line 1: 'prompt' is missing or empty"),
-        ('{"image": "a.jpg", "prompt": " "}', "line 1: 'prompt' is missing or empty"),
-        ('{"prompt": "p"}', "line 1: 'image' is missing or empty"),
-        ('["a.jpg", "p"]', "line 1: 'image' is missing or empty"),
-    ],
-)
-def test_mistakes_in_a_jsonl_file(refused, checkpoint, tmp_path, text, message):
+def test_a_mistake_in_a_list_is_one_line(refused, checkpoint, tmp_path):
     file = tmp_path / "q.jsonl"
-    file.write_text(text)
+    file.write_text('{"image": "a.jpg"}')
     error = refused(predict.main, "--checkpoint", checkpoint, "--jsonl", file)
-    assert "q.jsonl" in error and message in error
+    assert "q.jsonl, line 1: 'prompt' is missing or empty" in error
 
 
-def test_a_second_start_skips_what_is_done(checkpoint, pictures, tmp_path, capsys, monkeypatch):
-    """A missing file, another sentence, a changed picture: asked again. The same: not."""
-    asked = []
-    box, mask = np.array([1, 2, 30, 40], np.float32), np.ones((112, 112), bool)
+@pytest.fixture
+def asked(monkeypatch):
+    """What a stand-in for the model was asked; its masks are the pictures' bright pixels."""
+    sentences = []
+    box = np.array([1, 2, 30, 40], np.float32)
 
     class Fake:
         def segment_batch(self, images, prompts, *, reasoning):
-            asked.extend(prompts)
-            return [Result("text", box, mask, np.zeros((4, 4), np.float32)) for _ in prompts]
+            sentences.extend(prompts)
+            return [
+                Result("text", box, image[..., 0] > 128, np.zeros((4, 4), np.float32))
+                for image in images
+            ]
 
-    monkeypatch.setattr(inference.Lens, "from_pretrained", lambda directory: Fake())
+    monkeypatch.setattr(inference.Lens, "from_pretrained", lambda directory, **_: Fake())
     monkeypatch.setattr(predict, "BATCH", 1)
+    return sentences
+
+
+def test_a_second_start_skips_what_is_done(checkpoint, pictures, tmp_path, capsys, asked):
+    """A missing file, another sentence, a changed picture: asked again. The same: not."""
     output = tmp_path / "out"
 
     def ask(prompt="it", *flags) -> int:
@@ -195,26 +186,104 @@ def test_a_second_start_skips_what_is_done(checkpoint, pictures, tmp_path, capsy
         return len(asked)
 
     assert ask() == 4
-    capsys.readouterr()
-    assert ask() == 0
     out = capsys.readouterr().out
-    assert "4 questions are answered already" in out and "4 pictures" in out
+    assert f"4 pictures segmented, 1 file of another kind passed over (.txt 1): see {output}" in out
+    assert ask() == 0
+    assert "4 pictures segmented (4 of them before)" in capsys.readouterr().out
     (output / "a.json").unlink()
     (output / "b.mask.png").write_bytes(b"cut off")
     shutil.copy(pictures / "d.jpg", pictures / "c.jpg")
-    assert ask() == 3
+    (output / "d.overlay.png").unlink()
+    assert ask() == 4
+    for file in pictures.iterdir():
+        os.utime(file, (1_600_000_000, 1_600_000_000))
+    assert ask("it", "--precision", "float32") == 0
+    assert ask("it", "--precision", "bfloat16") == 4
     assert ask("it", "--reasoning", "true") == 4
     assert ask("another") == 4
     assert ask("another") == 0
 
 
-def test_a_picture_that_lies_on_its_side(tmp_path):
-    """EXIF orientation 6: to be turned by a quarter; everything is in the upright picture."""
-    file = tmp_path / "side.jpg"
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.new("RGB", (60, 40)).save(file, exif=exif)
-    assert read_image(file).shape == (60, 40, 3)
+def test_pictures_of_one_size_and_time_are_told_apart(checkpoint, tmp_path, asked):
+    """As archives and checkouts make them: asked about in one order, then in the other."""
+    white = {}
+    for folder, bright in (("x", 0), ("y", 1)):
+        (tmp_path / folder).mkdir()
+        pixels = np.zeros((30, 50), np.uint8)
+        pixels[:, bright * 25 : bright * 25 + 10] = 255
+        file = tmp_path / folder / "0.bmp"
+        Image.fromarray(pixels).save(file)
+        os.utime(file, (1_600_000_000, 1_600_000_000))
+        white[str(file)] = pixels == 255
+    for order in ("xy", "yx", "yx", "xy"):
+        rows = [{"image": f"{folder}/0.bmp", "prompt": "it"} for folder in order]
+        jsonl = tmp_path / "questions.jsonl"
+        jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = ("--checkpoint", checkpoint, "--jsonl", jsonl, "--output", tmp_path / "out")
+        assert predict.main([str(flag) for flag in flags]) == 0
+        for folder, stem in zip(order, ("0", "0-2"), strict=True):
+            answer = check(tmp_path / "out", stem, "it", (50, 30))
+            assert answer["image"] == str(tmp_path / folder / "0.bmp")
+            mask = coco_mask.decode(answer["rle"])
+            np.testing.assert_array_equal(mask, white[answer["image"]])
+    assert len(asked) == 6
+    # The same content under another name: the answer is kept, and names it.
+    shutil.move(tmp_path / "x", tmp_path / "z")
+    jsonl.write_text(json.dumps({"image": "z/0.bmp", "prompt": "it"}))
+    assert predict.main([str(flag) for flag in flags]) == 0
+    assert len(asked) == 6
+    assert check(tmp_path / "out", "0", "it", (50, 30))["image"] == str(tmp_path / "z" / "0.bmp")
+
+
+def test_one_bad_name_ends_no_other(checkpoint, pictures, tmp_path, capfd, asked, monkeypatch):
+    """Names that no answer can have, files that are none, files that are somebody else's."""
+    shutil.copy(pictures / "a.jpg", pictures / f"{'l' * 251}.jpg")
+    shutil.copy(pictures / "a.jpg", os.fsencode(pictures) + b"/caf\xe9.jpg")
+    shutil.copy(pictures / "a.jpg", pictures / "new\nline.jpg")
+    (pictures / "folder.png").mkdir()
+    os.mkfifo(pictures / "pipe.png")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "b.json").write_text('{"shapes": []}')  # as labelme writes them
+    Image.new("L", (4, 4)).save(output / "c.mask.png")
+    (output / "d.overlay.png").mkdir()
+    argv = ["--checkpoint", checkpoint, "--image", pictures, "--prompt", "p", "--output", output]
+    argv = [str(a) for a in argv]
+    assert predict.main(argv) == 2
+    out, err = capfd.readouterr()
+    lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("error: ")]
+    wrong = ("b.json is there", "c.mask.png is there", "d.overlay.png is there", "folder.png: a")
+    for said in (*wrong, "takes 263 bytes", "pipe.png: a pipe"):
+        assert sum(said in line for line in lines) == 1, (said, lines)
+    assert len(lines) == 6
+    assert "3 pictures segmented, 6 refused, 1 file of another kind passed over (.txt 1)" in out
+    assert (output / "b.json").read_text() == '{"shapes": []}'
+    with Image.open(output / "c.mask.png") as mask:
+        assert mask.size == (4, 4)
+    for stem in ("a", "new\nline", os.fsdecode(b"caf\xe9")):
+        answer = check(output, stem, "p", (112, 112))
+        assert os.path.samefile(answer["image"], pictures / f"{stem}.jpg")
+
+
+@pytest.mark.parametrize(("number", "others"), [(errno.EACCES, 3), (errno.ENOSPC, 0)])
+def test_an_answer_that_cannot_be_written(
+    checkpoint, pictures, tmp_path, capfd, asked, monkeypatch, number, others
+):
+    """It costs itself; a full disk ends all, for nothing more could be kept."""
+    whole = answers.write
+
+    def write(output, question, *args):
+        if question.stem == "a":
+            raise OSError(number, os.strerror(number), "a.json")
+        whole(output, question, *args)
+
+    monkeypatch.setattr(answers, "write", write)
+    argv = ["--checkpoint", checkpoint, "--image", pictures, "--prompt", "p"]
+    assert predict.main([str(a) for a in (*argv, "--output", tmp_path / "out")]) == 2
+    out, err = capfd.readouterr()
+    assert os.strerror(number) in err and "a.json" in err
+    assert len(list((tmp_path / "out").glob("*.json"))) == others
+    assert (f"{others} pictures segmented, 1 refused" in out) == bool(others)
 
 
 def test_a_sentence_that_is_too_long_is_one_line(refused, checkpoint, pictures, tmp_path):

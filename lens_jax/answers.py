@@ -1,0 +1,145 @@
+"""Answers as files: STEM.mask.png, STEM.overlay.png and STEM.json."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pycocotools import mask as coco_mask
+
+from lens_jax import files
+from lens_jax.data.arrays import check_is_file
+from lens_jax.data.questions import MASK, OVERLAY, TEXT, Question
+from lens_jax.inference import Result
+from lens_jax.training import drawing
+
+KEY = "lens"  # the text of a mask's PNG that says what was asked of which checkpoint
+OURS = {"prompt", "completion", "mask_area", "rle"}  # keys of an answer, new or old
+
+
+class TakenError(Exception):
+    """An answer that must not or cannot be written; the text names the file and says why."""
+
+
+def identify(checkpoint: Path, **options: str | bool) -> str:
+    """What answers depend on besides the question: configuration, checksums and options."""
+    names = ("lens_config.json", "manifest.json")
+    content = b"".join(file.read_bytes() for name in names if (file := checkpoint / name).is_file())
+    return json.dumps([hashlib.sha256(content).hexdigest(), options], sort_keys=True)
+
+
+def fingerprint(question: Question, identity: str) -> str:
+    """Of what is asked: the picture's bytes, the sentence and `identity`.
+
+    Raises:
+        SampleError: the picture is no regular file.
+        OSError: it cannot be read.
+    """
+    check_is_file(question.image)
+    with open(question.image, "rb") as file:
+        picture = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps([identity, picture, question.prompt]).encode()).hexdigest()
+
+
+def is_done(output: Path, question: Question, asked: str) -> bool:
+    """Whether the files of an answer to the question with the fingerprint `asked` are there.
+
+    A picture of the same content may have had another name then: the answer is given the new one.
+    """
+    mask, overlay, text = _files(output, question)
+    if not (text.is_file() and overlay.is_file() and _asked(mask) == asked):
+        return False
+    answer = _read(text)
+    if answer is not None and answer.get("image") != str(question.image):
+        _write_text(text, answer | {"image": str(question.image)})
+    return answer is not None
+
+
+def check_room(output: Path, question: Question) -> None:
+    """Raises TakenError where the answer's names are too long, or files of others have them."""
+    longest = os.fsencode(f"{question.stem}{OVERLAY}")
+    limit = os.pathconf(output, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    if len(longest) > limit:
+        raise TakenError(
+            f"{question.image}: STEM{OVERLAY} takes {len(longest)} bytes for a name, more than the "
+            f"{limit} that {output} allows: give the picture a shorter name"
+        )
+    mask, _, text = found = _files(output, question)
+    there = [file for file in found if os.path.lexists(file)]
+    if there and _asked(mask) is None and _read(text) is None:
+        raise TakenError(
+            f"{question.image}: {there[0]} is there and no answer of predict.py: move it, or give "
+            "another --output"
+        )
+
+
+def write(
+    output: Path,
+    question: Question,
+    pixels: UInt8[np.ndarray, "H W 3"],
+    result: Result,
+    asked: str = "",
+) -> None:
+    """Writes the three files of an answer; the JSON, written last, says that all are there.
+
+    Args:
+        asked: the question's fingerprint, by which `is_done` knows the answer.
+    """
+    box = result.box
+    if box is not None and not np.isfinite(box).all():
+        box = None
+    rle = coco_mask.encode(np.asfortranarray(result.mask.astype(np.uint8)))
+    answer = {
+        "image": str(question.image),
+        "prompt": question.prompt,
+        "completion": result.completion,
+        "box": None if box is None else [float(v) for v in box],
+        "mask_area": int(result.mask.sum()),
+        "rle": {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")},
+    }
+    picture = Image.fromarray(result.mask.astype(np.uint8) * 255)
+    info = PngInfo()
+    if asked:
+        info.add_text(KEY, asked)
+    mask, overlay, text = _files(output, question)
+    text.unlink(missing_ok=True)
+    unfinished = mask.with_name(f".{mask.name}")
+    picture.save(unfinished, format="PNG", pnginfo=info)
+    unfinished.replace(mask)
+    drawn = drawing.overlay(pixels, box, result.mask, side=max(drawing.PANEL, *picture.size))
+    drawn.save(overlay)
+    _write_text(text, answer)
+
+
+def _files(output: Path, question: Question) -> tuple[Path, Path, Path]:
+    mask, overlay, text = (output / f"{question.stem}{end}" for end in (MASK, OVERLAY, TEXT))
+    return mask, overlay, text
+
+
+def _asked(mask: Path) -> str | None:
+    """The fingerprint that a mask of ours holds."""
+    if not mask.is_file():
+        return None
+    try:
+        with Image.open(mask) as picture:
+            return picture.info.get(KEY)
+    except Exception:  # no picture, or none of ours
+        return None
+
+
+def _read(text: Path) -> dict[str, Any] | None:
+    """An answer's JSON; None for anything else."""
+    try:
+        answer = json.loads(text.read_bytes()) if text.is_file() else None
+    except (OSError, ValueError):
+        return None
+    return answer if isinstance(answer, dict) and answer.keys() >= OURS else None
+
+
+def _write_text(text: Path, answer: dict[str, Any]) -> None:
+    files.write_text(text, json.dumps(answer, ensure_ascii=False, indent=1) + "\n")
