@@ -18,13 +18,11 @@ def read(data_dir: Path, dataset: str) -> Iterator[Found | LeftOut]:
 
 
 def _objects(sources: list[refcoco.RefCoco], data_dir: Path) -> Iterator[Found | LeftOut]:
-    said = set()  # a ref too broken to name its split is in all of them
-    for source in sources:
+    for number, source in enumerate(sources):
         for ref in source.refs:
             if ref.error is None:
                 yield _object(source, ref, data_dir)
-            elif ref.error not in said:
-                said.add(ref.error)
+            elif number == 0 or not ref.everywhere:
                 yield LeftOut("its ref is broken", ref.error)
 
 

@@ -53,7 +53,8 @@ REFCLEF_FOLDERS = ("refer_seg/images/saiapr_tc-12", "saiapr_tc-12")
 class Ref:
     """A referred object before its picture is read: its sentences and its annotation.
 
-    `error` says why a ref cannot be used; the rest is then empty.
+    `error` says why a ref cannot be used; the rest is then empty. `everywhere`: its split cannot be
+    read, so that it counts in every one.
     """
 
     ref_id: int | None
@@ -64,6 +65,7 @@ class Ref:
     bbox: tuple[float, ...] | None = None  # x, y, width, height; None: nothing is meant
     segmentation: Any = None
     error: str | None = None
+    everywhere: bool = False
 
 
 class RefCoco:
@@ -245,7 +247,8 @@ def _join(refs: list[dict[str, Any]], split: str, refs_file: Path) -> list[Ref]:
         try:
             joined.append(_ref(ref, images, annotations))
         except ValueError as error:
-            joined.append(Ref(None, error=f"{where}: {error}"))
+            everywhere = not isinstance(ref.get("split"), str)
+            joined.append(Ref(None, error=f"{where}: {error}", everywhere=everywhere))
     return joined
 
 
