@@ -8,10 +8,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
 # Pictures of 90 to 179 megapixels are fine; from there on Pillow refuses them.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# PostScript is a program, which Pillow would have Ghostscript run.
+EpsImagePlugin.gs_binary = False
 # A damaged EXIF block hides nothing that is read here.
 warnings.filterwarnings(
     "ignore", "(Corrupt|Possibly corrupt) EXIF data|Metadata Warning", UserWarning

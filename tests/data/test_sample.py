@@ -127,3 +127,10 @@ def test_what_is_no_picture_has_no_orientation(tmp_path):
     for name in ("page.jpg", "missing.jpg", "."):
         with pytest.raises(SampleError):
             orientation(tmp_path / name)
+
+
+def test_postscript_runs_no_program(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("Ghostscript is run"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    with pytest.raises(SampleError, match="not a readable picture"):
+        read_image(tmp_path / "a.eps")
