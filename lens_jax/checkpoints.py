@@ -25,6 +25,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from lens_jax import processes
+from lens_jax.files import CheckpointError
 
 MANIFEST = "manifest.json"
 CONFIG = "lens_config.json"
@@ -54,10 +55,6 @@ PORTION_BYTES = 256 * 2**20
 CHUNK_BYTES = 32 * 2**20
 
 log = logging.getLogger("lens_jax")
-
-
-class CheckpointError(Exception):
-    """A checkpoint that is missing, incomplete, damaged or of another shape; it says which."""
 
 
 # --- manifest -------------------------------------------------------------------------------------

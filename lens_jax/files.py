@@ -3,6 +3,10 @@
 from pathlib import Path
 
 
+class CheckpointError(Exception):
+    """A checkpoint that is missing, incomplete, damaged or of another kind; it says which."""
+
+
 def write_text(file: Path, text: str) -> Path:
     """Writes all of a file or nothing, whenever the process is killed. Returns it.
 

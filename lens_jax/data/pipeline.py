@@ -8,7 +8,6 @@ on (seed, i) alone. The position of a run in its data is therefore one integer.
 import dataclasses
 import fractions
 import itertools
-import json
 import logging
 import math
 import sys
@@ -20,9 +19,8 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
-from transformers import AutoTokenizer
 
-from lens_jax.data import images, prompts
+from lens_jax.data import images, processor_files, prompts
 from lens_jax.data.sample import Sample, SampleError, Source, to_rgb
 from lens_jax.models.inputs import Batch, Prompts, Share, Targets
 
@@ -118,29 +116,37 @@ class Processor:
         allow; a smaller limit there is honoured.
         """
         directory = Path(directory)
-        config = _read_json(directory / "lens_config.json")
+        file = directory / "lens_config.json"
+        config = processor_files.read_json(file)
+        with processor_files.blaming(file):
+            templates = prompts.Templates(**config.get("prompts", {}))
+            coordinates = config.get("coordinates", "qwen2p5vl")
+            prompts.coordinate_scale((1, 1), coordinates)
+            vision = config["mllm"]["vision_config"]
+            sam_size = config["sam"]["image_size"]
         image = _image_settings(directory)
         size = image.get("size") or {}
         smallest = image.get("min_pixels") or size.get("shortest_edge") or images.MIN_PIXELS
         largest = image.get("max_pixels") or size.get("longest_edge") or images.MAX_PIXELS
-        vision = config["mllm"]["vision_config"]
         patch = (image.get("patch_size", 14), image.get("merge_size", 2))
         if patch != (14, 2):
             raise ValueError(
                 f"{directory}: the processor's patch_size and merge_size are {patch}, "
                 "only (14, 2) is supported"
             )
-        return cls(
-            AutoTokenizer.from_pretrained(directory),
-            sam_size=config["sam"]["image_size"],
-            window_size=vision.get("window_size", 112),
-            templates=prompts.Templates(**config.get("prompts", {})),
-            coordinates=config.get("coordinates", "qwen2p5vl"),
-            min_pixels=smallest,
-            max_pixels=min(largest, images.MAX_PIXELS),
-            image_mean=image["image_mean"],
-            image_std=image["image_std"],
-        )
+        tokenizer, template_file = processor_files.read_tokenizer(directory)
+        with processor_files.blaming(template_file):
+            return cls(
+                tokenizer,
+                sam_size=sam_size,
+                window_size=vision.get("window_size", 112),
+                templates=templates,
+                coordinates=coordinates,
+                min_pixels=smallest,
+                max_pixels=min(largest, images.MAX_PIXELS),
+                image_mean=image["image_mean"],
+                image_std=image["image_std"],
+            )
 
     def prompt(
         self,
@@ -235,15 +241,8 @@ class Processor:
 def _image_settings(directory: Path) -> dict[str, Any]:
     """Of pictures: inside of processor_config.json, as newer transformers write them, or alone."""
     whole = directory / "processor_config.json"
-    nested = _read_json(whole).get("image_processor") if whole.is_file() else None
-    return nested or _read_json(directory / "preprocessor_config.json")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing: not a pretrained checkpoint") from None
+    nested = processor_files.read_json(whole).get("image_processor") if whole.is_file() else None
+    return nested or processor_files.read_json(directory / "preprocessor_config.json")
 
 
 def _bucket(sizes: Sequence[int], needed: int, what: str) -> int:

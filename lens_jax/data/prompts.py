@@ -4,6 +4,7 @@ Coordinates in a text are pixels of the resized picture (`qwen2p5vl`) or thousan
 picture's sides (`qwen2vl`), rounded half to even.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -56,8 +57,15 @@ class Templates:
 class PromptEncoder:
     """Expressions to token ids, with a tokenizer's chat template.
 
-    The template is rendered once a kind of question and cut at the image token; special tokens
-    part the text for the tokenizer, so the pieces' tokens are the whole text's tokens.
+    The template is rendered once a kind of question. The expression is text, whatever it holds: the
+    stretch around it, up to the template's own special tokens, is encoded as `tokenizer(stretch,
+    split_special_tokens=True)` does it, all else as `tokenizer(text)`. Special tokens part a text
+    for the tokenizer, so the pieces' tokens are the whole text's tokens.
+
+    A truncation or padding that was saved with the tokenizer is switched off.
+
+    Raises:
+        ValueError: the template cannot be rendered, or holds not one picture and then the question.
     """
 
     _MARK = "expression-goes-here"
@@ -65,21 +73,62 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, templates: Templates):
         self.tokenizer = tokenizer
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self._pieces = {}
-        for reasoning in (False, True):
-            text = tokenizer.apply_chat_template(
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = False
+        # A copy, because threads share the tokenizers and none may change a setting of another's.
+        self._text_backend = copy.deepcopy(self._backend)
+        self._text_backend.encode_special_tokens = True
+        added = self._backend.get_added_tokens_decoder()
+        self._special = {index for index, token in added.items() if token.special}
+        self._questions = [self._question(templates, reasoning) for reasoning in (False, True)]
+        self._tail = functools.lru_cache(2**16)(self._encode_tail)
+
+    def _question(self, templates: Templates, reasoning: bool) -> "_Frame":
+        """What is around an expression in a rendered question."""
+        try:
+            text = self.tokenizer.apply_chat_template(
                 templates.messages(self._MARK, reasoning),
                 tokenize=False,
                 add_generation_prompt=True,
             )
-            pieces = text.split(IMAGE_TOKEN)
-            if len(pieces) != 2 or text.count(self._MARK) != 1 or self._MARK not in pieces[1]:
-                raise ValueError(
-                    f"the chat template must hold one {IMAGE_TOKEN} and then the question, once; "
-                    f"it renders {text!r}"
-                )
-            self._pieces[reasoning] = (self.encode(pieces[0]), *pieces[1].split(self._MARK))
-        self._tail = functools.lru_cache(2**16)(self._encode_tail)
+        except Exception as error:  # templates are programs and fail in many ways
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"the chat template cannot be rendered for a picture and a question ({reason}): "
+                "it is not that of a Qwen2-VL or Qwen2.5-VL"
+            ) from None
+        found = text.count(IMAGE_TOKEN)
+        if found != 1 or text.count(self._MARK) != 1 or IMAGE_TOKEN in text.split(self._MARK)[1]:
+            raise ValueError(
+                f"the chat template must hold one {IMAGE_TOKEN} and then the question, once; it "
+                f"holds {found} and renders {text[:400]!r}"
+            )
+        frame = self._frame(text)
+        if self.image_token_id not in frame.head:
+            raise ValueError(f"the tokenizer does not know {IMAGE_TOKEN} as a special token")
+        return frame
+
+    def _frame(self, text: str) -> "_Frame":
+        """The surroundings of `_MARK` in a text."""
+        start, before, after = text.index(self._MARK), *text.split(self._MARK)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        places = [i for i, index in enumerate(encoding.ids) if index in self._special]
+        head, first, tail, last = 0, 0, len(encoding.ids), len(text)
+        for i in places:
+            begin, end = encoding.offsets[i]
+            if end <= start:
+                head, first = i + 1, end
+            else:
+                tail, last = i, begin
+                break
+        return _Frame(
+            head=encoding.ids[:head],
+            before=before[first:],
+            after=after[: last - start - len(self._MARK)],
+            tail=encoding.ids[tail:],
+        )
 
     def encode(self, text: str) -> Int[np.ndarray, "L"]:
         """Token ids of a text, special tokens in it included, none added.
@@ -87,29 +136,52 @@ class PromptEncoder:
         Raises:
             ValueError: half a character, a lone surrogate, is in the text.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            around = text[max(0, error.start - 30) : error.end + 30]
-            raise ValueError(f"the text {around!r} is no valid Unicode") from None
-        ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return np.array(ids, np.int32)
+        return np.array(_ids(self._backend, text), np.int32)
+
+    def _fill(self, frame: "_Frame", expression: str) -> list[int]:
+        """The tokens from the expression's surroundings on."""
+        text = f"{frame.before}{expression}{frame.after}"
+        return _ids(self._text_backend, text) + frame.tail
 
     def _encode_tail(self, expression: str, reasoning: bool) -> Int[np.ndarray, "L"]:
-        _, before, after = self._pieces[reasoning]
-        return self.encode(f"{before}{expression}{after}")
+        """All that follows the picture."""
+        frame = self._questions[reasoning]
+        first = frame.head.index(self.image_token_id) + 1
+        return np.array(frame.head[first:] + self._fill(frame, expression), np.int32)
 
     def prompt(
         self, expression: str, num_image_tokens: int, reasoning: bool = False
     ) -> tuple[Int[np.ndarray, "P"], int]:
         """A prompt's tokens, and the index of its first image token."""
-        head = self._pieces[reasoning][0]
+        head = self._questions[reasoning].head
+        start = head.index(self.image_token_id)
         image = np.full(num_image_tokens, self.image_token_id, np.int32)
-        return np.concatenate([head, image, self._tail(expression, reasoning)]), len(head)
+        before = np.array(head[:start], np.int32)
+        return np.concatenate([before, image, self._tail(expression, reasoning)]), start
 
     def answer(self, expression: str, box: Sequence[int] | None) -> Int[np.ndarray, "T"]:
         """The teacher-forced answer's tokens, end token included; `box` as the text writes it."""
-        return self.encode(answer_text(expression, box))
+        frame = self._frame(answer_text(self._MARK, box))
+        return np.array(frame.head + self._fill(frame, expression), np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """What is around an expression: the text next to it, and tokens up to there and from there."""
+
+    head: list[int]
+    before: str
+    after: str
+    tail: list[int]
+
+
+def _ids(backend: Any, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 30) : error.end + 30]
+        raise ValueError(f"the text {around!r} is no valid Unicode") from None
+    return backend.encode(text, add_special_tokens=False).ids
 
 
 def answer_text(expression: str, box: Sequence[int] | None) -> str:

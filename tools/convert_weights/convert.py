@@ -16,7 +16,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from lens_jax import checkpoints
-from lens_jax.data import prompts
+from lens_jax.data import processor_files, prompts
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.sam.config import Sam2Config, SamConfig
@@ -117,6 +117,7 @@ def from_torch(
             file,
             output,
         )
+    _check_prompts(Path(mllm or lens), official.config)
     model = shapes_from(Path(mllm or lens), lambda: LensConfig.from_dict(official.config))
     plans = _plan(official.parts, parameter_shapes(model))
     checkpoints.save_pretrained(
@@ -129,6 +130,16 @@ def from_torch(
     unused = sum(entry.target.startswith(UNUSED) for entry in entries)
     dropped = official.left_out + tuple(name for plan in plans for name in plan.junk)
     return Conversion(len(entries) - unused, unused, dropped)
+
+
+def _check_prompts(directory: Path, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for what loading the checkpoint would refuse in its tokenizer."""
+    try:
+        tokenizer, file = processor_files.read_tokenizer(directory)
+    except FileNotFoundError:  # `_missing_files` has said so
+        return
+    with processor_files.blaming(file):
+        prompts.PromptEncoder(tokenizer, prompts.Templates(**config["prompts"]))
 
 
 def _missing_files(directory: Path) -> list[Path]:

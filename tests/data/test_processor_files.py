@@ -1,0 +1,152 @@
+"""Tokenizers, chat templates and picture settings in the forms that releases have them in."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lens_jax.data.pipeline import Processor
+from lens_jax.files import CheckpointError
+from tests.data.conftest import TINY
+
+CONFIG = {"mllm": {"vision_config": {}}, "sam": {"image_size": 64}}
+# The order of the tokenizer's own template in Qwen2.5-VL's releases: for texts and tools.
+TEXT_ONLY = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + "
+    "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+TOKENIZER_CONFIG = json.loads((TINY / "tokenizer_config.json").read_text())
+PICTURES = TOKENIZER_CONFIG.pop("chat_template")
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    """A pretrained checkpoint's files, without its weights and without a chat template."""
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        shutil.copy(TINY / name, tmp_path / name)
+    write(tmp_path, "tokenizer_config.json", TOKENIZER_CONFIG)
+    write(tmp_path, "lens_config.json", CONFIG)
+    return tmp_path
+
+
+def write(directory: Path, name: str, content) -> None:
+    text = content if isinstance(content, str) else json.dumps(content)
+    (directory / name).write_text(text, encoding="utf-8")
+
+
+def refusal(directory: Path) -> str:
+    """What loading says; one line."""
+    with pytest.raises(CheckpointError) as caught:
+        Processor.from_pretrained(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def tokens(directory: Path, expression: str = "the red circle") -> list[int]:
+    encoder = Processor.from_pretrained(directory).encoder
+    return encoder.prompt(expression, 3)[0].tolist() + encoder.answer(expression, None).tolist()
+
+
+@pytest.mark.parametrize(
+    ("files", "used"),
+    [
+        ({"tokenizer_config.json": "{tokenizer}"}, "tokenizer"),
+        ({"tokenizer_config.json": "text", "chat_template.json": "{json}"}, "json"),
+        ({"tokenizer_config.json": "{tokenizer}", "chat_template.json": None}, "tokenizer"),
+        (
+            {
+                "tokenizer_config.json": "text",
+                "chat_template.json": "{json}",
+                "chat_template.jinja": "{jinja}",
+            },
+            "jinja",
+        ),
+        ({"chat_template.jinja": "{jinja}"}, "jinja"),
+        ({"tokenizer_config.json": [("tool_use", "text"), ("default", "{list}")]}, "list"),
+    ],
+)
+def test_the_template_for_pictures_is_found(directory, tokenizer, files, used):
+    """The processor's, before the tokenizer's."""
+
+    def template(text):
+        if text in (None, "text"):
+            return text and TEXT_ONLY
+        return PICTURES.replace("<|im_start|>", f"{text.strip('{}')}<|im_start|>")
+
+    for name, content in files.items():
+        if isinstance(content, list):
+            value = [{"name": key, "template": template(text)} for key, text in content]
+        else:
+            value = template(content)
+        if name.endswith(".json"):
+            value = {"chat_template": value}
+        if name == "tokenizer_config.json":
+            value = TOKENIZER_CONFIG | value
+        write(directory, name, value)
+    text = tokenizer.decode(tokens(directory))
+    assert text.startswith(f"{used}<|im_start|>system\nYou are a helpful assistant. <|im_end|>")
+    assert "<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>Output" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "reason"),
+    [
+        ("tokenizer_config.json", TEXT_ONLY, "cannot be rendered for a picture and a question"),
+        ("chat_template.json", "{{ messages[1].content }}", "holds 0 and renders"),
+        ("chat_template.json", PICTURES.replace("<|image_pad|>", ""), "holds 0 and renders"),
+        ("chat_template.jinja", PICTURES.replace("<|image_pad|>", "<|image_pad|>" * 2), "holds 2"),
+        ("chat_template.jinja", "", "holds 0"),
+        ("chat_template.jinja", "{% if %}", "cannot be rendered"),
+        ("chat_template.jinja", "{{ raise_exception('no\npictures') }}", "cannot be rendered"),
+        ("tokenizer_config.json", None, "no chat_template"),
+        ("tokenizer_config.json", [{"name": "rag", "template": PICTURES}], "no chat_template"),
+    ],
+)
+def test_a_template_without_one_picture_is_refused(directory, name, template, reason):
+    value = template if name.endswith("jinja") else {"chat_template": template}
+    if name == "tokenizer_config.json":
+        value = TOKENIZER_CONFIG | value
+    write(directory, name, value)
+    message = refusal(directory)
+    assert message.startswith(f"{directory / name}: ") and reason in message
+
+
+def test_a_saved_truncation_and_padding_are_switched_off(directory):
+    """transformers saves the settings of the tokenizer's last call with it."""
+    write(directory, "chat_template.json", {"chat_template": PICTURES})
+    sentence = "the very small red circle on the left of the large blue square below " * 3
+    expected = tokens(directory, sentence), tokens(directory, "it")
+    content = json.loads((TINY / "tokenizer.json").read_text())
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 16,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    content["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 434,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+    write(directory, "tokenizer.json", content)
+    assert (tokens(directory, sentence), tokens(directory, "it")) == expected
+    write(directory, "tokenizer_config.json", TOKENIZER_CONFIG | {"split_special_tokens": True})
+    assert (tokens(directory, sentence), tokens(directory, "it")) == expected
+
+
+def test_slow_files_give_the_same_tokens(directory):
+    """vocab.json and merges.txt, as older versions of transformers save a tokenizer."""
+    write(directory, "chat_template.json", {"chat_template": PICTURES})
+    expected = tokens(directory, "Ünï <|im_end|> 12 circles")
+    model = json.loads((TINY / "tokenizer.json").read_text())["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (directory / "tokenizer.json").unlink()
+    write(directory, "vocab.json", model["vocab"])
+    write(directory, "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+    assert tokens(directory, "Ünï <|im_end|> 12 circles") == expected
