@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lens_jax import config as configuration
     from lens_jax import tpu
     from lens_jax.cli import UsageError
+    from lens_jax.files import CheckpointError
 
     flags = _flags()
     try:
@@ -66,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             only=options.program,
             hlo_dir=options.hlo_dir,
         )
-    except (UsageError, configuration.ConfigError, tpu.TopologyError, OSError) as error:
+    except (
+        UsageError, configuration.ConfigError, CheckpointError, tpu.TopologyError, OSError
+    ) as error:  # fmt: skip
         return cli.complain(error)
     print(table(report))
     if options.output:
@@ -178,7 +181,8 @@ def model_shapes(config: Any) -> Any:
     model = config.model
     positions = {"context_positions": model.context_positions} if model.context_positions else {}
     if model.checkpoint and (Path(model.checkpoint) / checkpoints.CONFIG).exists():
-        return LensConfig.from_dict(checkpoints.read_config(model.checkpoint) | positions)
+        settings = checkpoints.read_config(model.checkpoint) | positions
+        return checkpoints.model_shapes(model.checkpoint, settings)
     if not (model.mllm and model.sam):
         raise ConfigError(
             f"model.checkpoint {model.checkpoint} does not exist: name what it was made of as "
@@ -233,14 +237,17 @@ def text(config: Any) -> dict[str, Any]:
     """
     from transformers import AutoTokenizer
 
+    from lens_jax.files import blaming
     from lens_jax.rewards import text_rewards
 
     places = [config.model.checkpoint, config.model.mllm, ROOT / "checkpoints/tiny/qwen2_5_vl"]
     place = next(x for x in places if x and (Path(x) / "tokenizer.json").exists())
     generation = json.loads((Path(place) / "generation_config.json").read_text())
     ends = generation["eos_token_id"]
+    with blaming(Path(place) / "tokenizer.json"):
+        read_text = text_rewards(AutoTokenizer.from_pretrained(place))
     return {
-        "read_text": text_rewards(AutoTokenizer.from_pretrained(place)),
+        "read_text": read_text,
         "end_tokens": tuple(ends) if isinstance(ends, list) else (ends,),
         "repetition_penalty": generation.get("repetition_penalty") or 1.0,
     }

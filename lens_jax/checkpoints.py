@@ -25,7 +25,8 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from lens_jax import processes
-from lens_jax.files import CheckpointError
+from lens_jax.files import CheckpointError, blaming
+from lens_jax.models.lens import LensConfig
 
 MANIFEST = "manifest.json"
 CONFIG = "lens_config.json"
@@ -510,9 +511,22 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
             "(RUN/final) or by tools.convert_weights"
         )
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def model_shapes(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> LensConfig:
+    """What `config`, lens_config.json of that directory, says of the model's shapes.
+
+    Raises:
+      CheckpointError: a key is missing or has a wrong value; it names the file and the key.
+    """
+    with blaming(Path(directory) / CONFIG):
+        return LensConfig.from_dict(config)
 
 
 def iterate_params(directory: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:

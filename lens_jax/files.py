@@ -1,10 +1,23 @@
-"""Files that are whole, or not there."""
+"""Files that are whole, or not there, and complaints that name them."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 
 class CheckpointError(Exception):
     """A checkpoint that is missing, incomplete, damaged or of another kind; it says which."""
+
+
+@contextlib.contextmanager
+def blaming(file: Path) -> Iterator[None]:
+    """What is wrong with values inside is wrong with `file`: a CheckpointError that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{file}: the key {error} is missing") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from None
 
 
 def write_text(file: Path, text: str) -> Path:

@@ -1,7 +1,6 @@
 """Masks from sentences: a pretrained checkpoint as one object."""
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from PIL import Image
 
 from lens_jax import checkpoints, sharding, tpu
+from lens_jax.data import processor_files
 from lens_jax.data.arrays import to_picture
 from lens_jax.data.images import FACTOR, smart_resize, upsample_logits
 from lens_jax.data.pipeline import Buckets, Processor, stack_prompts
@@ -64,22 +64,15 @@ class Generation:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Generation":
         """Reads a pretrained checkpoint's generation_config.json and lens_config.json."""
-        file = Path(directory) / "generation_config.json"
-        try:
-            settings = json.loads(file.read_text())
-        except FileNotFoundError:
-            raise checkpoints.CheckpointError(
-                f"{file} is missing: it names the end tokens"
-            ) from None
-        ends = settings.get("eos_token_id")
-        if ends is None:
-            raise checkpoints.CheckpointError(f"{file}: no eos_token_id")
+        directory = Path(directory)
+        settings = processor_files.read_generation(directory)
         limit = checkpoints.read_config(directory).get("max_new_tokens", cls.max_new_tokens)
-        return cls(
-            end_tokens=tuple(ends) if isinstance(ends, list) else (ends,),
-            repetition_penalty=settings.get("repetition_penalty") or 1.0,
-            max_new_tokens=limit,
-        )
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise checkpoints.CheckpointError(
+                f"{directory / checkpoints.CONFIG}: max_new_tokens: expected a positive whole "
+                f"number, found {limit!r}"
+            )
+        return cls(settings.end_tokens, settings.repetition_penalty, limit)
 
 
 @struct.dataclass
@@ -250,15 +243,17 @@ class Lens:
         if precision not in DTYPES:
             raise ValueError(f"precision: {precision!r} is none of {', '.join(DTYPES)}")
         dtype = DTYPES[precision]
-        config, params = checkpoints.load_pretrained(directory, dtype=dtype)
+        # Before the weights, which take longer: a mistake in these is said at once.
+        config = checkpoints.model_shapes(directory, checkpoints.read_config(directory))
+        processor = Processor.from_pretrained(directory)
+        generation = Generation.from_pretrained(directory)
+        _, params = checkpoints.load_pretrained(directory, dtype=dtype)
         params.pop("unused", None)
-        config = LensConfig.from_dict(config)
         attention = Attention.choose("auto", mesh, dtype=dtype, head_dims=config.head_dims)
         definition, state = nnx.split(abstract(config, dtype=dtype, attention=attention))
         nnx.replace_by_pure_dict(state, params)
         state = jax.device_put(state, sharding.replicated(mesh) if mesh else jax.devices()[0])
-        processor = Processor.from_pretrained(directory)
-        return cls(definition, state, processor, Generation.from_pretrained(directory), mesh)
+        return cls(definition, state, processor, generation, mesh)
 
     def segment(self, image: Picture, prompt: str, **options) -> Result:
         """Segments what `prompt` describes; options as for `segment_batch`."""

@@ -22,6 +22,7 @@ from PIL import Image
 
 from lens_jax.data import images, processor_files, prompts
 from lens_jax.data.sample import Sample, SampleError, Source, to_rgb
+from lens_jax.files import blaming
 from lens_jax.models.inputs import Batch, Prompts, Share, Targets
 
 log = logging.getLogger("lens_jax")
@@ -96,8 +97,8 @@ class Processor:
         coordinates: str = "qwen2p5vl",
         min_pixels: int = images.MIN_PIXELS,
         max_pixels: int = images.MAX_PIXELS,
-        image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
-        image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+        image_mean: Sequence[float] = images.MEAN,
+        image_std: Sequence[float] = images.STD,
     ):
         prompts.coordinate_scale((1, 1), coordinates)  # refuses an unknown scheme
         self.tokenizer = tokenizer
@@ -112,40 +113,35 @@ class Processor:
     def from_pretrained(cls, directory: str | Path) -> "Processor":
         """Reads a pretrained checkpoint's tokenizer, processor settings and lens_config.json.
 
-        The official code resizes to at most 1,000,000 pixels whatever the processor settings
-        allow; a smaller limit there is honoured.
+        Raises:
+            FileNotFoundError: one of the files is missing.
+            CheckpointError: one of them says what is not supported; it names the file.
         """
         directory = Path(directory)
         file = directory / "lens_config.json"
         config = processor_files.read_json(file)
-        with processor_files.blaming(file):
-            templates = prompts.Templates(**config.get("prompts", {}))
+        with blaming(file):
+            templates = prompts.Templates.from_dict(config.get("prompts", {}))
             coordinates = config.get("coordinates", "qwen2p5vl")
             prompts.coordinate_scale((1, 1), coordinates)
             vision = config["mllm"]["vision_config"]
-            sam_size = config["sam"]["image_size"]
-        image = _image_settings(directory)
-        size = image.get("size") or {}
-        smallest = image.get("min_pixels") or size.get("shortest_edge") or images.MIN_PIXELS
-        largest = image.get("max_pixels") or size.get("longest_edge") or images.MAX_PIXELS
-        patch = (image.get("patch_size", 14), image.get("merge_size", 2))
-        if patch != (14, 2):
-            raise ValueError(
-                f"{directory}: the processor's patch_size and merge_size are {patch}, "
-                "only (14, 2) is supported"
-            )
-        tokenizer, template_file = processor_files.read_tokenizer(directory)
-        with processor_files.blaming(template_file):
-            return cls(
-                tokenizer,
-                sam_size=sam_size,
-                window_size=vision.get("window_size", 112),
+            processor_files.check_patches(vision)
+            options = dict(
+                sam_size=config["sam"]["image_size"],
+                window_size=vision.get("window_size") or 112,
                 templates=templates,
                 coordinates=coordinates,
-                min_pixels=smallest,
-                max_pixels=min(largest, images.MAX_PIXELS),
-                image_mean=image["image_mean"],
-                image_std=image["image_std"],
+            )
+        image = processor_files.read_images(directory)
+        tokenizer, template_file = processor_files.read_tokenizer(directory)
+        with blaming(template_file):
+            return cls(
+                tokenizer,
+                min_pixels=image.min_pixels,
+                max_pixels=image.max_pixels,
+                image_mean=image.mean,
+                image_std=image.std,
+                **options,
             )
 
     def prompt(
@@ -236,13 +232,6 @@ class Processor:
         resized = images.smart_resize(*image_size, self.min_pixels, self.max_pixels)
         scale = prompts.coordinate_scale(resized, self.coordinates)
         return prompts.box_to_pixels(box, image_size, scale)
-
-
-def _image_settings(directory: Path) -> dict[str, Any]:
-    """Of pictures: inside of processor_config.json, as newer transformers write them, or alone."""
-    whole = directory / "processor_config.json"
-    nested = processor_files.read_json(whole).get("image_processor") if whole.is_file() else None
-    return nested or processor_files.read_json(directory / "preprocessor_config.json")
 
 
 def _bucket(sizes: Sequence[int], needed: int, what: str) -> int:

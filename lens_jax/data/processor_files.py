@@ -4,19 +4,49 @@ Conversion reads a model's release with it and loading a checkpoint of ours: wha
 other does.
 """
 
-import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from lens_jax.data import prompts
-from lens_jax.files import CheckpointError
+from lens_jax.data import images, prompts
+from lens_jax.files import CheckpointError, blaming
 
 JINJA, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+SLOW_TOKENIZER = ("vocab.json", "merges.txt")
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+GENERATION = "generation_config.json"
+
+# What our preparation of pictures does; of a setting that says otherwise, the numbers would differ.
+_ONLY = {
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_center_crop": False,
+    "rescale_factor": 1 / 255,
+    "resample": 3,  # bicubic
+}
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the files of a tokenizer are there, in the newer or the older form."""
+    files = [directory / name for name in SLOW_TOKENIZER]
+    return (directory / TOKENIZER).is_file() or all(file.is_file() for file in files)
+
+
+def has_images(directory: Path) -> bool:
+    """Whether there are settings of an image processor, in the newer or the older form."""
+    file = directory / PROCESSOR
+    nested = file.is_file() and read_json(file).get("image_processor") is not None
+    return nested or (directory / PREPROCESSOR).is_file()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -37,15 +67,113 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-@contextlib.contextmanager
-def blaming(file: Path) -> Iterator[None]:
-    """A ValueError, TypeError or KeyError in here is one of what the file says, and names it."""
-    try:
-        yield
-    except KeyError as error:
-        raise CheckpointError(f"{file}: the key {error} is missing") from None
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file}: {error}") from None
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """How the language model's picture is resized and normalised; limits are in pixels."""
+
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """What ends a completion, and the penalty on what has been written already."""
+
+    end_tokens: tuple[int, ...]
+    repetition_penalty: float
+
+
+def read_images(directory: Path) -> ImageSettings:
+    """Settings of the image processor: inside of processor_config.json, as newer versions of
+    transformers write them, or in a file of their own. A null is no value; what is left out is as
+    in transformers.
+
+    The official code resizes to at most 1,000,000 pixels whatever the settings allow; a smaller
+    limit is honoured.
+
+    Raises:
+        FileNotFoundError: there are none.
+        CheckpointError: they ask for what is not computed here; it names the file and the key.
+    """
+    file = directory / PROCESSOR
+    settings = read_json(file).get("image_processor") if file.is_file() else None
+    if settings is None:
+        file = directory / PREPROCESSOR
+        settings = read_json(file)
+    with blaming(file):
+        return _image_settings(_given(settings, "image_processor"))
+
+
+def _image_settings(settings: Mapping[str, Any]) -> ImageSettings:
+    for key, expected in _ONLY.items():
+        value = settings.get(key, expected)
+        if not isinstance(value, int | float) or not math.isclose(value, expected, rel_tol=1e-6):
+            raise ValueError(f"{key} is {value}: only {expected} is supported")
+    kind = settings.get("image_processor_type", "Qwen2VLImageProcessor")
+    if not str(kind).startswith("Qwen2"):
+        raise ValueError(f"image_processor_type is {kind}: only those of Qwen2-VL and Qwen2.5-VL")
+    size = _given(settings.get("size"), "size")
+    limits = []
+    for names, default in (
+        (("min_pixels", "shortest_edge"), images.MIN_PIXELS),
+        (("max_pixels", "longest_edge"), images.MAX_PIXELS),
+    ):
+        own = [settings[names[0]]] if names[0] in settings else []
+        found = own + [size[name] for name in reversed(names) if name in size]
+        value = found[0] if found else default
+        if not isinstance(value, int | float) or value != int(value) or value < 0:
+            raise ValueError(f"{names[0]}: expected a whole number of pixels, found {value!r}")
+        limits.append(int(value))
+    smallest, largest = limits[0], min(limits[1], images.MAX_PIXELS)
+    if not smallest <= largest:
+        raise ValueError(f"min_pixels {smallest} is more than max_pixels {largest}")
+    mean, std = (
+        tuple(settings.get(key, default))
+        for key, default in (("image_mean", images.MEAN), ("image_std", images.STD))
+    )
+    for key, values in (("image_mean", mean), ("image_std", std)):
+        if len(values) != 3 or not all(isinstance(x, int | float) for x in values):
+            raise ValueError(f"{key}: expected three numbers, found {list(values)}")
+    if min(std) <= 0:
+        raise ValueError(f"image_std: expected three numbers above 0, found {list(std)}")
+    return ImageSettings(smallest, largest, mean, std)
+
+
+def check_patches(vision: Mapping[str, Any]) -> None:
+    """Raises ValueError for a vision_config whose patches are not those that pictures are cut to.
+
+    The vision tower could have others, but no published model has.
+    """
+    expected = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    for key, size in expected.items():
+        value = vision.get(key)
+        if value is not None and value != size:
+            raise ValueError(f"vision_config: {key} is {value}: only {size} is supported")
+
+
+def read_generation(directory: Path) -> GenerationSettings:
+    """End tokens and repetition penalty of generation_config.json.
+
+    Raises:
+        CheckpointError: the file is missing or names no end token.
+    """
+    file = directory / GENERATION
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: it names the end tokens")
+    settings = read_json(file)
+    ends = settings.get("eos_token_id")
+    if ends is None:
+        raise CheckpointError(f"{file}: no eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    if not ends or not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
+        raise CheckpointError(f"{file}: eos_token_id: expected token ids, found {ends}")
+    penalty = settings.get("repetition_penalty")
+    penalty = 1.0 if penalty is None else penalty
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not penalty > 0:
+        raise CheckpointError(f"{file}: repetition_penalty: expected a number, found {penalty!r}")
+    return GenerationSettings(tuple(ends), float(penalty))
 
 
 def read_tokenizer(directory: Path) -> tuple[Any, Path]:
@@ -62,11 +190,10 @@ def read_tokenizer(directory: Path) -> tuple[Any, Path]:
 
 def _tokenizer(directory: Path) -> Any:
     file = directory / TOKENIZER
+    if not has_tokenizer(directory):
+        raise FileNotFoundError(f"{file} is missing: not a pretrained checkpoint")
     if not file.is_file():
-        slow = [directory / name for name in ("vocab.json", "merges.txt")]
-        if not all(part.is_file() for part in slow):
-            raise FileNotFoundError(f"{file} is missing: not a pretrained checkpoint")
-        file = slow[0]
+        file = directory / SLOW_TOKENIZER[0]
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the libraries raise nearly anything on a broken file
@@ -113,3 +240,10 @@ def _chat_template(directory: Path, tokenizer: Any) -> tuple[str, Path]:
             "from the model's release"
         )
     return template, file
+
+
+def _given(section: Any, name: str) -> dict[str, Any]:
+    """The keys of a section that have a value."""
+    if not isinstance(section, Mapping | None):
+        raise ValueError(f"{name}: expected a JSON object, found {type(section).__name__}")
+    return {key: value for key, value in (section or {}).items() if value is not None}

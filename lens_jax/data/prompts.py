@@ -7,7 +7,7 @@ picture's sides (`qwen2vl`), rounded half to even.
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,23 @@ class Templates:
         for name in ("question", "reasoning_question"):
             if "{question}" not in getattr(self, name):
                 raise ValueError(f"prompt template {name!r} has no {{question}} in it")
+
+    @classmethod
+    def from_dict(cls, texts: Mapping[str, str]) -> "Templates":
+        """Reads the `prompts` of lens_config.json.
+
+        Raises:
+            ValueError: a key that is none of the fields, or whose value is no text.
+        """
+        if not isinstance(texts, Mapping):
+            raise ValueError(f"prompts: expected a JSON object, found {type(texts).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name, text in texts.items():
+            if name not in known:
+                raise ValueError(f"prompts: unknown key {name!r}, expected {', '.join(known)}")
+            if not isinstance(text, str):
+                raise ValueError(f"prompts: {name}: expected a text, found {text!r}")
+        return cls(**texts)
 
     def messages(self, expression: str, reasoning: bool = False) -> list[dict[str, Any]]:
         """The conversation that the chat template turns into text."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from lens_jax.models.attention import XLA, Attention
 from lens_jax.models.context import ContextModule
 from lens_jax.models.inputs import Prompts
-from lens_jax.models.qwen_vl.config import QwenVLConfig
+from lens_jax.models.qwen_vl.config import QwenVLConfig, Section
 from lens_jax.models.qwen_vl.head import token_log_probs
 from lens_jax.models.qwen_vl.language import CompletionCache, LanguageModel, PromptCache
 from lens_jax.models.qwen_vl.vision import VisionTower
@@ -61,12 +61,22 @@ class LensConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "LensConfig":
-        """Reads lens_config.json's `mllm` (a Hugging Face config), `sam` and context fields."""
+        """Reads lens_config.json's `mllm` (a Hugging Face config), `sam` and context fields.
+
+        Raises:
+            ValueError: a value is wrong; the message names the key.
+            KeyError: a key is missing.
+        """
+        for part in ("mllm", "sam"):
+            if not isinstance(config[part], Mapping):
+                raise ValueError(f"{part}: expected an object, found {config[part]!r}")
         fields = {f.name for f in dataclasses.fields(cls)} - {"mllm", "sam"}
+        given = Section({k: v for k, v in config.items() if k in fields}, "LENS")
+        numbers = given.keys() - {"context_positions"}
         return cls(
             mllm=QwenVLConfig.from_hf(config["mllm"]),
             sam=sam_config(config["sam"]),
-            **{k: v for k, v in config.items() if k in fields},
+            **{key: given.whole(key) if key in numbers else given[key] for key in given},
         )
 
 

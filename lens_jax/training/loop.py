@@ -48,7 +48,7 @@ from lens_jax.data.sources import Joined, open_source, shapes
 from lens_jax.evaluation import Row, evaluate
 from lens_jax.inference import Generation, Lens
 from lens_jax.models.inputs import Batch
-from lens_jax.models.lens import LensConfig, LensModel
+from lens_jax.models.lens import LensModel
 from lens_jax.rewards import text_rewards
 from lens_jax.training import drawing, programs, report
 from lens_jax.training.compilations import Compilations
@@ -468,7 +468,11 @@ def _prepare(
         raise ConfigError(str(error)) from error
 
     start_config = config.lens_config(checkpoints.read_config(start))
-    lens_config = LensConfig.from_dict(start_config)
+    lens_config = checkpoints.model_shapes(start, start_config)
+    processor = Processor.from_pretrained(start)
+    generation = dataclasses.replace(
+        Generation.from_pretrained(start), max_new_tokens=config.rollout.max_new_tokens
+    )
     definition, state = nnx.split(programs.abstract_model(config, lens_config, mesh))
     place = partial(sharding.place, mesh=mesh, kv_heads=lens_config.mllm.num_kv_heads)
     _, params = checkpoints.load_pretrained(start, dtype=jnp.float32, sharding=place)
@@ -477,10 +481,6 @@ def _prepare(
 
     # From here on the directory is this run's (see _claim).
     processes.by_main(lambda: (directory / METRICS_FILE).touch())
-    processor = Processor.from_pretrained(start)
-    generation = dataclasses.replace(
-        Generation.from_pretrained(start), max_new_tokens=config.rollout.max_new_tokens
-    )
     return Run(
         config=config,
         directory=directory,

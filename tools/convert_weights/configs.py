@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from lens_jax.models.qwen_vl.config import QwenVLConfig, VisionConfig
+
 # Official LENS (SAMR1Config) keeps these beside Qwen's own keys.
 _LENS_KEYS = ("num_of_query", "if_use_qwen_connector", "if_include_sam")
 # Its class is that of Qwen2-VL, whose vision defaults are saved along.
@@ -27,18 +29,19 @@ def lens_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
       config: lens_config.json.
       dtype: of the exported language model.
     """
+    shapes = QwenVLConfig.from_hf(config["mllm"])
     hf = dict(config["mllm"])
     text = dict(hf.pop("text_config", None) or {})
-    for key in ("model_type", "tie_word_embeddings"):  # the outer ones decide
-        text.pop(key, None)
-    hf = {**hf, **text}
+    text.pop("model_type", None)  # the outer one decides
+    hf |= {key: value for key, value in text.items() if value is not None}
+    hf["tie_word_embeddings"] = shapes.tie_word_embeddings
     if rope := hf.pop("rope_parameters", None):  # transformers 5 keeps theta and sections together
-        hf["rope_theta"] = rope["rope_theta"]
-        kind = rope.get("rope_type", "default")
-        sections = {"mrope_section": rope["mrope_section"], "rope_type": kind, "type": kind}
+        hf["rope_theta"] = shapes.rope_theta
+        kind = rope.get("rope_type") or "default"
+        sections = {"mrope_section": list(shapes.mrope_section), "rope_type": kind, "type": kind}
         hf["rope_scaling"] = sections
-    family = _family(hf)
-    vision = dict(hf["vision_config"])
+    family = shapes.vision.family
+    vision = _complete(hf, shapes.vision)
     if family == "qwen2_5_vl":
         vision = _LENS_VISION_DEFAULTS | vision
     vision["model_type"] = "qwen2_vl"
@@ -55,14 +58,18 @@ def lens_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
 def mllm_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
     """The config.json of the plain Qwen-VL inside; arguments as for `lens_config`."""
     hf = {key: value for key, value in config["mllm"].items() if key not in _LENS_KEYS}
-    family = _family(hf)
-    vision = dict(hf["vision_config"])
+    shapes = QwenVLConfig.from_hf(hf)
+    family = shapes.vision.family
+    vision = _complete(hf, shapes.vision)
     if family == "qwen2_5_vl" and hf.get("model_type") != family:
         # The class that saved an official LENS wrote the other family's defaults, too.
         for key in _LENS_VISION_DEFAULTS.keys() - {"in_channels"}:
             vision.pop(key, None)
     if vision.get("model_type") == "qwen2_vl":
         vision["model_type"] = family
+    hf["tie_word_embeddings"] = shapes.tie_word_embeddings  # read on either level, by version
+    if hf.get("text_config"):
+        hf["text_config"] = hf["text_config"] | {"tie_word_embeddings": shapes.tie_word_embeddings}
     return _with_dtype(hf, dtype) | {
         "architectures": [_QWEN_ARCHITECTURE[family]],
         "model_type": family,
@@ -70,8 +77,22 @@ def mllm_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
     }
 
 
-def _family(hf: Mapping[str, Any]) -> str:
-    return "qwen2_5_vl" if "fullatt_block_indexes" in hf["vision_config"] else "qwen2_vl"
+def _complete(hf: Mapping[str, Any], shapes: VisionConfig) -> dict[str, Any]:
+    """vision_config with what another class than the one that saved it would take differently."""
+    vision = {k: v for k, v in (hf.get("vision_config") or {}).items() if v is not None}
+    own = {"depth": shapes.depth, "num_heads": shapes.num_heads}
+    if shapes.family == "qwen2_5_vl":
+        own |= {
+            "hidden_size": shapes.hidden_size,
+            "intermediate_size": shapes.intermediate_size,
+            "out_hidden_size": shapes.out_hidden_size,
+            "fullatt_block_indexes": list(shapes.full_attention_blocks),
+            "window_size": shapes.window_size,
+            "hidden_act": "silu",
+        }
+    else:
+        own |= {"hidden_size": shapes.out_hidden_size}
+    return own | vision
 
 
 def _with_dtype(hf: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:

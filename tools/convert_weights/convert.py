@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from lens_jax import checkpoints
 from lens_jax.data import processor_files, prompts
+from lens_jax.files import blaming
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.sam.config import Sam2Config, SamConfig
 from tools.convert_weights import lens as lens_weights
-from tools.convert_weights import qwen_vl, sam1, sam2
+from tools.convert_weights import qwen_vl, sam1, sam2, strangers
 from tools.convert_weights.reader import LazyTensor, Source, from_arrays, open_weights, read_json
 from tools.convert_weights.table import (
     UNUSED,
@@ -117,7 +118,7 @@ def from_torch(
             file,
             output,
         )
-    _check_prompts(Path(mllm or lens), official.config)
+    _check_files(Path(mllm or lens), official.config)
     model = shapes_from(Path(mllm or lens), lambda: LensConfig.from_dict(official.config))
     plans = _plan(official.parts, parameter_shapes(model))
     checkpoints.save_pretrained(
@@ -132,23 +133,42 @@ def from_torch(
     return Conversion(len(entries) - unused, unused, dropped)
 
 
-def _check_prompts(directory: Path, config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for what loading the checkpoint would refuse in its tokenizer."""
-    try:
+def _check_files(directory: Path, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for what loading the checkpoint would refuse in the files beside the
+    weights, and WeightsError where they contradict each other.
+
+    Of those that are not there, `_missing_files` speaks.
+    """
+    with blaming(directory / "config.json"):
+        processor_files.check_patches(config["mllm"].get("vision_config") or {})
+    if processor_files.has_images(directory):
+        processor_files.read_images(directory)
+    if (directory / processor_files.GENERATION).is_file():
+        processor_files.read_generation(directory)
+    if processor_files.has_tokenizer(directory):
         tokenizer, file = processor_files.read_tokenizer(directory)
-    except FileNotFoundError:  # `_missing_files` has said so
-        return
-    with processor_files.blaming(file):
-        prompts.PromptEncoder(tokenizer, prompts.Templates(**config["prompts"]))
+        with blaming(file):
+            encoder = prompts.PromptEncoder(tokenizer, prompts.Templates(**config["prompts"]))
+        asked, found = config["mllm"].get("image_token_id"), encoder.image_token_id
+        if asked not in (None, found):
+            raise WeightsError(
+                [
+                    f"{directory / 'config.json'}: image_token_id is {asked}, but the tokenizer's "
+                    f"{prompts.IMAGE_TOKEN} is {found}"
+                ]
+            )
 
 
 def _missing_files(directory: Path) -> list[Path]:
     """Files that a checkpoint cannot be used without, and that are not there to be copied."""
-    names = ["tokenizer.json", "generation_config.json"]
-    whole = directory / "processor_config.json"
-    if not whole.is_file() or not read_json(whole).get("image_processor"):
-        names.append("preprocessor_config.json")
-    return [directory / name for name in names if not (directory / name).is_file()]
+    names = [
+        processor_files.TOKENIZER if not processor_files.has_tokenizer(directory) else None,
+        processor_files.GENERATION
+        if not (directory / processor_files.GENERATION).is_file()
+        else None,
+        processor_files.PREPROCESSOR if not processor_files.has_images(directory) else None,
+    ]
+    return [directory / name for name in names if name is not None]
 
 
 def lens_table(config: LensConfig) -> Table:
@@ -223,9 +243,14 @@ def open_official(
     if context is not None and lens is not None:
         raise WeightsError(["--context goes with --mllm: an official LENS has its own"])
     directory = Path(mllm or lens)
+    strangers.check_directory(directory)
     hf_config = read_json(directory / "config.json")
+    shapes_from(directory / "config.json", lambda: QwenVLConfig.from_hf(hf_config))
+    source = open_weights(directory)
+    strangers.check_names(source)
+    source = source.rename(qwen_vl.official_name)
+    hf_config = qwen_vl.settle_tie(hf_config, source)
     shapes = shapes_from(directory / "config.json", lambda: QwenVLConfig.from_hf(hf_config))
-    source = open_weights(directory).rename(qwen_vl.official_name)
     left_out: tuple[str, ...] = ()
     if shapes.tie_word_embeddings and "lm_head.weight" in source:
         source = qwen_vl.without_tied_head(source)
@@ -247,6 +272,7 @@ def open_official(
     saved = directory / checkpoints.CONFIG
     if context is not None:
         trained = open_weights(Path(context))
+        strangers.check_names(trained)
         saved = Path(context).parent / checkpoints.CONFIG
     config = {
         "mllm": hf_config,
@@ -308,7 +334,10 @@ def _depth(source: Source) -> int:
 
 def _open_sam(path: Path) -> tuple[SamConfig | Sam2Config, Part]:
     """SAM's configuration, and its tensors under the names `sam.` + original."""
+    if path.is_dir():
+        strangers.check_directory(path)
     source = open_weights(path)
+    strangers.check_names(source)
     is_hugging_face = any(name.startswith("vision_encoder.") for name in source)
     config = _sam_config(source, path if path.is_dir() else path.parent)
     family = sam_family(config)
@@ -374,7 +403,7 @@ def shapes_from(where: Path, read: Callable[[], T]) -> T:
         return read()
     except KeyError as error:
         raise WeightsError([f"{where}: the key {error} is missing"]) from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         message = str(error)
         raise WeightsError([message if str(where) in message else f"{where}: {message}"]) from None
 

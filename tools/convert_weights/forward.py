@@ -90,7 +90,8 @@ def _draw(config: LensConfig, hf: Mapping[str, Any], rng: np.random.Generator) -
     arranged, patch_mask = arrange_windows(patches, source)
 
     image = config.mllm.image_token_id
-    start, end = hf["vision_start_token_id"], hf["vision_end_token_id"]
+    start = hf.get("vision_start_token_id") or 151652  # the class's default
+    end = hf.get("vision_end_token_id") or 151653
     before, after, completion = (
         rng.integers(0, min(image, start, end), n) for n in (_BEFORE, _AFTER, _COMPLETION)
     )

@@ -1,6 +1,8 @@
 """The tensors of Qwen2-VL and Qwen2.5-VL: the vision tower and the language model."""
 
-from lens_jax.models.qwen_vl.config import QwenVLConfig
+from typing import Any
+
+from lens_jax.models.qwen_vl.config import QwenVLConfig, tie_levels
 from tools.convert_weights.reader import Source
 from tools.convert_weights.table import LINEAR, Entry, Table, WeightsError, flattened_conv
 from tools.convert_weights.values import difference
@@ -70,6 +72,20 @@ def official_name(name: str) -> str:
         if name.startswith(new):
             return official + name.removeprefix(new)
     return name
+
+
+def settle_tie(hf: dict[str, Any], source: Source) -> dict[str, Any]:
+    """config.json whose levels agree on whether the embeddings are tied.
+
+    Where they contradict each other, the weights decide: tied if there is no head of their own.
+    """
+    outer, inner = tie_levels(hf)
+    if outer is None or inner is None or outer == inner:
+        return hf
+    head, embedding = source.get("lm_head.weight"), source.get("model.embed_tokens.weight")
+    tied = head is None or (embedding is not None and not difference(head.load(), embedding.load()))
+    nested = {**hf["text_config"], "tie_word_embeddings": tied}
+    return {**hf, "tie_word_embeddings": tied, "text_config": nested}
 
 
 def without_tied_head(source: Source) -> Source:
