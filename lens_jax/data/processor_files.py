@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from lens_jax.data import images, prompts
 from lens_jax.files import CheckpointError, blaming
@@ -195,7 +195,10 @@ def _tokenizer(directory: Path) -> Any:
     if not file.is_file():
         file = directory / SLOW_TOKENIZER[0]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        # Without the config.json of a release, which a checkpoint of ours does not have.
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=PretrainedConfig(), trust_remote_code=False
+        )
     except Exception as error:  # the libraries raise nearly anything on a broken file
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{file}: transformers cannot read the tokenizer: {reason}") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lens_jax.data import processor_files
 from lens_jax.data.pipeline import Processor
 from lens_jax.files import CheckpointError
 from tests.data.conftest import TINY
@@ -150,3 +151,126 @@ def test_slow_files_give_the_same_tokens(directory):
     write(directory, "vocab.json", model["vocab"])
     write(directory, "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
     assert tokens(directory, "Ünï <|im_end|> 12 circles") == expected
+
+
+PREPROCESSOR = json.loads((TINY / "preprocessor_config.json").read_text())
+SIZELESS = {k: v for k, v in PREPROCESSOR.items() if k not in ("min_pixels", "max_pixels")}
+TYPE = {"image_processor_type": "Qwen2VLImageProcessorFast"}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "limits"),
+    [
+        (TYPE, (3136, 1_000_000)),
+        (SIZELESS | {"size": {"shortest_edge": 4000, "longest_edge": 6272}}, (4000, 6272)),
+        (SIZELESS | {"size": {"min_pixels": 4000, "max_pixels": 6272}}, (4000, 6272)),
+        (PREPROCESSOR | {"min_pixels": 4000, "max_pixels": 12845056}, (4000, 1_000_000)),
+        (
+            SIZELESS | {"min_pixels": None, "max_pixels": 6272, "size": {"shortest_edge": 4000}},
+            (4000, 6272),
+        ),
+        (
+            TYPE
+            | {"do_resize": True, "resample": 3, "rescale_factor": 0.00392156862745098}
+            | {"image_mean": None, "patch_size": None, "size": None, "data_format": "x"},
+            (3136, 1_000_000),
+        ),
+    ],
+)
+def test_picture_settings_in_every_form(directory, nested, settings, limits):
+    if nested:
+        (directory / "preprocessor_config.json").unlink()
+        write(directory, "processor_config.json", {"image_processor": settings})
+    else:
+        write(directory, "processor_config.json", {"processor_class": "Qwen2_5_VLProcessor"})
+        write(directory, "preprocessor_config.json", settings)
+    read = processor_files.read_images(directory)
+    assert (read.min_pixels, read.max_pixels) == limits
+    assert read.mean == tuple(PREPROCESSOR["image_mean"])
+    assert read.std == tuple(PREPROCESSOR["image_std"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"patch_size": 16}, "patch_size is 16: only 14"),
+        ({"merge_size": 4}, "merge_size is 4"),
+        ({"temporal_patch_size": 1}, "temporal_patch_size is 1"),
+        ({"do_resize": False}, "do_resize is False"),
+        ({"do_normalize": False}, "do_normalize is False"),
+        ({"resample": 2}, "resample is 2"),
+        ({"rescale_factor": 1.0}, "rescale_factor is 1.0"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "image_processor_type is CLIPImage"),
+        ({"image_mean": [0.5]}, "image_mean: expected three numbers"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std: expected three numbers above 0"),
+        ({"min_pixels": "many"}, "min_pixels: expected a whole number"),
+        ({"min_pixels": 10**7}, "min_pixels 10000000 is more than max_pixels"),
+        ({"size": 3}, "size: expected a JSON object"),
+    ],
+)
+def test_picture_settings_that_are_not_computed_are_refused(directory, settings, reason):
+    write(directory, "chat_template.json", {"chat_template": PICTURES})
+    write(directory, "preprocessor_config.json", PREPROCESSOR | settings)
+    message = refusal(directory)
+    assert message.startswith(f"{directory / 'preprocessor_config.json'}: ") and reason in message
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompts": {"sytem": "x"}}, "prompts: unknown key 'sytem'"),
+        ({"prompts": {"question": "Where?"}}, "'question' has no {question} in it"),
+        ({"prompts": {"system": 3}}, "prompts: system: expected a text"),
+        ({"prompts": None}, "prompts: expected a JSON object"),
+        ({"coordinates": "pixels"}, "coordinates: 'pixels'"),
+        ({"mllm": {"vision_config": {"patch_size": 16}}}, "patch_size is 16"),
+        ({"mllm": {}}, "the key 'vision_config' is missing"),
+        ({"sam": {}}, "the key 'image_size' is missing"),
+    ],
+)
+def test_a_broken_lens_config_is_one_line(directory, change, reason):
+    write(directory, "chat_template.json", {"chat_template": PICTURES})
+    write(directory, "lens_config.json", CONFIG | change)
+    message = refusal(directory)
+    assert message.startswith(f"{directory / 'lens_config.json'}: ") and reason in message
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "cannot read the tokenizer"),
+        ({"version": "1.0"}, "cannot read the tokenizer"),
+        (
+            {
+                "version": "1.0",
+                "added_tokens": [],
+                "pre_tokenizer": {"type": "Metaspace", "replacement": "▁"},
+                "decoder": {"type": "Metaspace", "replacement": "▁"},
+                "model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["▁a", -1.0]]},
+            },
+            "no byte-level BPE tokenizer",
+        ),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(directory, content, reason):
+    write(directory, "chat_template.json", {"chat_template": PICTURES})
+    write(directory, "tokenizer.json", content)
+    write(directory, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    message = refusal(directory)
+    assert message.startswith(f"{directory / 'tokenizer.json'}: ") and reason in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ("{", "is not JSON"),
+        ({}, "no eos_token_id"),
+        ({"eos_token_id": "<|im_end|>"}, "eos_token_id: expected token ids"),
+        ({"eos_token_id": 436, "repetition_penalty": 0}, "repetition_penalty"),
+    ],
+)
+def test_generation_settings_that_end_nothing_are_refused(tmp_path, settings, reason):
+    write(tmp_path, "generation_config.json", settings)
+    with pytest.raises(CheckpointError, match=f"generation_config.json.*{reason}"):
+        processor_files.read_generation(tmp_path)

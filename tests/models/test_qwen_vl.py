@@ -323,3 +323,146 @@ def test_a_missing_key_is_named(key):
         part.pop(key, None)
     with pytest.raises(ValueError, match=key):
         QwenVLConfig.from_hf(hf)
+
+
+def released(**changes):
+    """config.json of Qwen2.5-VL-3B-Instruct as released, with changes; `a.b` is key b of a."""
+    hf = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "vision_token_id": 151654,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 128000,
+        "max_window_layers": 70,
+        "model_type": "qwen2_5_vl",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.41.2",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vision_config": {
+            "depth": 32,
+            "hidden_act": "silu",
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "in_chans": 3,
+            "out_hidden_size": 2048,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
+            "temporal_patch_size": 2,
+        },
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vocab_size": 151936,
+    }
+    for name, value in changes.items():
+        *parts, key = name.split("__")
+        section = hf
+        for part in parts:
+            section = section.setdefault(part, {})
+        section[key] = value
+    return hf
+
+
+PUBLISHED = PRESETS["Qwen2.5-VL-3B-Instruct"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"text_config": None, "rope_parameters": None, "quantization_config": None},
+        {"text_config__image_token_id": None, "text_config__hidden_size": None},
+        {"text_config__tie_word_embeddings": False},
+        {"tie_word_embeddings": None, "text_config__tie_word_embeddings": True},
+        {"text_config__layer_types": ["full_attention"] * 36},
+        {"text_config__rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+        {"attention_bias": False, "head_dim": 128},
+        {"hidden_size": None, "text_config__hidden_size": 2048},
+        {"rope_scaling__rope_type": "default"},
+        {"image_token_id": None},
+        {"vision_config__rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"}},
+    ],
+)
+def test_what_says_the_same_is_read_the_same(changes):
+    assert QwenVLConfig.from_hf(released(**changes)) == PUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling__rope_type": "yarn"}, "rope_scaling: rope_type is yarn"),
+        ({"rope_scaling__type": "linear"}, "rope_scaling: type is linear"),
+        ({"text_config__rope_parameters": {"rope_type": "dynamic"}}, "rope_type is dynamic"),
+        ({"rope_scaling__mrope_interleaved": True}, "mrope_interleaved is True"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"text_config__use_sliding_window": True}, "use_sliding_window is True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "holds sliding_attention"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+        ({"vision_config__hidden_act": "gelu_pytorch_tanh"}, "hidden_act is gelu_pytorch_tanh"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: quantised"),
+        ({"model_type": "qwen3_vl"}, "model_type is qwen3_vl"),
+        ({"head_dim": 64}, "head_dim is 64"),
+        ({"rope_scaling__mrope_section": [16, 24, 23]}, "mrope_section .*128"),
+        ({"text_config__rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-06, but 1e-05 in text_config"),
+        ({"text_config__rope_theta": 1e4}, "rope_theta is 1000000.0, but 10000.0 in text_config"),
+        ({"text_config__image_token_id": 7}, "image_token_id is 151655, but 7 in text_config"),
+        ({"num_hidden_layers": "36"}, "num_hidden_layers: expected a positive whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected a positive whole number"),
+        ({"num_attention_heads": 17}, "no multiple of num_attention_heads 17"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
+        ({"vision_config": [1]}, "vision_config: expected a JSON object"),
+        ({"vision_config__num_heads": 7}, "no multiple of num_heads 7"),
+        ({"vision_config__rope_parameters": {"rope_theta": 1e6}}, "only theta 10000"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        QwenVLConfig.from_hf(released(**changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL"])
+def test_left_out_keys_have_the_classes_defaults(name):
+    """transformers' own classes say what they are."""
+    transformers = pytest.importorskip("transformers")
+    theirs = getattr(transformers, f"{name}Config")()
+    text, vision = theirs.text_config, theirs.vision_config
+    kind = {"Qwen2VL": "qwen2_vl", "Qwen2_5_VL": "qwen2_5_vl"}[name]
+    ours = QwenVLConfig.from_hf({"model_type": kind, "text_config": {"model_type": "x"}})
+    assert ours.num_heads == text.num_attention_heads and ours.vocab_size == text.vocab_size
+    assert (ours.num_layers, ours.num_kv_heads) == (text.num_hidden_layers, 8)
+    assert (ours.hidden_size, ours.intermediate_size) == (text.hidden_size, text.intermediate_size)
+    assert (ours.rms_norm_eps, ours.rope_theta) == (text.rms_norm_eps, 1e6)
+    assert ours.image_token_id == theirs.image_token_id and not ours.tie_word_embeddings
+    assert (ours.vision.depth, ours.vision.num_heads) == (vision.depth, vision.num_heads)
+    assert (ours.vision.patch_size, ours.vision.merge_size) == (14, vision.spatial_merge_size)
+    if kind == "qwen2_vl":
+        assert ours.vision.hidden_size == vision.embed_dim
+        assert ours.vision.intermediate_size == vision.embed_dim * vision.mlp_ratio
+    else:
+        assert ours.vision.window_size == vision.window_size
+        assert ours.vision.full_attention_blocks == tuple(vision.fullatt_block_indexes)
+        sizes = (ours.vision.hidden_size, ours.vision.intermediate_size)
+        assert sizes == (vision.hidden_size, vision.intermediate_size)

@@ -649,10 +649,14 @@ def test_a_checkpoint_without_sam_asks_for_it(tmp_path, official, capsys):
 def test_another_model_is_refused(files, tmp_path, capsys):
     mllm = golden.write_mllm(GOLDEN, tmp_path / "mllm")
     config = json.loads((mllm / "config.json").read_text())
-    del config["vision_config"]["fullatt_block_indexes"]
-    (mllm / "config.json").write_text(json.dumps(config))
-    [error] = fails(capsys, tmp_path / "out", "--mllm", mllm, "--sam", files / "sam")
-    assert str(mllm / "config.json") in error and "not Qwen2.5-VL" in error
+    for change, said in (
+        ({"model_type": "qwen3_vl"}, "model_type is qwen3_vl"),
+        ({"model_type": "qwen2_vl"}, "not Qwen2.5-VL"),
+    ):
+        vision = {k: v for k, v in config["vision_config"].items() if k != "fullatt_block_indexes"}
+        (mllm / "config.json").write_text(json.dumps(config | change | {"vision_config": vision}))
+        [error] = fails(capsys, tmp_path / "out", "--mllm", mllm, "--sam", files / "sam")
+        assert str(mllm / "config.json") in error and said in error
 
 
 def test_unknown_sam_shapes_ask_for_a_configuration(files, tmp_path, capsys):
