@@ -194,6 +194,8 @@ def _tokenizer(directory: Path) -> Any:
         raise FileNotFoundError(f"{file} is missing: not a pretrained checkpoint")
     if not file.is_file():
         file = directory / SLOW_TOKENIZER[0]
+    elif not _is_byte_level(read_json(file)):  # transformers may read it as one
+        raise CheckpointError(f"{file}: {_OTHER_KIND}")
     try:
         # Without the config.json of a release, which a checkpoint of ours does not have.
         tokenizer = AutoTokenizer.from_pretrained(
@@ -202,14 +204,23 @@ def _tokenizer(directory: Path) -> Any:
     except Exception as error:  # the libraries raise nearly anything on a broken file
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{file}: transformers cannot read the tokenizer: {reason}") from None
-    if not tokenizer.is_fast or tokenizer.convert_tokens_to_string(["Ġ"]) != " ":
-        raise CheckpointError(
-            f"{file}: {type(tokenizer).__name__} is no byte-level BPE tokenizer: use one of the "
-            "Qwen family"
-        )
+    if not tokenizer.is_fast or not _is_byte_level(
+        json.loads(tokenizer.backend_tokenizer.to_str())
+    ):
+        raise CheckpointError(f"{file}: {_OTHER_KIND}")
     if tokenizer.convert_tokens_to_ids(prompts.IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         raise CheckpointError(f"{file}: the tokenizer has no token {prompts.IMAGE_TOKEN}")
     return tokenizer
+
+
+_OTHER_KIND = "this is no byte-level BPE tokenizer: use one of the Qwen family"
+
+
+def _is_byte_level(content: Mapping[str, Any]) -> bool:
+    """Whether this is a tokenizer.json of a byte-level BPE tokenizer."""
+    model, decoder = (content.get(key) or {} for key in ("model", "decoder"))
+    kinds = [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))]
+    return model.get("type", "BPE") == "BPE" and "ByteLevel" in kinds
 
 
 def _chat_template(directory: Path, tokenizer: Any) -> tuple[str, Path]:

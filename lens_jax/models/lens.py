@@ -70,12 +70,16 @@ class LensConfig:
         for part in ("mllm", "sam"):
             if not isinstance(config[part], Mapping):
                 raise ValueError(f"{part}: expected an object, found {config[part]!r}")
+        try:
+            sam = sam_config(config["sam"])
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"sam: a section has another form than expected ({error})") from None
         fields = {f.name for f in dataclasses.fields(cls)} - {"mllm", "sam"}
         given = Section({k: v for k, v in config.items() if k in fields}, "LENS")
         numbers = given.keys() - {"context_positions"}
         return cls(
             mllm=QwenVLConfig.from_hf(config["mllm"]),
-            sam=sam_config(config["sam"]),
+            sam=sam,
             **{key: given.whole(key) if key in numbers else given[key] for key in given},
         )
 

@@ -239,8 +239,9 @@ def test_a_broken_lens_config_is_one_line(directory, change, reason):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("{", "cannot read the tokenizer"),
-        ({"version": "1.0"}, "cannot read the tokenizer"),
+        ("{", "is not JSON"),
+        ({"version": "1.0"}, "no byte-level BPE tokenizer"),
+        ({"decoder": {"type": "ByteLevel"}}, "cannot read the tokenizer"),
         (
             {
                 "version": "1.0",
@@ -256,9 +257,10 @@ def test_a_broken_lens_config_is_one_line(directory, change, reason):
 def test_a_tokenizer_of_another_kind_is_refused(directory, content, reason):
     write(directory, "chat_template.json", {"chat_template": PICTURES})
     write(directory, "tokenizer.json", content)
-    write(directory, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-    message = refusal(directory)
-    assert message.startswith(f"{directory / 'tokenizer.json'}: ") and reason in message
+    for kind in ("PreTrainedTokenizerFast", "Qwen2Tokenizer"):
+        write(directory, "tokenizer_config.json", TOKENIZER_CONFIG | {"tokenizer_class": kind})
+        message = refusal(directory)
+        assert message.startswith(f"{directory / 'tokenizer.json'}") and reason in message
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,10 @@ def _check_files(directory: Path, config: Mapping[str, Any]) -> None:
         processor_files.read_generation(directory)
     if processor_files.has_tokenizer(directory):
         tokenizer, file = processor_files.read_tokenizer(directory)
+        with blaming(directory / checkpoints.CONFIG):
+            templates = prompts.Templates.from_dict(config.get("prompts", {}))
         with blaming(file):
-            encoder = prompts.PromptEncoder(tokenizer, prompts.Templates(**config["prompts"]))
+            encoder = prompts.PromptEncoder(tokenizer, templates)
         asked, found = config["mllm"].get("image_token_id"), encoder.image_token_id
         if asked not in (None, found):
             raise WeightsError(

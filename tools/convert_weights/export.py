@@ -13,6 +13,8 @@ from jsonargparse.typing import PositiveFloat
 from tqdm import tqdm
 
 from lens_jax import checkpoints
+from lens_jax.data.prompts import Templates
+from lens_jax.files import blaming
 from lens_jax.models.lens import LensConfig
 from lens_jax.models.sam.config import PRESETS
 from tools.convert_weights import configs, qwen_vl
@@ -78,6 +80,8 @@ def to_torch(
     """
     config = checkpoints.read_config(checkpoint)
     model = shapes_from(Path(checkpoint) / checkpoints.CONFIG, lambda: LensConfig.from_dict(config))
+    with blaming(Path(checkpoint) / checkpoints.CONFIG):
+        Templates.from_dict(config.get("prompts", {}))
     stored = checkpoints.saved_params(checkpoint)
     check_stored(Path(checkpoint), model, stored)
     folders = (_lens_folders if layout == "lens" else _hf_folders)(config, model, stored)
