@@ -104,7 +104,8 @@ class DataConfig:
     eval_batch_size: PositiveInt = 32
     """Expressions decoded together; filled up to as many on every device."""
     max_bad: ClosedUnitInterval = 0.01
-    """Stop when more than this fraction of samples cannot be read."""
+    """Stop when clearly more than this fraction of samples cannot be read, more than chance
+    explains at this rate; 0: at the first one."""
     windows: tuple[PositiveInt, ...] = (91,)
     """Buckets: rows of 64 patches, each a vision window or several small ones from the picture's
     border. 25 hold 640 x 480 pixels, 36 hold 640 x 640, 91 every picture of Qwen's 1,000,000."""

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lens_jax.models.inputs import Targets
 from lens_jax.rewards.box import box_iou
-from lens_jax.rewards.segment import boundary_iou, mask_iou
+from lens_jax.rewards.segment import answer_iou, boundary_iou, no_target
 from lens_jax.rewards.sentence import Score
 
 
@@ -60,7 +60,8 @@ class UnifiedReward:
     """Weighs format, box, segment and boundary rewards; weight 0: not in the total.
 
     A sample without target (no box, an empty mask) is answered rightly by no box and an empty mask,
-    which earn 1 each; anything else earns 0.
+    which earn 1 each; anything else earns 0. Where neither mask has a boundary, the boundary reward
+    is that of the whole masks.
     """
 
     score: Score
@@ -97,20 +98,18 @@ class UnifiedReward:
         """
         text = self.score(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
         text = {name: v.reshape(*lengths.shape, *v.shape[1:]) for name, v in text.items()}
-        truth = targets.mask & valid
-        no_target = ~(truth.any((1, 2)) | (targets.box != 0).any(-1))[:, None]
-        no_mask = ~((logits > 0) & valid[:, None]).any((-2, -1))
-
+        nothing = no_target(targets.mask, targets.box, valid)
         box = box_iou(text["box"], targets.box[:, None])
-        box = jnp.where(no_target, ~text["box_found"], box)
-        segment = jnp.where(no_target, no_mask, mask_iou(logits, truth, valid))
+        box = jnp.where(nothing[:, None], ~text["box_found"], box)
+        segment = answer_iou(logits, targets.mask, valid, nothing)
         channels = {
             "format": (self.format, text[self.pattern].astype(jnp.float32)),
             "box": (self.box, box),
             "segment": (self.segment, segment),
         }
         if self.boundary:
-            boundary = jnp.where(no_target, no_mask, boundary_iou(logits, truth, valid))
+            boundary = boundary_iou(logits, targets.mask, valid, otherwise=segment)
+            boundary = jnp.where(nothing[:, None], segment, boundary)
             channels["boundary"] = (self.boundary, boundary)
         for channel, weight in zip(self.custom, self.custom_weights, strict=True):
             answers = Answers(tokens, lengths, text, logits, targets, valid, box, segment)

@@ -51,6 +51,7 @@ from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel
 from lens_jax.rewards import text_rewards
 from lens_jax.training import drawing, programs, report
+from lens_jax.training.bad_samples import too_many
 from lens_jax.training.compilations import Compilations
 from lens_jax.training.metrics import METRICS_FILE, StageLog, last_step
 from lens_jax.training.state import TrainState
@@ -313,14 +314,15 @@ def _train(
                 _warn(left_out, stage, index + 1, ids)
             scores.append(metrics.get(config.checkpoint.best_by, math.nan))
             seen = upcoming - first_sample
-            if at["bad_samples"] > max(1.0, config.data.max_bad * seen):
+            if too_many(at["bad_samples"], seen, config.data.max_bad):
                 try:
                     store.wait()  # one that is being written is what to go on from
                 except checkpoints.CheckpointError as error:
                     _warn("%s", error)
                 raise ConfigError(
-                    f"{at['bad_samples']} of {seen} samples could not be read, more than "
-                    f"data.max_bad {config.data.max_bad} allows; the log names them"
+                    f"{at['bad_samples']} of {seen} samples of {stage} could not be used, clearly "
+                    f"more than data.max_bad {config.data.max_bad} allows; the log names them: "
+                    "mend them, or raise --data.max_bad"
                 )
             (stopping,) = processes.total(job.stopping.is_set())
             hopeless = in_row >= config.max_skipped
