@@ -23,15 +23,17 @@ def fewest(seen: int, allowed: float) -> int:
 
 def last_samples(allowed: float, most: int) -> np.ndarray:
     """Up to which sample the first, second, ... bad one ends a run; 0 where it never does."""
-    ends, seen = [], 0
+    ends, last, step = [], 0, 1
     for bad in range(1, most + 1):
-        low, high = seen, LONG + 1  # the more bad samples, the later they still are too many
+        low, jump = max(last, bad - 1), step  # the more bad samples, the later they still suffice
+        while too_many(bad, low + jump, allowed):
+            low, jump = low + jump, 2 * jump
+        high = low + jump
         while high - low > 1:
             middle = (low + high) // 2
-            early = middle >= bad and too_many(bad, middle, allowed)
-            low, high = (middle, high) if early or middle < bad else (low, middle)
-        seen = low if low >= bad else 0
-        ends.append(seen)
+            low, high = (middle, high) if too_many(bad, middle, allowed) else (low, middle)
+        step, last = max(1, low - last), low
+        ends.append(low if low >= bad else 0)
     return np.array(ends)
 
 
@@ -49,38 +51,43 @@ def ended(rng, rate: float, allowed: float, runs: int, most: int) -> np.ndarray:
     return stopped
 
 
-@pytest.mark.parametrize("allowed", [0.001, DEFAULT, 0.02])
-def test_half_the_allowed_rate_goes_on(allowed):
+def test_half_the_default_rate_goes_on():
     """For a million samples, in more than 999 of 1,000 runs."""
-    rate = allowed / 2
+    rate, runs = DEFAULT / 2, 10_000
     most = int(stats.binom.isf(1e-9, LONG, rate))  # more bad ones do not come
-    runs = 10_000
-    stopped = ended(np.random.default_rng(0), rate, allowed, runs, most).sum()
-    # What would be seen at one end in 1,000 runs, with a probability of 1 in 1,000 or more.
+    stopped = ended(np.random.default_rng(0), rate, DEFAULT, runs, most).sum()
+    # So few are stopped in less than 1 of 1,000 such tests, if 1 in 1,000 runs is.
     assert stopped < stats.binom.isf(0.999, runs, 0.001)
 
 
 @pytest.mark.parametrize("allowed", [0.001, 0.005, DEFAULT, 0.05, 0.1, 0.25, 0.5, 0.9])
-def test_half_the_allowed_rate_goes_on_by_calculation(allowed):
-    """The sum over all bad samples of the probability that this one comes early enough to end a
-    run; after 20,000 samples there is none left to speak of."""
-    most = int(stats.binom.isf(1e-12, 20_000, allowed / 2))
+def test_half_the_allowed_rate_goes_on(allowed):
+    """Calculated: the sum over bad samples of the probability that it comes early enough to end a
+    run. From some number on each is so improbable that no later one matters."""
+    rate, most = allowed / 2, 120
     ends = last_samples(allowed, most)
     bad = np.arange(1, most + 1)[ends > 0]
-    assert stats.binom.sf(bad - 1, ends[ends > 0], allowed / 2).sum() < 0.001
-    # Chernoff: what is left falls geometrically with the bad samples.
-    assert stats.binom.sf(most, ends[-1], allowed / 2) < 1e-12
+    early = stats.binom.sf(bad - 1, ends[ends > 0], rate)
+    assert early[-1] == early.min()
+    assert early.sum() + LONG * allowed * early[-1] < 0.001
 
 
 @pytest.mark.parametrize("allowed", [DEFAULT, 0.02, 0.05, 0.1, 0.25, 0.4, 0.9])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_four_times_the_allowed_rate_ends_within_2000(allowed, batch):
-    rng, rate = np.random.default_rng(0), min(1, 4 * allowed)
-    seen = np.arange(batch, 2000 + 1, batch)
-    bad = rng.binomial(batch, rate, (4000, len(seen))).cumsum(1)
-    stopped = (bad >= [fewest(n, allowed) for n in seen]).any(1)
-    # A batch of 1,024 is judged once in 2,000 samples.
-    assert stopped.mean() > (0.999 if batch < 1024 else 0.995)
+    """Even if it is judged but once, as a batch of 1,024 is."""
+    rate, last = min(1, 4 * allowed), batch * (2000 // batch)
+    seen = np.arange(batch, last + 1, batch)
+    bad = np.random.default_rng(0).binomial(batch, rate, (2000, len(seen))).cumsum(1)
+    assert (bad >= [fewest(n, allowed) for n in seen]).any(1).mean() > 0.998
+    assert stats.binom.cdf(fewest(last, allowed) - 1, last, rate) < 0.001
+
+
+@pytest.mark.parametrize("allowed", [0.001, 0.0001])
+def test_smaller_rates_take_longer(allowed):
+    """What 20 / DEFAULT samples show of the default, 20 / allowed show of any other."""
+    last = round(20 / allowed)
+    assert stats.binom.cdf(fewest(last, allowed) - 1, last, 4 * allowed) < 0.001
 
 
 def test_the_allowed_rate_itself_mostly_goes_on():
