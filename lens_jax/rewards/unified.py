@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Literal
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lens_jax.models.inputs import Targets
 from lens_jax.rewards.box import box_iou
 from lens_jax.rewards.segment import answer_iou, boundary_iou, no_target
-from lens_jax.rewards.sentence import Score
+from lens_jax.rewards.sentence import FORMATS, Score
 
 
 @struct.dataclass
@@ -53,6 +54,45 @@ class Answers:
 
 
 Channel = Callable[[Answers], Float[Array, "B G"]]
+
+
+def check_channel(
+    channel: Channel, *, generations: int, tokens: int, canvas: tuple[int, int]
+) -> None:
+    """Traces a channel of one's own as an update will, on shapes alone.
+
+    Raises:
+        ValueError: what it returns is not one number for each completion.
+        Exception: whatever the channel raises.
+    """
+    shape = jax.ShapeDtypeStruct
+    b, g = 2, generations
+    each, truths = partial(shape, (b, g)), partial(shape, (b, *canvas))
+    text = dict.fromkeys((*FORMATS, "box_found"), each(bool)) | {
+        "box": shape((b, g, 4), jnp.float32)
+    }
+    size, answer, one = (shape((b, *n), jnp.int32) for n in ((2,), (1,), ()))
+    answers = Answers(
+        tokens=shape((b, g, tokens), jnp.int32),
+        lengths=each(jnp.int32),
+        text=text,
+        logits=shape((b, g, *canvas), jnp.float32),
+        targets=Targets(shape((b, 4), jnp.float32), truths(bool), size, answer, one),
+        valid=truths(bool),
+        box_iou=each(jnp.float32),
+        mask_iou=each(jnp.float32),
+    )
+    jax.eval_shape(partial(_earned, channel), answers)
+
+
+def _earned(channel: Channel, answers: Answers) -> Float[Array, "B G"]:
+    value, expected = jnp.asarray(channel(answers), jnp.float32), answers.lengths.shape
+    if value.shape != expected:
+        raise ValueError(
+            f"reward channel {channel.__name__} returns shape {value.shape}, expected one number "
+            f"for each completion, {expected}"
+        )
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +153,7 @@ class UnifiedReward:
             channels["boundary"] = (self.boundary, boundary)
         for channel, weight in zip(self.custom, self.custom_weights, strict=True):
             answers = Answers(tokens, lengths, text, logits, targets, valid, box, segment)
-            value = jnp.asarray(channel(answers), jnp.float32)
-            if value.shape != lengths.shape:
-                raise ValueError(
-                    f"reward channel {channel.__name__} returns shape {value.shape}, expected one "
-                    f"number for each completion, {lengths.shape}"
-                )
-            channels[channel.__name__] = (weight, value)
+            channels[channel.__name__] = (weight, _earned(channel, answers))
 
         weights = [weight for weight, _ in channels.values()]
         values = [v**2 if name in self.squared else v for name, (_, v) in channels.items()]

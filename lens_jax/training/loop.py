@@ -53,7 +53,7 @@ from lens_jax.rewards import text_rewards
 from lens_jax.training import drawing, programs, report
 from lens_jax.training.bad_samples import too_many
 from lens_jax.training.compilations import Compilations
-from lens_jax.training.metrics import METRICS_FILE, StageLog, last_step
+from lens_jax.training.metrics import METRICS_FILE, StageLog, last_step, read_scores
 from lens_jax.training.state import TrainState
 
 # What a converted start/ depends on.
@@ -122,6 +122,7 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
     """
     directory = Path(config.run_dir)
     _agree(config)
+    programs.check_rewards(config)
     if not processes.by_main(lambda: _claim(directory, config)):
         _say(f"{directory} is finished: see {directory / 'report.html'}")
         return
@@ -528,7 +529,7 @@ def _train_source(data: DataConfig, data_dir: Path) -> Source:
 def score(job: Run, point: str) -> None:
     """Evaluates on the held-out split, once: evaluation.json, a file of rows, sample pictures."""
     file = job.directory / "evaluation.json"
-    scores = processes.by_main(lambda: json.loads(file.read_text()) if file.exists() else {})
+    scores = processes.by_main(lambda: read_scores(file))
     if point in scores:
         return
     job.lens.state = job.params
