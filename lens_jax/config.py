@@ -7,6 +7,7 @@ the run that fits a laptop.
 import dataclasses
 import difflib
 import importlib
+import itertools
 import math
 import os
 import re
@@ -466,7 +467,7 @@ def _reason(error: Exception) -> str:
 
 def _config_files(argv: Sequence[str]) -> str:
     """The values of --config on a command line."""
-    files = [after for flag, after in zip(argv, argv[1:], strict=False) if flag == "--config"]
+    files = [after for flag, after in itertools.pairwise(argv) if flag == "--config"]
     files += [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
     return ", ".join(files)
 
