@@ -51,9 +51,7 @@ def test_channels_of_ones_own_are_tried_before_anything_else():
 
     check("one_each")
     check("mistaken", steps=0)
-    with pytest.raises(
-        configs.ConfigError, match=r"one_for_all .* shape \(\), expected one"
-    ):
+    with pytest.raises(configs.ConfigError, match=r"one_for_all .* shape \(\), expected one"):
         check("one_for_all")
     with pytest.raises(configs.ConfigError, match="mistaken cannot be computed: AttributeError"):
         check("mistaken", policy_weight=0.0)
