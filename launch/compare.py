@@ -25,13 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(argv)
         if options.output is None:
             raise cli.UsageError("give --output, the page to write")
-        from lens_jax.training import report
+        from lens_jax.training import metrics, report
 
         for run in options.runs:
             if not (run / "metrics.jsonl").is_file():
                 raise cli.UsageError(f"{run} is no run: metrics.jsonl is missing")
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        print(report.compare(options.runs, options.output))
+        try:
+            print(report.compare(options.runs, options.output))
+        except metrics.RunError as error:
+            raise cli.UsageError(str(error)) from error
     except (cli.UsageError, OSError) as error:
         return cli.complain(error)
     return 0

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     from lens_jax import processes
     from lens_jax.checkpoints import CheckpointError
     from lens_jax.data.sample import SampleError
-    from lens_jax.training import loop
+    from lens_jax.training import loop, metrics
     from tools.convert_weights import WeightsError
 
     def start() -> Path:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             print(stop)
     except (
         configuration.ConfigError, CheckpointError, SampleError, WeightsError, OSError,
-        loop.NotFinite, processes.RemoteError,
+        loop.NotFinite, metrics.RunError, processes.RemoteError,
     ) as error:  # fmt: skip
         return processes.leave(cli.complain(error))
     except Exception as error:

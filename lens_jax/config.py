@@ -7,6 +7,7 @@ the run that fits a laptop.
 import dataclasses
 import difflib
 import importlib
+import itertools
 import math
 import os
 import re
@@ -104,7 +105,8 @@ class DataConfig:
     eval_batch_size: PositiveInt = 32
     """Expressions decoded together; filled up to as many on every device."""
     max_bad: ClosedUnitInterval = 0.01
-    """Stop when more than this fraction of samples cannot be read."""
+    """Stop when clearly more than this fraction of samples cannot be read, more than chance
+    explains at this rate; 0: at the first one."""
     windows: tuple[PositiveInt, ...] = (91,)
     """Buckets: rows of 64 patches, each a vision window or several small ones from the picture's
     border. 25 hold 640 x 480 pixels, 36 hold 640 x 640, 91 every picture of Qwen's 1,000,000."""
@@ -376,6 +378,9 @@ _TYPES = {
 }
 
 
+_NOT_READ = "no configuration can be read from it"  # begins what is wrong with a whole file
+
+
 class _Parser(jsonargparse.ArgumentParser):
     """Raises ConfigError, one line, where argparse would print its usage and exit."""
 
@@ -386,6 +391,12 @@ class _Parser(jsonargparse.ArgumentParser):
 def _explain(message: str) -> str:
     """jsonargparse's message as one line that names the key and what it should be."""
     message = " ".join(message.split())
+    if message.startswith("Unexpected config:"):
+        found = message.partition(":")[2].strip() or "nothing"
+        return f"{_NOT_READ}: expected sections and keys with their values, found {found}"
+    if message.startswith("Problems parsing config:"):
+        where = ' in "<unicode string>"'
+        return f"{_NOT_READ}: {message.partition(':')[2].strip().replace(where, '')}"
     unknown = re.search(
         r"unrecognized arguments: --(?P<flag>[\w.]+)"
         r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<member>[\w.]+)'"
@@ -427,8 +438,11 @@ def load(argv: Sequence[str] | None = None, default_config: Path = DEFAULT_CONFI
         parsed = _parser().parse_args(argv)
         config = _build(RunConfig, parsed.as_dict())
         validate(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, UnicodeDecodeError, OSError) as error:
+        reason = _reason(error)
+        if reason.startswith(_NOT_READ):
+            reason = f"{_config_files(argv)}: {reason}"
+        print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
     if config.run_dir is None:
         name = Path(str(parsed.config[-1])).stem
@@ -440,8 +454,22 @@ def read_yaml(file: str | os.PathLike[str]) -> RunConfig:
     """The configuration in a file, such as a run's config.yaml. Raises ConfigError."""
     try:
         return _build(RunConfig, _parser().parse_path(str(file)).as_dict())
-    except (ConfigError, OSError, TypeError) as error:
-        raise ConfigError(f"{file}: {error}") from error
+    except (ConfigError, UnicodeDecodeError, OSError, TypeError) as error:
+        raise ConfigError(f"{file}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a file of a configuration cannot be read, in a line."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{_NOT_READ}: it is not UTF-8 at byte {error.start}, save it as UTF-8"
+    return " ".join(str(error).split())
+
+
+def _config_files(argv: Sequence[str]) -> str:
+    """The values of --config on a command line."""
+    files = [after for flag, after in itertools.pairwise(argv) if flag == "--config"]
+    files += [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
+    return ", ".join(files)
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -547,6 +575,7 @@ def _validate_grpo(config: RunConfig) -> None:
         )
     if grpo.detach_segmentation and not grpo.segmentation_weight:
         raise ConfigError("grpo.detach_segmentation needs grpo.segmentation_weight above 0")
+    _validate_custom(rewards)
     if not grpo.policy_weight:
         if grpo.entropy_weight:
             raise ConfigError("grpo.entropy_weight needs grpo.policy_weight above 0")
@@ -556,6 +585,18 @@ def _validate_grpo(config: RunConfig) -> None:
             "grpo.trained names neither visual nor language, so that the policy loss trains "
             "nothing: add one, or set grpo.policy_weight to 0"
         )
+    weights = (rewards.format, rewards.box, rewards.segment, rewards.boundary)
+    if not any((*weights, *rewards.custom_weights)):
+        raise ConfigError("all weights of rewards are 0: nothing to learn, raise one above 0")
+    for key, greedy in (("top_k", rollout.top_k == 1), ("top_p", rollout.top_p == 0)):
+        if greedy:
+            raise ConfigError(
+                f"rollout.{key} {getattr(rollout, key)} is greedy: a group of equal completions "
+                f"has no advantage, raise rollout.{key}"
+            )
+
+
+def _validate_custom(rewards: RewardsConfig) -> None:
     if len(rewards.custom) != len(rewards.custom_weights):
         raise ConfigError(
             f"rewards.custom names {len(rewards.custom)} channels and rewards.custom_weights has "
@@ -567,15 +608,6 @@ def _validate_grpo(config: RunConfig) -> None:
         raise ConfigError(f"rewards.custom: there are two channels {taken[0]}, rename the function")
     for path in rewards.custom:
         import_function(path)
-    weights = (rewards.format, rewards.box, rewards.segment, rewards.boundary)
-    if not any((*weights, *rewards.custom_weights)):
-        raise ConfigError("all weights of rewards are 0: nothing to learn, raise one above 0")
-    for key, greedy in (("top_k", rollout.top_k == 1), ("top_p", rollout.top_p == 0)):
-        if greedy:
-            raise ConfigError(
-                f"rollout.{key} {getattr(rollout, key)} is greedy: a group of equal completions "
-                f"has no advantage, raise rollout.{key}"
-            )
 
 
 def batch_rows(config: RunConfig) -> int:
@@ -589,13 +621,18 @@ def import_function(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module is the user's, and is run here
         raise ConfigError(
-            f"rewards.custom: {path} cannot be imported ({error}); expected MODULE:FUNCTION, with "
-            "the module's folder on PYTHONPATH"
+            f"rewards.custom: {path} cannot be imported ({type(error).__name__}: {_reason(error)});"
+            " expected MODULE:FUNCTION, with the module's folder on PYTHONPATH"
         ) from error
     if not callable(function):
         raise ConfigError(f"rewards.custom: {path} is no function")
+    if (called := getattr(function, "__name__", "without a name")) != name:
+        raise ConfigError(
+            f"rewards.custom: {path} is a function called {called}, and its channel is named by "
+            f"that: write it as def {name}(answers)"
+        )
     return function
 
 

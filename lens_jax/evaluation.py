@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from lens_jax import processes
 from lens_jax.data.images import upsample_logits
 from lens_jax.data.pipeline import Evaluation, EvaluationRow
+from lens_jax.data.sample import Sample
 from lens_jax.inference import Lens
 
 
@@ -19,7 +20,9 @@ from lens_jax.inference import Lens
 class Row:
     """One expression's outcome. Boxes are in the text's coordinates; IoUs are fractions.
 
-    `box_iou` is None where the data set has no box; a completion without a box scores 0.
+    `box_iou` is None where the data set has no box; a completion without a box scores 0. Where
+    nothing is meant (no true box, an empty true mask) both IoUs are 1 for the right answer, no box
+    and an empty mask, and 0 for any other, as rewards are.
     """
 
     number: int
@@ -57,7 +60,7 @@ def evaluate(
     """
     start = time.perf_counter()
     format_name = "think_format" if data.reasoning else "grounding_format"
-    rows = []
+    rows, true_boxes = [], 0
     for item in progress(data):
         responses = lens.respond(item.batch.prompts, item.batch.sample_id, limit=item.limit)
         for i, asked in zip(np.flatnonzero(item.valid), item.rows, strict=True):
@@ -65,7 +68,7 @@ def evaluate(
             mask = upsample_logits(responses.mask_logits[i], truth.shape) > 0
             intersection, union = overlap(mask, truth)
             box = tuple(float(v) for v in responses.box[i]) if responses.box_found[i] else None
-            has_box = asked.sample.box is not None
+            true_boxes += asked.sample.box is not None
             row = Row(
                 number=asked.number,
                 ref_id=asked.sample.ref_id,
@@ -76,13 +79,15 @@ def evaluate(
                 intersection=intersection,
                 union=union,
                 iou=intersection / (union + 1e-5) if union else 1.0,
-                box_iou=box_iou(box, item.batch.targets.box[i]) if has_box else None,
+                box_iou=_box_score(box, asked.sample, item.batch.targets.box[i]),
                 well_formed=bool(responses.formats[format_name][i]),
                 ended=bool(responses.ended[i]),
             )
             rows.append(row)
             if show is not None:
                 show(row, asked, mask)
+    if not processes.total(true_boxes)[0]:  # no target says nothing of boxes in a set without any
+        rows = [dataclasses.replace(row, box_iou=None) for row in rows]
     rows = _of_all_processes(rows)
     scores = {"dataset": dataset, "split": split, **summarize(rows)}
     return scores | {"seconds": round(time.perf_counter() - start, 2)}, rows
@@ -120,6 +125,15 @@ def overlap(mask: Bool[np.ndarray, "H W"], truth: np.ndarray) -> tuple[int, int]
     """Pixels of intersection and union. Truth counts where it is 1: a sum of polygons holds 2s."""
     truth = truth == 1
     return int(np.sum(mask & truth)), int(np.sum(mask | truth))
+
+
+def _box_score(
+    box: tuple[float, ...] | None, sample: Sample, truth: Float[np.ndarray, "4"]
+) -> float | None:
+    """A completion's `Row.box_iou`; `truth` is the sample's box in the text's coordinates."""
+    if sample.box is not None:
+        return box_iou(box, truth)
+    return None if sample.mask.any() else float(box is None)
 
 
 def box_iou(box: tuple[float, ...] | None, truth: Float[np.ndarray, "4"]) -> float:

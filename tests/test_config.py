@@ -128,6 +128,17 @@ def processes(coordinator, count, number):
             ["--rewards.custom", "[os:curdir]", "--rewards.custom_weights", "[1]"],
             "rewards.custom: os:curdir is no function",
         ),
+        (
+            ["--grpo.policy_weight", "0", "--rewards.custom", "[nowhere:channel]"],
+            "names 1 channels and rewards.custom_weights",
+        ),
+        (
+            [
+                *("--grpo.policy_weight", "0", "--rewards.custom", "[nowhere:channel]"),
+                *("--rewards.custom_weights", "[1]"),
+            ],
+            "rewards.custom: nowhere:channel cannot be imported (ModuleNotFoundError: No module",
+        ),
         (["--rollout.top_k", "1"], "rollout.top_k 1 is greedy"),
         (["--rollout.top_p", "0"], "rollout.top_p 0.0 is greedy"),
         (["--rollout.final_temperature", "0"], "rollout.final_temperature: expected a number"),
@@ -186,6 +197,46 @@ def test_what_a_stage_skips_is_not_asked_of_it(file):
 
 def test_a_missing_file_is_named(tmp_path, capsys):
     assert "absent.yaml" in refused(capsys, "--config", tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "found nothing"),
+        (b"- 1\n- 2\n", "expected sections and keys with their values, found - 1 - 2"),
+        (b"grpo: {steps: [1,\n  b: {", "did not find expected node content, line 3"),
+        ("seed: 1  # für später\n".encode("cp1252"), "it is not UTF-8 at byte 12"),
+        (b"seed: 1\0\n", "control characters are not allowed"),
+        (b"seed: !!python/object/apply:os.getpid []\n", "could not determine a constructor"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path, capsys, content, says):
+    """One line that names it, on the command line and of a run."""
+    file = tmp_path / "broken.yaml"
+    file.write_bytes(content)
+    printed = refused(capsys, "--config", file)
+    assert f"{file}: no configuration can be read from it" in printed and says in printed
+    with pytest.raises(ConfigError) as error:
+        configs.read_yaml(file)
+    assert str(error.value).startswith(f"{file}: ") and says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        ("def channel(answers:", "cannot be imported (SyntaxError: "),
+        ("raise RuntimeError('not\\nnow')", "cannot be imported (RuntimeError: not now)"),
+        ("def other(answers): return 1\nchannel = other", "is a function called other"),
+        ("channel = lambda answers: 1", "is a function called <lambda>"),
+    ],
+)
+def test_a_module_of_rewards_that_is_broken(tmp_path, capsys, monkeypatch, file, module, says):
+    name = f"rewards_{abs(hash(module))}"
+    (tmp_path / f"{name}.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ("--rewards.custom", f"[{name}:channel]", "--rewards.custom_weights", "[1]")
+    assert f"rewards.custom: {name}:channel {says}" in refused(capsys, "--config", file, *flags)
 
 
 def test_a_written_config_repeats_the_run(file, tmp_path):

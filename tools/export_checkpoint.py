@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from lens_jax import checkpoints, cli
-from lens_jax.config import read_yaml
+from lens_jax.config import ConfigError, RunConfig, read_yaml
 from lens_jax.training import metrics
 
 EXAMPLE = "  python -m tools.export_checkpoint --run_dir runs/tiny --step best --output best"
@@ -31,21 +31,35 @@ def export_checkpoint(
         stage: whose checkpoint.
         step: which one; best: by checkpoint.best_by, of those that are kept.
     """
-    config = read_yaml(run_dir / "config.yaml")
+    config = _config(run_dir)
     start = Path(config.model.checkpoint or run_dir / "start")
+    settings = config.lens_config(checkpoints.read_config(start))
     trained: dict[str, np.ndarray] = {}
     for name in metrics.STAGES[: metrics.STAGES.index(stage) + 1]:
         place = config.checkpoint.directory or run_dir / "checkpoints"
         store = checkpoints.TrainingCheckpoints(f"{place}/{name}", keep=1)
-        found = store.latest()
-        if name == stage and step == "best":
+        found = store.latest() if name != stage or step == "last" else step
+        if found == "best":
             found = store.best()
-        elif name == stage and step != "last":
-            found = step
-        if found is not None:
+        if found is not None and found in store.steps():
             trained |= store.params(found)
         elif name == stage:
-            raise checkpoints.CheckpointError(f"{store.directory} holds no {step} checkpoint")
+            kept = ", ".join(map(str, store.steps())) or "none"
+            raise checkpoints.CheckpointError(
+                f"{store.directory} holds no {step} checkpoint; kept are: {kept}"
+            )
+        elif lost := _trained_before(config, stage):
+            raise checkpoints.CheckpointError(
+                f"{store.directory} holds no checkpoint, and {stage} goes on with what {name} "
+                f"trained ({', '.join(lost)}): bring its last one back"
+            )
+    shapes = _shapes(start)
+    for path, value in trained.items():
+        if shapes.get(path) != value.shape:
+            raise checkpoints.CheckpointError(
+                f"{start} is not what {run_dir} began with: {path} has shape {shapes.get(path)} "
+                f"there and {value.shape} in the run"
+            )
 
     def params() -> Iterator[tuple[str, np.ndarray]]:
         for name, value in checkpoints.iterate_params(start):
@@ -54,9 +68,38 @@ def export_checkpoint(
                 value = trained[path] if layer is None else trained[path][layer]
             yield name, value
 
-    settings = config.lens_config(checkpoints.read_config(start))
     checkpoints.save_pretrained(output, params(), settings, files_from=start)
     print(f"{output}: {stage} step {found}")
+
+
+def _config(run_dir: Path) -> RunConfig:
+    """What the run in a directory was configured with."""
+    if not (run_dir / "config.yaml").is_file():
+        raise cli.UsageError(f"--run_dir {run_dir}: no run is there, for it holds no config.yaml")
+    try:
+        return read_yaml(run_dir / "config.yaml")
+    except ConfigError as error:
+        raise cli.UsageError(str(error)) from error
+
+
+def _trained_before(config: RunConfig, stage: str) -> list[str]:
+    """Parts that stages before `stage` have trained and it does not train itself."""
+    before = config.alignment.trained if config.alignment.steps else ()
+    return [part for part in before if part not in getattr(config, stage).trained]
+
+
+def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Of a pretrained checkpoint's parameters, layers stacked."""
+    layers: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, x in checkpoints.saved_params(directory).items():
+        path, layer = checkpoints.layer_of(name)
+        if layer is None:
+            shapes[path] = x.shape
+        else:
+            layers[path] = max(layers.get(path, 0), layer + 1)
+            shapes[path] = (layers[path], *x.shape)
+    return shapes
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,9 @@ from lens_jax.models.inputs import Batch, Prompts, Share, Targets
 
 log = logging.getLogger("lens_jax")
 
-ATTEMPTS = 16  # replacements tried for one unreadable sample before the data set is given up
+# Samples tried in place of an unreadable one before the data set is given up: so many that
+# `data.max_bad`, even of 1, is what ends a run of which half can be read.
+ATTEMPTS = 64
 
 
 @dataclasses.dataclass(frozen=True)

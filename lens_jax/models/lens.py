@@ -200,6 +200,7 @@ class LensModel(nnx.Module):
                 ],
                 axis=1,
             ),
+            remat=self.remat,
         )
         queries = self.context.queries[...].astype(embedded.dtype)
         m = len(queries)
@@ -208,6 +209,7 @@ class LensModel(nnx.Module):
             (first + length)[:, None, None] + jnp.arange(m),
             jnp.tri(m, dtype=bool)[None, None],
             cache,
+            remat=self.remat,
         )
 
     def read_on(

@@ -15,13 +15,38 @@ def mask_iou(
     return intersection / (_area(predicted) + _area(mask) - intersection + _EPS)
 
 
-def boundary_iou(
-    logits: Float[Array, "B G H W"], mask: Bool[Array, "B H W"], valid: Bool[Array, "B H W"]
+def no_target(
+    mask: Bool[Array, "B H W"], box: Float[Array, "B 4"], valid: Bool[Array, "B H W"]
+) -> Bool[Array, "B"]:
+    """Which samples mean nothing in their picture: those with an empty true mask and no box.
+
+    A box alone is a target: on the canvas its mask may have shrunk to nothing.
+    """
+    return ~((mask & valid).any((1, 2)) | (box != 0).any(-1))
+
+
+def answer_iou(
+    logits: Float[Array, "B G H W"],
+    mask: Bool[Array, "B H W"],
+    valid: Bool[Array, "B H W"],
+    no_target: Bool[Array, "B"],
 ) -> Float[Array, "B G"]:
-    """IoU of the masks' inner boundaries (arXiv 2103.16562); 1 where neither has one.
+    """`mask_iou` where there is a target; elsewhere 1 for an empty mask and 0 for any other."""
+    empty = ~_masks(logits, mask, valid)[0].any((-2, -1))
+    return jnp.where(no_target[:, None], empty, mask_iou(logits, mask, valid))
+
+
+def boundary_iou(
+    logits: Float[Array, "B G H W"],
+    mask: Bool[Array, "B H W"],
+    valid: Bool[Array, "B H W"],
+    otherwise: Float[Array, "B G"] | float = 1.0,
+) -> Float[Array, "B G"]:
+    """IoU of the masks' inner boundaries (arXiv 2103.16562); `otherwise` where neither has one.
 
     The boundary is what erosion by a square takes away; its side is a twentieth of the picture's
-    shorter side, made odd. Beyond the picture's border counts as inside.
+    shorter side, made odd. Beyond the picture's border counts as inside. So an empty mask has none,
+    nor has one that fills the picture, nor has any in a picture of less than 40 pixels.
     """
     predicted, mask = _masks(logits, mask, valid)
     height, width = valid.any(2).sum(1), valid.any(1).sum(1)
@@ -30,7 +55,7 @@ def boundary_iou(
     predicted = predicted & _near_background(predicted, valid, radius)
     mask = mask & _near_background(mask, valid, radius)
     union = _area(predicted | mask)
-    return jnp.where(union == 0, 1.0, _area(predicted & mask) / (union + _EPS))
+    return jnp.where(union == 0, otherwise, _area(predicted & mask) / (union + _EPS))
 
 
 def _masks(logits, mask, valid) -> tuple[Bool[Array, "B G H W"], Bool[Array, "B 1 H W"]]:

@@ -40,6 +40,7 @@ GROUNDING = (
     "<|box_end|><|im_end|>",
 )
 GROUNDING_REASONING = ("<think>", Many(NOT_NEWLINE), "</think>\n", *GROUNDING)
+FORMATS = ("think_format", "grounding_format", "grounding_format_reasoning")
 # Padding of the official rollout, taken out of the text before all but the think format is read.
 PADDING = "<|endoftext|>"
 
@@ -110,10 +111,9 @@ def text_rewards(tokenizer) -> Score:
         moves_made = jnp.asarray(move)[held, kinds].astype(jnp.int32)
         states = _run(moves, moves_made, jnp.asarray(stays), jnp.asarray(once))
         # What is still held back begins the literal, and no match ends with a beginning of it.
-        names = ("think_format", "grounding_format", "grounding_format_reasoning")
         formats = {
             name: jnp.asarray(automaton.accepts)[state]
-            for name, automaton, state in zip(names, automata, states, strict=True)
+            for name, automaton, state in zip(FORMATS, automata, states, strict=True)
         }
         box, found = reader.find(codes, jnp.asarray(piece)[held, kinds].astype(jnp.int32))
         return {**formats, "box": box, "box_found": found}

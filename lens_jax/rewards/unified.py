@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Literal
 
 import jax
@@ -11,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lens_jax.models.inputs import Targets
 from lens_jax.rewards.box import box_iou
-from lens_jax.rewards.segment import boundary_iou, mask_iou
-from lens_jax.rewards.sentence import Score
+from lens_jax.rewards.segment import answer_iou, boundary_iou, no_target
+from lens_jax.rewards.sentence import FORMATS, Score
 
 
 @struct.dataclass
@@ -55,12 +56,52 @@ class Answers:
 Channel = Callable[[Answers], Float[Array, "B G"]]
 
 
+def check_channel(
+    channel: Channel, *, generations: int, tokens: int, canvas: tuple[int, int]
+) -> None:
+    """Traces a channel of one's own as an update will, on shapes alone.
+
+    Raises:
+        ValueError: what it returns is not one number for each completion.
+        Exception: whatever the channel raises.
+    """
+    shape = jax.ShapeDtypeStruct
+    b, g = 2, generations
+    each, truths = partial(shape, (b, g)), partial(shape, (b, *canvas))
+    text = dict.fromkeys((*FORMATS, "box_found"), each(bool)) | {
+        "box": shape((b, g, 4), jnp.float32)
+    }
+    size, answer, one = (shape((b, *n), jnp.int32) for n in ((2,), (1,), ()))
+    answers = Answers(
+        tokens=shape((b, g, tokens), jnp.int32),
+        lengths=each(jnp.int32),
+        text=text,
+        logits=shape((b, g, *canvas), jnp.float32),
+        targets=Targets(shape((b, 4), jnp.float32), truths(bool), size, answer, one),
+        valid=truths(bool),
+        box_iou=each(jnp.float32),
+        mask_iou=each(jnp.float32),
+    )
+    jax.eval_shape(partial(_earned, channel), answers)
+
+
+def _earned(channel: Channel, answers: Answers) -> Float[Array, "B G"]:
+    value, expected = jnp.asarray(channel(answers), jnp.float32), answers.lengths.shape
+    if value.shape != expected:
+        raise ValueError(
+            f"reward channel {channel.__name__} returns shape {value.shape}, expected one number "
+            f"for each completion, {expected}"
+        )
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class UnifiedReward:
     """Weighs format, box, segment and boundary rewards; weight 0: not in the total.
 
     A sample without target (no box, an empty mask) is answered rightly by no box and an empty mask,
-    which earn 1 each; anything else earns 0.
+    which earn 1 each; anything else earns 0. Where neither mask has a boundary, the boundary reward
+    is that of the whole masks.
     """
 
     score: Score
@@ -97,30 +138,22 @@ class UnifiedReward:
         """
         text = self.score(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
         text = {name: v.reshape(*lengths.shape, *v.shape[1:]) for name, v in text.items()}
-        truth = targets.mask & valid
-        no_target = ~(truth.any((1, 2)) | (targets.box != 0).any(-1))[:, None]
-        no_mask = ~((logits > 0) & valid[:, None]).any((-2, -1))
-
+        nothing = no_target(targets.mask, targets.box, valid)
         box = box_iou(text["box"], targets.box[:, None])
-        box = jnp.where(no_target, ~text["box_found"], box)
-        segment = jnp.where(no_target, no_mask, mask_iou(logits, truth, valid))
+        box = jnp.where(nothing[:, None], ~text["box_found"], box)
+        segment = answer_iou(logits, targets.mask, valid, nothing)
         channels = {
             "format": (self.format, text[self.pattern].astype(jnp.float32)),
             "box": (self.box, box),
             "segment": (self.segment, segment),
         }
         if self.boundary:
-            boundary = jnp.where(no_target, no_mask, boundary_iou(logits, truth, valid))
+            boundary = boundary_iou(logits, targets.mask, valid, otherwise=segment)
+            boundary = jnp.where(nothing[:, None], segment, boundary)
             channels["boundary"] = (self.boundary, boundary)
         for channel, weight in zip(self.custom, self.custom_weights, strict=True):
             answers = Answers(tokens, lengths, text, logits, targets, valid, box, segment)
-            value = jnp.asarray(channel(answers), jnp.float32)
-            if value.shape != lengths.shape:
-                raise ValueError(
-                    f"reward channel {channel.__name__} returns shape {value.shape}, expected one "
-                    f"number for each completion, {lengths.shape}"
-                )
-            channels[channel.__name__] = (weight, value)
+            channels[channel.__name__] = (weight, _earned(channel, answers))
 
         weights = [weight for weight, _ in channels.values()]
         values = [v**2 if name in self.squared else v for name, (_, v) in channels.items()]

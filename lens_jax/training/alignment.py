@@ -14,7 +14,7 @@ from flax import nnx
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensModel
 from lens_jax.models.resample import upsample_logits, valid_pixels
-from lens_jax.rewards.segment import mask_iou
+from lens_jax.rewards.segment import answer_iou, no_target
 from lens_jax.training.losses import segmentation_losses
 from lens_jax.training.state import Differentiate, Metrics, TrainState, apply, differentiate
 
@@ -31,7 +31,8 @@ def sums(model: LensModel, batch: Batch, *, stability: bool = True) -> tuple[jax
     logits = upsample_logits(masks.logits, targets.mask_size, canvas)
     valid = valid_pixels(targets.mask_size, canvas)
     cross_entropy, dice = segmentation_losses(logits, targets.mask, valid)
-    iou = mask_iou(logits, targets.mask, valid)
+    nothing = no_target(targets.mask, targets.box, valid)
+    iou = answer_iou(logits, targets.mask, valid, nothing)
     loss = jnp.sum(cross_entropy + dice)
     metrics = {
         "loss": loss,

@@ -51,8 +51,9 @@ from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensModel
 from lens_jax.rewards import text_rewards
 from lens_jax.training import drawing, programs, report
+from lens_jax.training.bad_samples import too_many
 from lens_jax.training.compilations import Compilations
-from lens_jax.training.metrics import METRICS_FILE, StageLog, last_step
+from lens_jax.training.metrics import METRICS_FILE, StageLog, last_step, read_scores
 from lens_jax.training.state import TrainState
 
 # What a converted start/ depends on.
@@ -121,6 +122,7 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
     """
     directory = Path(config.run_dir)
     _agree(config)
+    programs.check_rewards(config)
     if not processes.by_main(lambda: _claim(directory, config)):
         _say(f"{directory} is finished: see {directory / 'report.html'}")
         return
@@ -313,14 +315,15 @@ def _train(
                 _warn(left_out, stage, index + 1, ids)
             scores.append(metrics.get(config.checkpoint.best_by, math.nan))
             seen = upcoming - first_sample
-            if at["bad_samples"] > max(1.0, config.data.max_bad * seen):
+            if too_many(at["bad_samples"], seen, config.data.max_bad):
                 try:
                     store.wait()  # one that is being written is what to go on from
                 except checkpoints.CheckpointError as error:
                     _warn("%s", error)
                 raise ConfigError(
-                    f"{at['bad_samples']} of {seen} samples could not be read, more than "
-                    f"data.max_bad {config.data.max_bad} allows; the log names them"
+                    f"{at['bad_samples']} of {seen} samples of {stage} could not be used, clearly "
+                    f"more than data.max_bad {config.data.max_bad} allows; the log names them: "
+                    "mend them, or raise --data.max_bad"
                 )
             (stopping,) = processes.total(job.stopping.is_set())
             hopeless = in_row >= config.max_skipped
@@ -526,7 +529,7 @@ def _train_source(data: DataConfig, data_dir: Path) -> Source:
 def score(job: Run, point: str) -> None:
     """Evaluates on the held-out split, once: evaluation.json, a file of rows, sample pictures."""
     file = job.directory / "evaluation.json"
-    scores = processes.by_main(lambda: json.loads(file.read_text()) if file.exists() else {})
+    scores = processes.by_main(lambda: read_scores(file))
     if point in scores:
         return
     job.lens.state = job.params

@@ -60,6 +60,10 @@ FLUSH_SECONDS = 30
 log = logging.getLogger("lens_jax")
 
 
+class RunError(Exception):
+    """A file of a run that is not what the run wrote; the text names it."""
+
+
 def row(stage: str, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """One line of metrics.jsonl: every key of `METRICS` (null where the stage has none), then
     whatever else `metrics` (scalars, on device or host) holds. NaN and infinity become null."""
@@ -75,12 +79,37 @@ def _number(name: str, value: Any) -> int | float | None:
 
 
 def read(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a run; a last line that a killed process left unfinished is not one."""
+    """The rows of a run; a last line that a killed process left unfinished is not one.
+
+    Raises:
+        RunError: another line is no row.
+    """
     file = Path(run_dir) / METRICS_FILE
     if not file.is_file():
         return []
-    lines = file.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = file.read_bytes().split(b"\n")
+    return [_read_row(file, n, line) for n, line in enumerate(lines[:-1], start=1) if line]
+
+
+def _read_row(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if row["stage"] in STAGES and type(row["step"]) is int:
+            return row
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise RunError(f"{file}, line {number}: it is no row of a run; remove the line")
+
+
+def read_scores(file: Path) -> dict[str, dict[str, Any]]:
+    """evaluation.json; empty where there is none yet. Raises RunError."""
+    try:
+        scores = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise RunError(f"{file} is not JSON: remove it, to evaluate again ({error})") from error
+    if not isinstance(scores, dict) or not all(isinstance(x, dict) for x in scores.values()):
+        raise RunError(f"{file} holds no scores of a run: remove it, to evaluate again")
+    return scores
 
 
 def last_step(run_dir: str | os.PathLike[str], stage: str) -> int:

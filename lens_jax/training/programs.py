@@ -25,7 +25,7 @@ from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
 from lens_jax.models.precision import DTYPES, products
 from lens_jax.rewards.sentence import Score
-from lens_jax.rewards.unified import UnifiedReward
+from lens_jax.rewards.unified import UnifiedReward, check_channel
 from lens_jax.rollout.sampler import Rollout, rollout
 from lens_jax.rollout.sampling import Sampling
 from lens_jax.training import alignment, grpo, parallel
@@ -51,6 +51,25 @@ def abstract_model(config: RunConfig, shapes: LensConfig, mesh: Mesh) -> LensMod
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return abstract(shapes, dtype=dtype, remat=config.remat, attention=attention)
+
+
+def check_rewards(config: RunConfig) -> None:
+    """Raises ConfigError for a channel of one's own that an update could not use."""
+    if not config.grpo.steps:
+        return
+    for path in config.rewards.custom:
+        try:
+            check_channel(
+                import_function(path),
+                generations=config.grpo.num_generations,
+                tokens=config.rollout.max_new_tokens,
+                canvas=config.data.canvas[0],
+            )
+        except ConfigError:
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(f"rewards.custom: {path} cannot be computed: {reason}") from error
 
 
 @dataclasses.dataclass(frozen=True)

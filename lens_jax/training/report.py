@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import io
-import json
 import math
 import os
 import platform
@@ -83,7 +82,7 @@ def write(run_dir: str | os.PathLike[str]) -> Path:
     what is missing is left out. Returns the file."""
     run_dir = Path(run_dir)
     rows = metrics.read(run_dir)
-    evaluation = _json(run_dir / "evaluation.json")
+    evaluation = metrics.read_scores(run_dir / "evaluation.json")
     config = run_dir / "config.yaml"
     page = render(
         "report.html",
@@ -110,7 +109,7 @@ def compare(run_dirs: Sequence[str | os.PathLike[str]], file: str | os.PathLike[
     rows = dict(zip(names, map(metrics.read, directories), strict=True))
     measured = []
     for run in directories:
-        evaluation = _json(run / "evaluation.json")
+        evaluation = metrics.read_scores(run / "evaluation.json")
         measured.append(next((evaluation[k] for k in reversed(EVALUATIONS) if k in evaluation), {}))
     scores = [
         (label, ["–" if m.get(key) is None else f"{m[key]:.3f}" for m in measured])
@@ -152,7 +151,11 @@ def _differences(directories: Sequence[Path]) -> list[tuple[str, list[str]]]:
     flat = []
     for run in directories:
         file = run / "config.yaml"
-        flat.append(_flat(yaml.safe_load(file.read_text())) if file.is_file() else {})
+        try:
+            flat.append(_flat(yaml.safe_load(file.read_bytes())) if file.is_file() else {})
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise metrics.RunError(f"{file} cannot be read: {reason}") from error
     keys = dict.fromkeys(key for values in flat for key in values)
     table = [(key, [str(values.get(key, "–")) for values in flat]) for key in keys]
     return [(key, values) for key, values in table if len(set(values)) > 1]
@@ -240,10 +243,6 @@ def hardware() -> list[tuple[str, str]]:
         ("host", f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}"),
         ("software", f"jax {jax.__version__}, Python {platform.python_version()}"),
     ]
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _thin(points: list[tuple[int, float]]) -> list[tuple[float, float]]:

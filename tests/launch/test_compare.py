@@ -38,5 +38,11 @@ def test_a_line_for_each_run(runs, tmp_path):
 def test_mistakes_are_one_line(refused, runs, tmp_path):
     page = tmp_path / "page.html"
     assert "metrics.jsonl is missing" in refused(compare.main, tmp_path, "--output", page)
+    (runs[1] / "config.yaml").write_text("grpo: {steps: [\n")
+    said = refused(compare.main, *runs, "--output", page)
+    assert f"{runs[1] / 'config.yaml'} cannot be read: " in said
+    (runs[0] / "evaluation.json").write_text("{")
+    said = refused(compare.main, *runs, "--output", page)
+    assert f"{runs[0] / 'evaluation.json'} is not JSON" in said
     assert "--output" in refused(compare.main, *runs)
     assert "did you mean --output" in refused(compare.main, *runs, "--output", page, "--outptu", 1)

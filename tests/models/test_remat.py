@@ -1,5 +1,7 @@
 """Recomputing layers in the backward pass, or gathering them again, changes no gradient."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from lens_jax import flops
 from lens_jax.models import layers
+from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import abstract, split_policy
+from lens_jax.training import alignment
+from lens_jax.training.state import among, split
 from tests import micro
 
 B, G, T = 1, 2, 3
@@ -62,6 +67,70 @@ def test_dots_computes_no_product_again(policy):
 def test_none_computes_nothing_again(policy):
     text = str(jax.make_jaxpr(gradient_function("none"))(policy))
     assert "checkpoint" not in text and "remat" not in text
+
+
+# --- stage 1, whose queries read apart from what they read ----------------------------------------
+
+DEEP = dataclasses.replace(micro.CONFIG, mllm=dataclasses.replace(micro.CONFIG.mllm, num_layers=6))
+
+
+def reading_gradient(remat):
+    """Of a weighted sum of what the queries have read, by all of the language model."""
+    definition, _, rest = split(abstract(DEEP, remat=remat), among(("language", "context")))
+    prompts = micro.collate(DEEP, [micro.row(DEEP, (4, 6), (3, 150), seed=i) for i in range(2)])
+    answer, length = np.array([[3, 1, 4], [1, 5, 9]], np.int32), np.array([3, 2], np.int32)
+    rng = np.random.default_rng(0)
+    embedded = rng.standard_normal((*prompts.tokens.shape, 32)).astype(np.float32)
+    weights = rng.standard_normal((2, 1, DEEP.num_queries, 32)).astype(np.float32)
+
+    def loss(trained, embedded):
+        model = nnx.merge(definition, trained, rest)
+        return (weights * model.read(prompts, embedded, answer, length)).sum()
+
+    return jax.grad(loss, argnums=(0, 1)), embedded
+
+
+@pytest.fixture(scope="module")
+def readings():
+    """By policy: gradients, and the bytes of the program's temporaries."""
+    _, trained, _ = split(micro.model(DEEP), among(("language", "context")))
+    found = {}
+    for remat in layers.REMAT_POLICIES:
+        gradient, embedded = reading_gradient(remat)
+        program = jax.jit(gradient).lower(trained, embedded).compile()
+        temporaries = program.memory_analysis().temp_size_in_bytes
+        found[remat] = program(trained, embedded), temporaries
+    return found
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_reading_apart_has_the_same_gradients(readings, remat):
+    (ours, embedded), (theirs, expected) = readings[remat][0], readings["none"][0]
+    micro.same_gradients(ours, theirs)
+    micro.close(embedded, expected)
+
+
+def test_reading_apart_takes_less_memory(readings):
+    none, dots, full = (readings[remat][1] for remat in ("none", "dots", "full"))
+    assert full < 0.8 * dots < 0.8 * 0.8 * none
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("trained", [("context", "language"), ("context", "visual", "language")])
+def test_stage_1_takes_less_memory_where_language_or_tower_train(trained):
+    def temporaries(remat):
+        model = abstract(DEEP, remat=remat)
+        definition, params, frozen = split(model, among(trained))
+        rows = [micro.row(DEEP, (4, 6), (3, 150), seed=i) for i in range(4)]
+        batch = Batch(micro.collate(DEEP, rows), micro.targets(4), np.arange(4, dtype=np.int32))
+
+        def loss(params, frozen, batch):
+            return alignment.sums(nnx.merge(definition, params, frozen), batch)[0]
+
+        program = jax.jit(jax.grad(loss)).lower(params, frozen, batch).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries("full") < 0.6 * temporaries("none")
 
 
 @pytest.mark.parametrize("remat", layers.REMAT_POLICIES)

@@ -86,6 +86,33 @@ def test_empty_masks_have_no_iou():
     assert mask_iou(jnp.where(valid[:, None], -1.0, 1.0), ~valid, valid) == 0
 
 
+def test_nothing_is_the_right_answer_where_nothing_is_meant():
+    """An empty true mask says so if there is no box; one that shrank to nothing has its box."""
+    size = jnp.array([(50, 60)] * 3)
+    valid = valid_pixels(size, CANVAS)
+    box = jnp.array([[0, 0, 0, 0], [3, 3, 4, 4], [0, 0, 0, 0]], jnp.float32)
+    mask = ~valid  # beyond the picture: no mask
+    mask = mask.at[2, 7, 7].set(True)
+    nothing = segment.no_target(mask, box, valid)
+    np.testing.assert_array_equal(nothing, [True, False, False])
+    empty = jnp.where(valid, -1.0, 1.0)
+    logits = jnp.stack([empty, empty.at[:, 7, 7].set(1)], axis=1)
+    ours = segment.answer_iou(logits, mask, valid, nothing)
+    np.testing.assert_allclose(ours, [[1, 0], [0, 0], [0, 1]], rtol=1e-5)
+
+
+def test_what_has_no_boundary_is_compared_otherwise():
+    """An empty mask, one that fills the picture, and any in a small picture."""
+    size = jnp.array([(50, 60), (30, 60)])
+    valid = valid_pixels(size, CANVAS)
+    full, empty = jnp.ones(CANVAS), -jnp.ones(CANVAS)
+    half = full.at[:, :20].set(-1)
+    logits = jnp.array([[full, empty, half], [half, empty, full]])
+    whole = mask_iou(logits, valid, valid)
+    edges = boundary_iou(logits, valid, valid, otherwise=whole)
+    np.testing.assert_allclose(edges, [[1, 0, 0], [2 / 3, 0, 1]], rtol=1e-5)
+
+
 @pytest.mark.parametrize("low", [(16, 16), (9, 24)])
 def test_upsampling_is_torch_interpolate(low):
     rng = np.random.default_rng(0)

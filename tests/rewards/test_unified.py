@@ -106,6 +106,16 @@ def test_a_box_without_a_mask_is_a_target(score, inputs):
     np.testing.assert_array_equal(rewards.channels["segment"][0], [0, 0, 0])
 
 
+def test_an_empty_mask_earns_nothing_where_the_truth_fills_the_picture(score, inputs):
+    """Neither has a boundary, which is no reason to call them alike."""
+    tokens, lengths, logits, targets, valid = inputs
+    targets = targets.replace(mask=jnp.ones_like(targets.mask))
+    logits = jnp.full_like(logits, -3).at[:, 1].set(3).at[1, 2, :24].set(3)
+    rewards = jax.jit(UnifiedReward(score, boundary=1.0))(tokens, lengths, logits, targets, valid)
+    for channel in ("segment", "boundary"):
+        np.testing.assert_allclose(rewards.channels[channel][:, :2], [[0, 1], [0, 1]], rtol=1e-6)
+
+
 def test_no_gradient_passes(score, inputs):
     tokens, lengths, logits, targets, valid = inputs
 

@@ -7,7 +7,7 @@ import pytest
 
 from lens_jax.config import ConfigError
 from lens_jax.training import loop, metrics
-from lens_jax.training.metrics import METRICS, StageLog
+from lens_jax.training.metrics import METRICS, RunError, StageLog
 
 
 def rows_of(run_dir):
@@ -70,6 +70,24 @@ def test_a_stage_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path):
     write(tmp_path, "grpo", 9, 9)
     with pytest.raises(ConfigError, match="has logged 9 steps of grpo, and elsewhere holds no"):
         loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"step": 1}', b'{"stage": "grpo"}', b"\xff"])
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    write(tmp_path, "grpo", 1, 2)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 3: it is no row"):
+        metrics.read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"before": 3}', b"\xff"])
+def test_scores_that_cannot_be_read_are_named(tmp_path, content):
+    file = tmp_path / "evaluation.json"
+    assert metrics.read_scores(file) == {}
+    file.write_bytes(content)
+    with pytest.raises(RunError, match=r"evaluation\.json .*: remove it, to evaluate again"):
+        metrics.read_scores(file)
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):

@@ -31,6 +31,32 @@ def stage() -> programs.Reinforcement:
     return programs.build_reinforcement(config, mesh, model, read_text=read_text, end_tokens=(1,))
 
 
+def one_each(answers):
+    return answers.box_iou * answers.text["box_found"] + answers.targets.mask.any((1, 2))[:, None]
+
+
+def one_for_all(answers):
+    return answers.lengths.mean()
+
+
+def mistaken(answers):
+    return answers.masks
+
+
+def test_channels_of_ones_own_are_tried_before_anything_else():
+    def check(name, **grpo):
+        rewards = configs.RewardsConfig(custom=(f"{__name__}:{name}",), custom_weights=(1.0,))
+        stage = configs.GRPOConfig(**{"steps": 1} | grpo)
+        programs.check_rewards(configs.RunConfig(grpo=stage, rewards=rewards))
+
+    check("one_each")
+    check("mistaken", steps=0)
+    with pytest.raises(configs.ConfigError, match=r"one_for_all .* shape \(\), expected one"):
+        check("one_for_all")
+    with pytest.raises(configs.ConfigError, match="mistaken cannot be computed: AttributeError"):
+        check("mistaken", policy_weight=0.0)
+
+
 def test_buckets_of_completions(stage):
     """Ascending, no longer than what is sampled, and cut off without a trace."""
     assert stage.completion_tokens == (3, 6, 8)

@@ -122,6 +122,8 @@ class LanguageModel(nnx.Module):
         prompt: Float[Array, "B P D"],
         positions: Int[Array, "B 3 P"],
         mask: Bool[Array, "B P"],
+        *,
+        remat: str = "none",
     ) -> tuple[Float[Array, "B P D"], PromptCache]:
         """Runs right-padded prompts; returns hidden states and the keys a group will share."""
         rotation = self.rotation(positions)
@@ -132,7 +134,7 @@ class LanguageModel(nnx.Module):
             cached = heads_first(keys), heads_first(values)
             return layer.combine(x, attend(queries, keys, values)), cached
 
-        x, (keys, values) = layers.scan(self.layers, step, prompt)
+        x, (keys, values) = layers.scan(self.layers, step, prompt, remat=remat)
         return self.norm(x), PromptCache(keys, values, mask)
 
     def packed(
@@ -174,6 +176,8 @@ class LanguageModel(nnx.Module):
         mask: Bool[Array, "B G S C+S"],
         prompt: PromptCache,
         past: CompletionCache | None = None,
+        *,
+        remat: str = "none",
     ) -> Float[Array, "B G S D"]:
         """Hidden states of tokens that follow what `prefill` and `decode` have read.
 
@@ -198,7 +202,7 @@ class LanguageModel(nnx.Module):
             attended = cached_attention(queries, keys, values, mask, prompt.layer(index))
             return (layer.combine(x, attended), index + 1), None
 
-        (x, _), _ = layers.scan(self.layers, step, (own, jnp.int32(0)))
+        (x, _), _ = layers.scan(self.layers, step, (own, jnp.int32(0)), remat=remat)
         return self.norm(x)
 
     def empty_cache(self, batch: int, group: int, length: int) -> CompletionCache:

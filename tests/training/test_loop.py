@@ -1,0 +1,98 @@
+"""The loop around updates, with updates that compute nothing."""
+
+import threading
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from lens_jax import sharding
+from lens_jax.config import AlignmentConfig, CheckpointConfig, ConfigError, DataConfig, RunConfig
+from lens_jax.data.pipeline import Buckets, Processor
+from lens_jax.data.sample import Sample, SampleError
+from lens_jax.training import loop, metrics
+from lens_jax.training.state import TrainState
+from tests.training.stages import TOKENIZER
+
+BATCH = 8
+
+
+class Photos:
+    """Pictures of which every `good`-th can be read."""
+
+    def __init__(self, count, good):
+        self.num_expressions, self.good = [1] * count, good
+
+    def __len__(self):
+        return len(self.num_expressions)
+
+    def __getitem__(self, index):
+        if index % self.good:
+            raise SampleError(f"{index}.jpg: no such picture")
+        image = np.zeros((56, 56, 3), np.uint8)
+        return Sample(image, ("it",), image[..., 0] > 0, np.arange(4.0), index, index, "a.jpg")
+
+
+def train(processor, directory, source, steps, **data):
+    """Steps of stage 1; returns its rows."""
+    settings = AlignmentConfig(steps=steps, batch_size=BATCH)
+    config = RunConfig(
+        alignment=settings, checkpoint=CheckpointConfig(every=100), data=DataConfig(**data)
+    )
+    job = SimpleNamespace(
+        config=config,
+        directory=directory,
+        mesh=sharding.make_mesh(config.mesh, jax.devices()[:1]),
+        train_source=source,
+        processor=processor,
+        buckets=Buckets((64,), (4,), ((56, 56),), (40,)),
+        compilations=SimpleNamespace(count=0),
+        stopping=threading.Event(),
+    )
+    state = TrainState(jnp.int32(0), {"w": jnp.zeros(1)}, {"w": jnp.zeros(1)}, jnp.int32(0))
+
+    def step(state, batch):
+        return state, {"loss": 1.0, "skipped_updates": 0}
+
+    loop._train(job, "alignment", settings, state, step, lambda _: 0.0, first_sample=0)
+    return metrics.read(directory)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor(AutoTokenizer.from_pretrained(TOKENIZER), sam_size=64, window_size=56)
+
+
+@pytest.fixture
+def run(processor, tmp_path):
+    return lambda *args, **data: train(processor, tmp_path, *args, **data)
+
+
+def test_bad_samples_end_a_run_in_one_line(run, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        run(Photos(40, good=2), 50, max_bad=0.05)
+    said, taken = str(error.value), metrics.read(tmp_path)
+    assert 1 <= len(taken) < 10
+    bad, seen = taken[-1]["bad_samples"], BATCH * len(taken)
+    assert said.startswith(f"{bad} of {seen} samples of alignment could not be used")
+    assert "data.max_bad 0.05" in said and "raise --data.max_bad" in said and "\n" not in said
+
+
+def test_none_is_allowed(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"of 8 samples .* data\.max_bad 0\.0 "):
+        run(Photos(40, good=2), 50, max_bad=0.0)
+    assert len(metrics.read(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("max_bad", [0.5, 1.0])
+def test_what_is_allowed_goes_on(run, max_bad):
+    rows = run(Photos(40, good=2), 20, max_bad=max_bad)
+    assert len(rows) == 20 and 60 <= rows[-1]["bad_samples"] <= 100
+
+
+def test_four_of_five_may_be_bad(run):
+    """If so many are allowed: 16 in a row happen, and are no end of the data."""
+    assert len(run(Photos(200, good=5), 60, max_bad=1.0)) == 60
