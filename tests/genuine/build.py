@@ -123,6 +123,28 @@ def new_spelling(name: str) -> str:
     return re.sub(r"^model\.", "model.language_model.", name)
 
 
+def context_shapes(width: int, queries: int, prompt: int) -> dict[str, list[int]]:
+    """LENS's own tensors: queries, the connector's four blocks, convolution and projection."""
+    shapes = {
+        "learnable_query": [1, queries, width],
+        "connector.pos_embed": [1, queries, width],
+        "conv_1d.weight": [width, width, queries],
+        "conv_1d.bias": [width],
+        "proj_to_sam.0.weight": [width, width],
+        "proj_to_sam.0.bias": [width],
+        "proj_to_sam.2.weight": [prompt, width],
+        "proj_to_sam.2.bias": [prompt],
+    }
+    for block in (f"connector.blocks.{i}" for i in range(4)):
+        linears = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+        for name, (out, into) in linears.items():
+            shapes[f"{block}.{name}.weight"] = [out * width, into * width]
+            shapes[f"{block}.{name}.bias"] = [out * width]
+        for name in ("norm1", "norm2"):
+            shapes |= {f"{block}.{name}.{kind}": [width] for kind in ("weight", "bias")}
+    return shapes
+
+
 # --- SAM ------------------------------------------------------------------------------------------
 
 # Hugging Face's name -> Meta's, a regular expression each, all applied in this order.

@@ -49,12 +49,16 @@ def _mllm(config: QwenVLConfig, shapes: Mapping[str, Shape]) -> Iterator[Finding
         yield "vision_config", names[vision.family], names[found[0]]
         return
     layer, mlp = "model.layers.0", "model.layers.0.mlp"
-    yield "hidden_size", config.hidden_size, _agreed(
-        shapes, ("model.norm.weight", 0), (f"{layer}.input_layernorm.weight", 0)
+    yield (
+        "hidden_size",
+        config.hidden_size,
+        _agreed(shapes, ("model.norm.weight", 0), (f"{layer}.input_layernorm.weight", 0)),
     )
     yield "num_hidden_layers", config.num_layers, _count(shapes, r"model\.layers\.(\d+)\.")
-    yield "intermediate_size", config.intermediate_size, _agreed(
-        shapes, (f"{mlp}.gate_proj.weight", 0), (f"{mlp}.up_proj.weight", 0)
+    yield (
+        "intermediate_size",
+        config.intermediate_size,
+        _agreed(shapes, (f"{mlp}.gate_proj.weight", 0), (f"{mlp}.up_proj.weight", 0)),
     )
     attention = f"{layer}.self_attn"
     rows = _agreed(shapes, (f"{attention}.k_proj.weight", 0), (f"{attention}.v_proj.weight", 0))
@@ -96,8 +100,10 @@ def _sam2(
 
 def _sam1(config: SamConfig, shapes: Mapping[str, Shape]) -> Iterator[Finding]:
     name = "image_encoder"
-    yield "vision_config.hidden_size", config.embed_dim, _agreed(
-        shapes, (f"{name}.pos_embed", 3), (f"{name}.blocks.0.norm1.weight", 0)
+    yield (
+        "vision_config.hidden_size",
+        config.embed_dim,
+        _agreed(shapes, (f"{name}.pos_embed", 3), (f"{name}.blocks.0.norm1.weight", 0)),
     )
     blocks = _count(shapes, r"image_encoder\.blocks\.(\d+)\.")
     yield "vision_config.num_hidden_layers", config.depth, blocks

@@ -22,9 +22,10 @@ from lens_jax.files import blaming
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.sam.config import Sam2Config, SamConfig
-from tools.convert_weights import lens as lens_weights
 from tools.convert_weights import contradictions, qwen_vl, sam1, sam2, strangers
+from tools.convert_weights import lens as lens_weights
 from tools.convert_weights.reader import LazyTensor, Source, from_arrays, open_weights, read_json
+from tools.convert_weights.sam_parts import check_pictures
 from tools.convert_weights.table import (
     UNUSED,
     Entry,
@@ -101,7 +102,7 @@ def from_torch(
       lens: official LENS directory, sharded or not.
       sam: SAM 2 or SAM 1 weights (.pt, .pth, .safetensors, or a directory with one), under their
         original names or Hugging Face's. Shapes come from sam2_config.json or sam_config.json
-        beside it, otherwise the published model is recognised.
+        beside it, or Hugging Face's config.json, otherwise the published model is recognised.
       context: with mllm, the context module under its official names instead of a fresh one.
       dtype: how floating-point tensors are stored; keep changes no bit.
       num_queries: context queries of a fresh context module.
@@ -267,6 +268,7 @@ def open_official(
         sam_config, sam_part = _open_sam(Path(sam))
         left_out += tuple(own_sam)
     elif own_sam:
+        lens_weights.check_trained_sam(own_sam)
         sam_config = _sam_config(own_sam.rename(lambda name: name.removeprefix("sam.")), directory)
         sam_part = Part(own_sam, sam_family(sam_config).table(sam_config).with_prefix("sam."))
     else:
@@ -347,6 +349,7 @@ def _open_sam(path: Path) -> tuple[SamConfig | Sam2Config, Part]:
     family = sam_family(config)
     table = family.table(config)
     if is_hugging_face:
+        check_pictures(path if path.is_dir() else path.parent)
         source = _original_names(source, config, table)
         table = replace(table, junk=family.HF_JUNK)
     return config, Part(source.rename(lambda name: f"sam.{name}"), table.with_prefix("sam."))

@@ -198,10 +198,10 @@ def hf_config(config: Sam2Config) -> dict[str, Any]:
     }
 
 
-# Sections and keys of Hugging Face's Sam2Config and Sam2VideoConfig -> our fields, and what the port
-# takes for granted.
+# Sections and keys of Hugging Face's Sam2Config and Sam2VideoConfig -> our fields, and what this
+# port takes for granted.
 _BACKBONE = "vision_config.backbone_config"
-HF_FIELDS = {
+_HF_FIELDS = {
     "": {"image_size": "image_size"},
     _BACKBONE: {
         "image_size": "image_size",
@@ -254,7 +254,7 @@ _HF_FIXED = {
     },
     "mask_decoder_config": {"hidden_act": "gelu", "dynamic_multimask_via_stability": True},
 }
-HF_MODEL_TYPES = ("sam2", "sam2_video")
+_HF_MODEL_TYPES = ("sam2", "sam2_video")
 
 
 def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Sam2Config:
@@ -266,9 +266,9 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Sam2Con
       KeyError: a section is missing.
       ValueError: another model, a switch that this port does not have, contradicting shapes.
     """
-    if hf.get("model_type", "sam2") not in HF_MODEL_TYPES:
+    if hf.get("model_type", "sam2") not in _HF_MODEL_TYPES:
         raise ValueError(
-            f"{where}: model_type {hf['model_type']!r} is none of {', '.join(HF_MODEL_TYPES)}"
+            f"{where}: model_type {hf['model_type']!r} is none of {', '.join(_HF_MODEL_TYPES)}"
         )
     vision = hf["vision_config"]
     backbone = dict(vision["backbone_config"])
@@ -282,7 +282,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Sam2Con
     if heads:
         backbone["num_attention_heads"] = heads[0]
     sections = {**hf, "vision_config": {**vision, "backbone_config": backbone}}
-    fields = read_sections(sections, HF_FIELDS, _HF_FIXED, PRESETS["tiny"], where)
+    fields = read_sections(sections, _HF_FIELDS, _HF_FIXED, PRESETS["tiny"], where)
     config = Sam2Config(**fields)
     stages = range(len(config.stages))
     cells = config.to_dict()["feature_sizes"]
@@ -293,12 +293,12 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Sam2Con
         "vision_config.backbone_channel_list": list(config.stage_dims[::-1]),
         "vision_config.backbone_feature_sizes": cells,
     }
-    for path, expected in follows.items():
-        *_, key = path.split(".")
-        value = (backbone if path.startswith(_BACKBONE) else vision).get(key)
+    for name, expected in follows.items():
+        section, _, key = name.rpartition(".")
+        value = (backbone if section == _BACKBONE else vision).get(key)
         if value is not None and value != expected:
             raise ValueError(
-                f"{where}: {path} = {value}, but the rest of the file asks for {expected}"
+                f"{where}: {name} = {value}, but the rest of the file asks for {expected}"
             )
     return config
 
