@@ -362,7 +362,8 @@ def test_what_is_exported_loads_where_it_came_from(converted, genuine, tmp_path,
     model_class = transformers.SamModel if sam.startswith("sam1") else transformers.Sam2Model
     token = np.random.default_rng(0).standard_normal(16).astype(np.float32)
     drawn = (their_masks(d, model_class, token) for d in (tmp_path / "hf" / "sam", genuine(sam)))
-    assert torch.equal(*drawn)
+    # Not to the bit: Hugging Face's SAM 1 says another epsilon than Meta's code, and ours, has.
+    close(*drawn)
 
     to_torch(checkpoint, "lens", tmp_path / "lens")
     config = json.loads((tmp_path / "lens" / "config.json").read_text())
