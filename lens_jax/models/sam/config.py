@@ -112,7 +112,8 @@ def read_sections(
     """Fields of a configuration from the sections of a Hugging Face config.json.
 
     Args:
-      config: the file's content. A key that is left out, or null, has its default.
+      config: the file's content. A key that is null counts as left out; a field that no key
+        gives has its default.
       fields: section (a path of keys, joined by dots) -> key -> our field; several keys may
         stand for one field.
       fixed: section -> key -> the only value this port has.
@@ -136,13 +137,16 @@ def read_sections(
                     f"{where}: {prefix}{key} = {values[key]} is not supported, only {expected}"
                 )
         for key, field in keys.items():
-            value = values.get(key, found.get(field, getattr(defaults, field)))
-            value = tuple(value) if isinstance(value, list) else value
+            if key not in values:
+                continue
+            value = tuple(values[key]) if isinstance(values[key], list) else values[key]
             if found.setdefault(field, value) != value:
                 raise ValueError(
                     f"{where}: {prefix}{key} = {value} contradicts {said[field]} = {found[field]}"
                 )
             said.setdefault(field, f"{prefix}{key}")
+    for keys in fields.values():
+        found |= {field: getattr(defaults, field) for field in keys.values() if field not in found}
     return found
 
 
