@@ -231,7 +231,10 @@ def test_config_round_trip_and_errors():
         (CONFIG.to_dict() | {"model_type": "sam2"}, "'sam2' is not that of SAM 1"),
         (changed("vision_config", use_rel_pos=False), r"vision_config\.use_rel_pos = False"),
         (changed("mask_decoder_config", hidden_size=64), r"mask_decoder_config\.hidden_size = 64"),
-        (changed("vision_config", image_size=120), "image_size = 128 contradicts 120"),
+        (
+            changed("vision_config", image_size=120),
+            r"image_size = 128 contradicts vision_config\.image_size = 120",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             SamConfig.from_dict(config)

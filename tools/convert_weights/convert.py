@@ -1,5 +1,6 @@
 """From official weight files to a pretrained checkpoint of ours, tensor by tensor."""
 
+import contextlib
 import functools
 import logging
 import re
@@ -21,9 +22,10 @@ from lens_jax.files import blaming
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.sam.config import Sam2Config, SamConfig
+from tools.convert_weights import contradictions, qwen_vl, sam1, sam2, strangers
 from tools.convert_weights import lens as lens_weights
-from tools.convert_weights import qwen_vl, sam1, sam2, strangers
 from tools.convert_weights.reader import LazyTensor, Source, from_arrays, open_weights, read_json
+from tools.convert_weights.sam_parts import check_pictures
 from tools.convert_weights.table import (
     UNUSED,
     Entry,
@@ -100,7 +102,7 @@ def from_torch(
       lens: official LENS directory, sharded or not.
       sam: SAM 2 or SAM 1 weights (.pt, .pth, .safetensors, or a directory with one), under their
         original names or Hugging Face's. Shapes come from sam2_config.json or sam_config.json
-        beside it, otherwise the published model is recognised.
+        beside it, or Hugging Face's config.json, otherwise the published model is recognised.
       context: with mllm, the context module under its official names instead of a fresh one.
       dtype: how floating-point tensors are stored; keep changes no bit.
       num_queries: context queries of a fresh context module.
@@ -258,6 +260,7 @@ def open_official(
         source = qwen_vl.without_tied_head(source)
         left_out = ("lm_head.weight",)
     _check_kind(source, lens is not None)
+    contradictions.check_mllm(directory / "config.json", shapes, source.shapes)
 
     own_sam = source.select(lambda name: name.startswith("sam."))
     source = source.select(lambda name: not name.startswith("sam."))
@@ -265,6 +268,7 @@ def open_official(
         sam_config, sam_part = _open_sam(Path(sam))
         left_out += tuple(own_sam)
     elif own_sam:
+        lens_weights.check_trained_sam(own_sam)
         sam_config = _sam_config(own_sam.rename(lambda name: name.removeprefix("sam.")), directory)
         sam_part = Part(own_sam, sam_family(sam_config).table(sam_config).with_prefix("sam."))
     else:
@@ -340,14 +344,19 @@ def _open_sam(path: Path) -> tuple[SamConfig | Sam2Config, Part]:
         strangers.check_directory(path)
     source = open_weights(path)
     strangers.check_names(source)
-    is_hugging_face = any(name.startswith("vision_encoder.") for name in source)
+    is_hugging_face = _has_hugging_face_names(source)
     config = _sam_config(source, path if path.is_dir() else path.parent)
     family = sam_family(config)
     table = family.table(config)
     if is_hugging_face:
+        check_pictures(path if path.is_dir() else path.parent)
         source = _original_names(source, config, table)
         table = replace(table, junk=family.HF_JUNK)
     return config, Part(source.rename(lambda name: f"sam.{name}"), table.with_prefix("sam."))
+
+
+def _has_hugging_face_names(source: Source) -> bool:
+    return any(name.startswith("vision_encoder.") for name in source)
 
 
 def _original_names(source: Source, config: SamConfig | Sam2Config, table: Table) -> Source:
@@ -382,21 +391,32 @@ def _original_names(source: Source, config: SamConfig | Sam2Config, table: Table
 
 
 def _sam_config(source: Source, directory: Path) -> SamConfig | Sam2Config:
-    """By the file beside the weights, or by their shapes; original or Hugging Face's names."""
+    """By the file beside the weights, or by their shapes; original or Hugging Face's names.
+
+    Hugging Face's config.json goes before shapes where the names are Hugging Face's: it says what
+    leaves no trace in them. Beside original names it is asked last, for it may be another file's.
+    """
     is_sam1 = any(re.match(sam1.OWN_NAMES, name) for name in source)
     kind, family = (SamConfig, sam1) if is_sam1 else (Sam2Config, sam2)
-    file = directory / family.CONFIG_FILE
-    if file.exists():
-        return shapes_from(file, lambda: kind.from_dict(read_json(file), str(file)))
-    try:
-        return kind.from_shapes(source.rename(family.original_encoder_name).shapes, source.where)
-    except ValueError as error:
-        # Hugging Face's own file says the rest of a model that nobody has published.
-        beside = directory / "config.json"
-        hf = read_json(beside) if beside.exists() else {}
-        if {"vision_config", "mask_decoder_config"} <= hf.keys():
-            return shapes_from(beside, lambda: family.config_from_hf(hf))
-        raise WeightsError([str(error)]) from None
+    shapes = source.rename(family.original_encoder_name).shapes
+    own, beside = directory / family.CONFIG_FILE, directory / "config.json"
+    hf = read_json(beside) if beside.exists() else {}
+    is_sam = str(hf.get("model_type", "")).startswith("sam")
+    found = {}
+    if own.exists():
+        found[own] = shapes_from(own, lambda: kind.from_dict(read_json(own), str(own)))
+    elif not _has_hugging_face_names(source):
+        with contextlib.suppress(ValueError):
+            return kind.from_shapes(shapes, source.where)
+    if is_sam and (_has_hugging_face_names(source) or not found):
+        found[beside] = shapes_from(beside, lambda: family.config_from_hf(hf, str(beside)))
+    for file, config in found.items():
+        contradictions.check_sam(file, config, shapes)
+    if len({str(family.hf_config(config)) for config in found.values()}) > 1:
+        raise WeightsError([f"{beside}: contradicts {own.name} beside it; remove one of them"])
+    if found:
+        return next(iter(found.values()))
+    return shapes_from(directory, lambda: kind.from_shapes(shapes, source.where))
 
 
 def shapes_from(where: Path, read: Callable[[], T]) -> T:

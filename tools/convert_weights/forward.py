@@ -4,6 +4,7 @@ transformers brings Qwen-VL and SAM; the context module between them is written 
 PyTorch, from the tensors' official names.
 """
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,23 +125,26 @@ def _ours(checkpoint: Path, config: LensConfig, inputs: _Inputs) -> dict[str, np
     definition, state = nnx.split(abstract(config))
     nnx.replace_by_pure_dict(state, params)
 
-    @jax.jit
-    def run(state: nnx.State, prompts: Prompts) -> dict[str, jax.Array]:
-        model: LensModel = nnx.merge(definition, state)
-        embedded = model.embed(prompts)
-        mask = jnp.ones(prompts.tokens.shape, bool)
-        hidden, _ = model.language.prefill(embedded, prompts.positions, mask)
-        completion = jnp.asarray(inputs.completion)[None, None]
-        lengths = jnp.full((1, 1), completion.shape[-1])
-        score = model.score(prompts, embedded, completion, lengths, with_queries=True)
-        masks = model.masks(model.sam_features(prompts), score.hidden, stability=False)
-        return {
-            "logits": logits(hidden, model.language.head)[0],
-            "SAM's prompt token": model.context(score.hidden)[0, 0],
-            "mask logits": masks.all_logits[0, 0],
-        }
+    outputs = _run(state, inputs.prompts, inputs.completion, definition=definition)
+    return jax.tree.map(np.asarray, outputs)
 
-    return jax.tree.map(np.asarray, run(state, inputs.prompts))
+
+@functools.partial(jax.jit, static_argnames="definition")
+def _run(
+    state: nnx.State, prompts: Prompts, completion: jax.Array, *, definition: nnx.GraphDef
+) -> dict[str, jax.Array]:
+    model: LensModel = nnx.merge(definition, state)
+    embedded = model.embed(prompts)
+    mask = jnp.ones(prompts.tokens.shape, bool)
+    hidden, _ = model.language.prefill(embedded, prompts.positions, mask)
+    lengths = jnp.full((1, 1), completion.shape[-1])
+    score = model.score(prompts, embedded, completion[None, None], lengths, with_queries=True)
+    masks = model.masks(model.sam_features(prompts), score.hidden, stability=False)
+    return {
+        "logits": logits(hidden, model.language.head)[0],
+        "SAM's prompt token": model.context(score.hidden)[0, 0],
+        "mask logits": masks.all_logits[0, 0],
+    }
 
 
 def _theirs(
@@ -284,7 +288,9 @@ def _load(model_class, hf: Mapping[str, Any], state: Mapping[str, Any]):
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=dict(state), dtype=torch.float32, output_loading_info=True
     )
-    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+    if wrong := [
+        name for key in ("missing", "unexpected", "mismatched") for name in info[key + "_keys"]
+    ]:
         raise WeightsError([f"transformers has no place, or nothing, for {name}" for name in wrong])
     return model.eval()
 

@@ -1,10 +1,12 @@
 """LENS's own tensors: the context module, read from official checkpoints or drawn fresh."""
 
+import re
+
 import numpy as np
 
 from tools.convert_weights.qwen_vl import linear
 from tools.convert_weights.reader import LazyTensor, Source
-from tools.convert_weights.table import CONV1D, SQUEEZE, Entry, Shape, Table
+from tools.convert_weights.table import CONV1D, SQUEEZE, Entry, Shape, Table, WeightsError
 
 PREFIXES = ("learnable_query", "connector.", "conv_1d.", "proj_to_sam.")
 _INIT_STD = 0.02
@@ -65,3 +67,21 @@ def fresh_context(table: Table, expected: dict[str, Shape], seed: int) -> Source
         {entry.source: tensor(entry, place) for place, entry in enumerate(table.entries)},
         "fresh context module",
     )
+
+
+_NORM = re.compile(r"sam\..*norm(\d|_final_attn)?\.weight")
+
+
+def check_trained_sam(source: Source) -> None:
+    """Raises WeightsError for the sam.* of a checkpoint after stage 1, which nobody has trained.
+
+    All its norms are as they were made, the same in every channel; a trained one's never are.
+    """
+    norms = [x.load() for name, x in source.items() if _NORM.fullmatch(name)]
+    if norms and all((x == x.flat[0]).all() for x in norms if x.size):
+        raise WeightsError(
+            [
+                f"{source.where}: its sam.* was never trained, as after stage 1 (every norm's "
+                "weights are equal): name the true SAM's weights with --sam FILE"
+            ]
+        )

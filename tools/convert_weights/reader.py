@@ -30,8 +30,18 @@ SAFETENSORS_DTYPES = {
     "F64": np.float64,
 }
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+# In the order in which transformers looks for them: an index may be left over from an earlier save.
+_MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# What a download may hold in the place of a file: its first bytes, and what to do about it.
+_NO_FILES = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull there"),
+    (b"<", "a web page, not the file itself: take the address that downloads it"),
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,11 @@ def open_weights(path: Path) -> Source:
         return _open_directory(path)
     if not path.exists():
         raise WeightsError([f"{path}: no such file or directory"])
+    with path.open("rb") as file:
+        start = file.read(32).lstrip()
+    for begin, what in _NO_FILES:
+        if start.startswith(begin):
+            raise WeightsError([f"{path}: is {what}"])
     if path.suffix == ".safetensors":
         return Source(_read_safetensors(path), str(path))
     if path.suffix in _TORCH_SUFFIXES:
@@ -122,11 +137,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_directory(directory: Path) -> Source:
-    for name in _INDEX_FILES:
+    for name in _MODEL_FILES:
         if (directory / name).exists():
-            return _open_shards(directory / name)
-    for name in _SINGLE_FILES:
-        if (directory / name).exists():
+            if name.endswith(".json"):
+                return _open_shards(directory / name)
             return Source(open_weights(directory / name), str(directory))
     suffixes = (".safetensors", *_TORCH_SUFFIXES)
     files = sorted(f for f in directory.iterdir() if f.suffix in suffixes)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lens_jax.models.sam.config import Sam2Config
+from lens_jax.models.sam.config import PRESETS, Sam2Config, read_sections
 from tools.convert_weights.sam_parts import (
     mask_decoder,
     mlp,
@@ -198,40 +198,109 @@ def hf_config(config: Sam2Config) -> dict[str, Any]:
     }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> Sam2Config:
-    """The inverse of `hf_config`. Keys that a file leaves out have Hugging Face's default.
+# Sections and keys of Hugging Face's Sam2Config and Sam2VideoConfig -> our fields, and what this
+# port takes for granted.
+_BACKBONE = "vision_config.backbone_config"
+_HF_FIELDS = {
+    "": {"image_size": "image_size"},
+    _BACKBONE: {
+        "image_size": "image_size",
+        "hidden_size": "embed_dim",
+        "num_attention_heads": "num_heads",
+        "blocks_per_stage": "stages",
+        "global_attention_blocks": "global_att_blocks",
+        "window_positional_embedding_background_size": "window_pos_embed_bkg_spatial_size",
+        "window_size_per_stage": "window_spec",
+    },
+    "vision_config": {"fpn_hidden_size": "d_model", "fpn_top_down_levels": "fpn_top_down_levels"},
+    "prompt_encoder_config": {"hidden_size": "d_model", "image_size": "image_size"},
+    "mask_decoder_config": {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "decoder_depth",
+        "num_attention_heads": "decoder_heads",
+        "mlp_dim": "decoder_mlp_dim",
+        "attention_downsample_rate": "attention_downsample_rate",
+        "num_multimask_outputs": "num_multimask_outputs",
+        "iou_head_depth": "iou_head_depth",
+        "iou_head_hidden_dim": "iou_head_hidden_dim",
+        "dynamic_multimask_stability_delta": "stability_delta",
+        "dynamic_multimask_stability_thresh": "stability_thresh",
+    },
+}
+_HF_FIXED = {
+    _BACKBONE: {
+        "num_channels": 3,
+        "patch_kernel_size": [7, 7],
+        "patch_stride": [4, 4],
+        "patch_padding": [3, 3],
+        "query_stride": [2, 2],
+        "mlp_ratio": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+    },
+    "vision_config": {
+        "fpn_kernel_size": 1,
+        "fpn_stride": 1,
+        "fpn_padding": 0,
+        "num_feature_levels": 3,
+    },
+    "prompt_encoder_config": {
+        "patch_size": 16,
+        "mask_input_channels": 16,
+        "num_point_embeddings": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "scale": 1,
+    },
+    "mask_decoder_config": {"hidden_act": "gelu", "dynamic_multimask_via_stability": True},
+}
+_HF_MODEL_TYPES = ("sam2", "sam2_video")
+
+
+def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Sam2Config:
+    """Reads config.json of Hugging Face's Sam2Model or Sam2VideoModel.
+
+    Keys that a file leaves out have Hugging Face's default, which is the tiny model's.
 
     Raises:
       KeyError: a section is missing.
-      ValueError: the shapes contradict each other.
+      ValueError: another model, a switch that this port does not have, contradicting shapes.
     """
-    vision, decoder = hf["vision_config"], hf["mask_decoder_config"]
-    trunk = vision["backbone_config"]
-    side = trunk.get("image_size", 1024)
-    blocks = tuple(trunk.get("blocks_per_stage", (1, 2, 7, 2)))
-    return Sam2Config(
-        image_size=side if isinstance(side, int) else side[0],
-        embed_dim=trunk.get("hidden_size", 96),
-        num_heads=trunk.get("num_attention_heads", 1),
-        stages=blocks,
-        global_att_blocks=tuple(trunk.get("global_attention_blocks", (5, 7, 9))),
-        window_pos_embed_bkg_spatial_size=tuple(
-            trunk.get("window_positional_embedding_background_size", (7, 7))
-        ),
-        window_spec=tuple(trunk.get("window_size_per_stage", (8, 4, 14, 7))),
-        d_model=vision.get("fpn_hidden_size", 256),
-        fpn_top_down_levels=tuple(vision.get("fpn_top_down_levels", (2, 3))),
-        scalp=len(blocks) - vision.get("num_feature_levels", 3),
-        decoder_depth=decoder.get("num_hidden_layers", 2),
-        decoder_heads=decoder.get("num_attention_heads", 8),
-        decoder_mlp_dim=decoder.get("mlp_dim", 2048),
-        attention_downsample_rate=decoder.get("attention_downsample_rate", 2),
-        num_multimask_outputs=decoder.get("num_multimask_outputs", 3),
-        iou_head_depth=decoder.get("iou_head_depth", 3),
-        iou_head_hidden_dim=decoder.get("iou_head_hidden_dim", 256),
-        stability_delta=decoder.get("dynamic_multimask_stability_delta", 0.05),
-        stability_thresh=decoder.get("dynamic_multimask_stability_thresh", 0.98),
-    )
+    if hf.get("model_type", "sam2") not in _HF_MODEL_TYPES:
+        raise ValueError(
+            f"{where}: model_type {hf['model_type']!r} is none of {', '.join(_HF_MODEL_TYPES)}"
+        )
+    vision = hf["vision_config"]
+    backbone = dict(vision["backbone_config"])
+    sides = backbone.get("image_size")
+    if isinstance(sides, list):
+        if len(set(sides)) != 1:
+            raise ValueError(f"{where}: {_BACKBONE}.image_size = {sides} is no square")
+        backbone["image_size"] = sides[0]
+    # The model goes by the heads of each stage; published files leave the number beside at 1.
+    heads = backbone.get("num_attention_heads_per_stage")
+    if heads:
+        backbone["num_attention_heads"] = heads[0]
+    sections = {**hf, "vision_config": {**vision, "backbone_config": backbone}}
+    fields = read_sections(sections, _HF_FIELDS, _HF_FIXED, PRESETS["tiny"], where)
+    config = Sam2Config(**fields)
+    stages = range(len(config.stages))
+    cells = config.to_dict()["feature_sizes"]
+    follows = {
+        f"{_BACKBONE}.num_query_pool_stages": len(config.stages) - 1,
+        f"{_BACKBONE}.embed_dim_per_stage": list(config.stage_dims),
+        f"{_BACKBONE}.num_attention_heads_per_stage": [config.num_heads * 2**i for i in stages],
+        "vision_config.backbone_channel_list": list(config.stage_dims[::-1]),
+        "vision_config.backbone_feature_sizes": cells,
+    }
+    for name, expected in follows.items():
+        section, _, key = name.rpartition(".")
+        value = (backbone if section == _BACKBONE else vision).get(key)
+        if value is not None and value != expected:
+            raise ValueError(
+                f"{where}: {name} = {value}, but the rest of the file asks for {expected}"
+            )
+    return config
 
 
 def params_from_tensors(

@@ -4,16 +4,38 @@ Names are those of SAM 2; SAM 1 spells a few of them otherwise.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
 
 from lens_jax.models.sam.config import DecoderConfig, Sam2Config
+from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
+from tools.convert_weights.reader import read_json
 from tools.convert_weights.table import (
     CONV2D,
     CONV_TRANSPOSE2D,
     IDENTITY,
     LINEAR,
     Entry,
+    WeightsError,
     flattened_conv,
 )
+
+
+def check_pictures(directory: Path) -> None:
+    """Raises WeightsError where Hugging Face's SAM normalises pictures unlike all published ones.
+
+    LENS resizes them in its own way, whatever is said there.
+    """
+    whole, alone = directory / "processor_config.json", directory / "preprocessor_config.json"
+    file, settings = whole, read_json(whole).get("image_processor") if whole.is_file() else None
+    if not settings:
+        file, settings = alone, read_json(alone) if alone.is_file() else {}
+    for key, published in {"image_mean": PIXEL_MEAN / 255, "image_std": PIXEL_STD / 255}.items():
+        said = settings.get(key)
+        if said is not None and (np.shape(said) != (3,) or not np.allclose(said, published)):
+            expected = [round(float(x), 3) for x in published]
+            raise WeightsError([f"{file}: {key} is {said}: only {expected} is supported"])
 
 
 def with_bias(source: str, target: str, transform=LINEAR) -> Iterator[Entry]:

@@ -102,6 +102,54 @@ _HF_FIXED = {
 }
 
 
+def read_sections(
+    config: Mapping[str, Any],
+    fields: Mapping[str, Mapping[str, str]],
+    fixed: Mapping[str, Mapping[str, Any]],
+    defaults: DecoderConfig,
+    where: str,
+) -> dict[str, Any]:
+    """Fields of a configuration from the sections of a Hugging Face config.json.
+
+    Args:
+      config: the file's content. A key that is null counts as left out; a field that no key
+        gives has its default.
+      fields: section (a path of keys, joined by dots) -> key -> our field; several keys may
+        stand for one field.
+      fixed: section -> key -> the only value this port has.
+      defaults: of the fields.
+      where: the file, named in messages.
+
+    Raises:
+      ValueError: on a value that this port does not have, or two that contradict each other.
+    """
+    found: dict[str, Any] = {}
+    said: dict[str, str] = {}
+    for section, keys in fields.items():
+        values: Any = config
+        for key in filter(None, section.split(".")):
+            values = values.get(key) or {}
+        prefix = f"{section}." if section else ""
+        values = {key: value for key, value in values.items() if value is not None}
+        for key, expected in fixed.get(section, {}).items():
+            if values.get(key, expected) != expected:
+                raise ValueError(
+                    f"{where}: {prefix}{key} = {values[key]} is not supported, only {expected}"
+                )
+        for key, field in keys.items():
+            if key not in values:
+                continue
+            value = tuple(values[key]) if isinstance(values[key], list) else values[key]
+            if found.setdefault(field, value) != value:
+                raise ValueError(
+                    f"{where}: {prefix}{key} = {value} contradicts {said[field]} = {found[field]}"
+                )
+            said.setdefault(field, f"{prefix}{key}")
+    for keys in fields.values():
+        found |= {field: getattr(defaults, field) for field in keys.values() if field not in found}
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class SamConfig(DecoderConfig):
     """Hyper-parameters of SAM 1; names follow the original code, defaults are those of ViT-B.
@@ -145,23 +193,8 @@ class SamConfig(DecoderConfig):
         if vision.get("mlp_dim") is None:
             width = vision.get("hidden_size", cls.embed_dim)
             vision = {**vision, "mlp_dim": int(width * vision.get("mlp_ratio", 4))}
-        fields: dict[str, Any] = {}
-        for section, keys in _HF_FIELDS.items():
-            values = {**config, "vision_config": vision}.get(section) or {}
-            for key, expected in _HF_FIXED[section].items():
-                if values.get(key, expected) != expected:
-                    raise ValueError(
-                        f"{where}: {section}.{key} = {values[key]} is not supported, only "
-                        f"{expected}"
-                    )
-            for key, field in keys.items():
-                value = values.get(key, fields.get(field, getattr(cls, field)))
-                value = tuple(value) if isinstance(value, list) else value
-                if fields.setdefault(field, value) != value:
-                    raise ValueError(
-                        f"{where}: {section}.{key} = {value} contradicts {fields[field]} of "
-                        "another section"
-                    )
+        sections = {**config, "vision_config": vision}
+        fields = read_sections(sections, _HF_FIELDS, _HF_FIXED, cls(), where)
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
