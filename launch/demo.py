@@ -95,14 +95,17 @@ def build(lens, name: str, folder: Path):
     from lens_jax.data.arrays import read_picture
     from lens_jax.data.questions import Question
     from lens_jax.data.sample import SampleError
+    from lens_jax.data.sources import annotations
 
     busy = threading.Lock()  # one question at a time: the model fills its device
 
     def answer(file: str | None, sentence: str, reasoning: bool):
         if not file:
             raise gradio.Error("Choose a picture first.", title="No picture")
-        if not (sentence or "").strip():
-            raise gradio.Error("Say what to segment: the sentence is empty.", title="No sentence")
+        try:
+            annotations.sentence(sentence or "", "the sentence")
+        except ValueError as error:
+            raise gradio.Error(f"Say what to segment: {error}.", title="No sentence") from error
         image = Path(file)
         try:
             pixels = read_picture(image)

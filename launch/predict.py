@@ -67,8 +67,13 @@ def predict(
         raise cli.UsageError("give either --image and --prompt, or --jsonl")
     if jsonl is not None and prompt:
         raise cli.UsageError("--prompt goes with --image; in a --jsonl file each line has its own")
-    if image is not None and not prompt.strip():
-        raise cli.UsageError("--prompt is empty: say what to segment")
+    if image is not None:
+        from lens_jax.data.sources.annotations import sentence
+
+        try:
+            sentence(prompt, "--prompt")
+        except ValueError as error:
+            raise cli.UsageError(f"{error}: say what to segment") from None
 
     from lens_jax import answers, checkpoints, inference
     from lens_jax.data import questions

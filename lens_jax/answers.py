@@ -14,11 +14,10 @@ from pycocotools import mask as coco_mask
 
 from lens_jax import files
 from lens_jax.data.arrays import check_is_file
-from lens_jax.data.questions import MASK, OVERLAY, TEXT, Question
+from lens_jax.data.questions import KEY, MASK, OVERLAY, TEXT, Question, question_of
 from lens_jax.inference import Result
 from lens_jax.training import drawing
 
-KEY = "lens"  # the text of a mask's PNG that says what was asked of which checkpoint
 OURS = {"prompt", "completion", "mask_area", "rle"}  # keys of an answer, new or old
 
 
@@ -52,7 +51,7 @@ def is_done(output: Path, question: Question, asked: str) -> bool:
     A picture of the same content may have had another name then: the answer is given the new one.
     """
     mask, overlay, text = _files(output, question)
-    if not (text.is_file() and overlay.is_file() and _asked(mask) == asked):
+    if not (text.is_file() and overlay.is_file() and question_of(mask) == asked):
         return False
     answer = _read(text)
     if answer is not None and answer.get("image") != str(question.image):
@@ -71,7 +70,7 @@ def check_room(output: Path, question: Question) -> None:
         )
     mask, _, text = found = _files(output, question)
     there = [file for file in found if os.path.lexists(file)]
-    if there and _asked(mask) is None and _read(text) is None:
+    if there and question_of(mask) is None and _read(text) is None:
         raise TakenError(
             f"{question.image}: {there[0]} is there and no answer of predict.py: move it, or give "
             "another --output"
@@ -104,32 +103,20 @@ def write(
     }
     picture = Image.fromarray(result.mask.astype(np.uint8) * 255)
     info = PngInfo()
-    if asked:
-        info.add_text(KEY, asked)
+    info.add_text(KEY, asked)
     mask, overlay, text = _files(output, question)
     text.unlink(missing_ok=True)
     unfinished = mask.with_name(f".{mask.name}")
     picture.save(unfinished, format="PNG", pnginfo=info)
     unfinished.replace(mask)
     drawn = drawing.overlay(pixels, box, result.mask, side=max(drawing.PANEL, *picture.size))
-    drawn.save(overlay)
+    drawn.save(overlay, format="PNG", pnginfo=info)
     _write_text(text, answer)
 
 
 def _files(output: Path, question: Question) -> tuple[Path, Path, Path]:
     mask, overlay, text = (output / f"{question.stem}{end}" for end in (MASK, OVERLAY, TEXT))
     return mask, overlay, text
-
-
-def _asked(mask: Path) -> str | None:
-    """The fingerprint that a mask of ours holds."""
-    if not mask.is_file():
-        return None
-    try:
-        with Image.open(mask) as picture:
-            return picture.info.get(KEY)
-    except Exception:  # no picture, or none of ours
-        return None
 
 
 def _read(text: Path) -> dict[str, Any] | None:

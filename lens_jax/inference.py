@@ -1,7 +1,7 @@
 """Masks from sentences: a pretrained checkpoint as one object."""
 
 import dataclasses
-import math
+import numbers
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +19,7 @@ from lens_jax.data import processor_files
 from lens_jax.data.arrays import to_picture
 from lens_jax.data.images import FACTOR, smart_resize, upsample_logits
 from lens_jax.data.pipeline import Buckets, Processor, stack_prompts
+from lens_jax.data.sources.annotations import sentence, short
 from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, abstract
@@ -141,6 +142,17 @@ def draw(state, sam_pixels, hidden, *, definition) -> tuple[Array, Array]:
     return model.context(hidden)[:, 0], masks.logits[:, 0]
 
 
+def check_draw(temperature: float, seed: int) -> None:
+    """Raises ValueError for a temperature that float32 does not divide by, or a seed of more bits
+    than a key has: JAX would take others with the same lower bits for it."""
+    real = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
+    if not (real and (temperature == 0 or 1e-6 <= temperature <= 1e6)):
+        raise ValueError(f"temperature: {short(temperature)} is neither 0 nor within 1e-6 to 1e6")
+    whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    if not (whole and 0 <= seed < 2**32):
+        raise ValueError(f"seed: {short(seed)} is not a whole number of 0 to {2**32 - 1}")
+
+
 def check_length(
     processor: Processor, image_size: tuple[int, int], prompt: str, reasoning: bool = False
 ) -> None:
@@ -188,8 +200,10 @@ def _questions(
         where = f", number {number} of {len(images)}" if len(images) > 1 else ""
         if not isinstance(prompt, str):
             raise ValueError(f"the sentence{where} is text, not {type(prompt).__name__}")
-        if not prompt.strip():
-            raise ValueError(f"the sentence{where} is empty: say what to segment")
+        try:
+            sentence(prompt, f"the sentence{where}")
+        except ValueError as error:
+            raise ValueError(f"{error}: say what to segment") from None
         try:
             asked.append((to_picture(image), prompt))
         except ValueError as error:
@@ -279,15 +293,14 @@ class Lens:
                 turned upright as their EXIF orientation says.
             prompts: bare expressions; the checkpoint's template goes around them.
             reasoning: ask for a line of thought before the answer.
-            temperature: 0 is greedy; above, completions are drawn.
-            seed: of the draw; a completion depends on it and on its place in the batch.
+            temperature: 0 is greedy; above, 1e-6 to 1e6, completions are drawn.
+            seed: of the draw, 0 to 2**32 - 1; a completion depends on it and on its place in the batch.
 
         Raises:
             ValueError: a picture that cannot be read, a sentence that is empty or too long
-                (`check_length`), or not one sentence a picture.
+                (`check_length`), not one sentence a picture, or another temperature or seed.
         """
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature: {temperature} is not a number of at least 0")
+        check_draw(temperature, seed)
         asked = _questions(images, prompts)
         if not asked:
             return []

@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 from PIL import Image
 
-from lens_jax.data.sample import SampleError, read_image, to_rgb
+from lens_jax.data.sample import LEAST_OF_16_BITS, SampleError, read_image, to_rgb
 
-# Cameras count up to 2**10 to 2**14 in 16-bit arrays. What stays below this may be any of them.
-LEAST_OF_16_BITS = 2**12
+CHANNELS = (1, 3, 4)
 
 
 def to_picture(image: Any) -> UInt8[np.ndarray, "H W 3"]:
@@ -25,7 +24,10 @@ def to_picture(image: Any) -> UInt8[np.ndarray, "H W 3"]:
             65,535) or floating (0 to 1). RGBA is laid on white.
 
     Raises:
-        ValueError: it is none of these, cannot be read, or its values may be read in several ways.
+        ValueError: it is none of these, cannot be read, or may be read in several ways: where first
+            and last axis both have 1, 3 or 4 entries, either may be the channels; where the largest
+            value of uint16 is below 32,768 (and not 0), a camera may have counted to less than
+            65,535. Scale such values to 0..255 and give uint8.
     """
     if isinstance(image, (str, os.PathLike)):
         try:
@@ -83,9 +85,14 @@ def _channels_last(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "H W 
     shape = array.shape
     if array.ndim == 2:
         array = array[..., None]
-    elif array.ndim == 3 and shape[-1] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+    elif array.ndim == 3 and shape[0] in CHANNELS:
+        if shape[-1] in CHANNELS:
+            raise ValueError(
+                f"the channels of an array of shape {shape} may be the first axis or the last: "
+                "give a PIL image"
+            )
         array = np.moveaxis(array, 0, -1)
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+    if array.ndim != 3 or array.shape[-1] not in CHANNELS:
         raise ValueError(
             f"an array of shape {shape} is no picture: give [H, W, 3], [H, W] or [3, H, W]"
         )
@@ -102,7 +109,7 @@ def _to_bytes(array: Shaped[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W ..."
         most = int(array.max())
         if 0 < most < LEAST_OF_16_BITS:
             raise ValueError(
-                f"16-bit values up to {most} may be those of 8, 10, 12 or 16 bits: "
+                f"16-bit values up to {most} may be those of 8, 10, 12, 14 or 16 bits: "
                 "scale them to 0..255 and give uint8"
             )
         array = (array >> 8).astype(np.uint8)

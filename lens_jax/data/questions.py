@@ -10,9 +10,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from lens_jax.data.sources.annotations import sentence
+
 # Endings that Pillow knows and does not decode.
 NO_PICTURES = {".pdf", ".palm", ".bufr", ".grib", ".h5", ".hdf", ".mpg", ".mpeg"}
 MASK, OVERLAY, TEXT = ".mask.png", ".overlay.png", ".json"  # endings of an answer's files
+KEY = "lens"  # the text of an answer's PNG files that says what was asked of which checkpoint
 
 
 class ListError(Exception):
@@ -66,9 +69,22 @@ class Folder:
         return said
 
 
+def question_of(file: Path) -> str | None:
+    """What a mask or overlay of ours says was asked; None for any other file."""
+    if not file.is_file():
+        return None
+    try:
+        with Image.open(file) as picture:
+            return picture.info.get(KEY) if picture.format == "PNG" else None
+    except Exception:  # no picture, or none of ours
+        return None
+
+
 def _is_answer(file: Path) -> bool:
-    beside = file.with_name(f"{file.stem}{MASK}")
-    return file.name.endswith((MASK, OVERLAY)) or (file.suffix == TEXT and beside.exists())
+    """Names alone say nothing: people call their own masks so, too."""
+    if file.suffix == TEXT:
+        file = file.with_name(f"{file.stem}{MASK}")
+    return file.name.endswith((MASK, OVERLAY)) and question_of(file) is not None
 
 
 def read_list(file: Path) -> list[tuple[Path, str]]:
@@ -101,6 +117,10 @@ def read_list(file: Path) -> list[tuple[Path, str]]:
                 raise ListError(f"{where}: {key!r} is text, not {json.dumps(value)[:60]}")
             if not (value or "").strip():
                 raise ListError(f"{where}: {key!r} is missing or empty")
+        try:
+            sentence(row["prompt"], "'prompt'")
+        except ValueError as error:
+            raise ListError(f"{where}: {error}") from None
         pairs.append((_locate(file.parent, row["image"]), row["prompt"].strip()))
     if not pairs:
         raise ListError(f"{file} holds no questions")

@@ -1,6 +1,8 @@
 """One picture with one object in it, the sentences that name it, and the truth about it."""
 
 import dataclasses
+import functools
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +16,18 @@ from PIL import EpsImagePlugin, ExifTags, Image
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # PostScript is a program, which Pillow would have Ghostscript run.
 EpsImagePlugin.gs_binary = False
-# A damaged EXIF block hides nothing that is read here.
-warnings.filterwarnings(
-    "ignore", "(Corrupt|Possibly corrupt) EXIF data|Metadata Warning", UserWarning
-)
+# Blocks beside the pixels (EXIF, MPF, APNG, TIFF's tags) may be damaged; what hides pixels raises.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+# Pillow knows these, and decodes them by programs of others or not at all.
+UNREAD = {
+    "EPS": "PostScript", "WMF": "a Windows metafile",
+    "MPEG": "a film", "BUFR": "BUFR", "GRIB": "GRIB", "HDF5": "HDF5",
+}  # fmt: skip
+# Cameras count up to 2**10 to 2**15 in 16 bits. What stays below this may be any of them.
+LEAST_OF_16_BITS = 2**15
+
+log = logging.getLogger("lens_jax")
 
 
 class SampleError(Exception):
@@ -80,21 +90,27 @@ def to_rgb(
     image: Image.Image, *, pixels: Literal["upright", "stored"] = "upright"
 ) -> UInt8[np.ndarray, "H W 3"]:
     """A picture as a viewer shows it: the first frame of several, what is transparent on white,
-    16-bit grey by its upper 8 bits.
+    16-bit grey by its upper 8 bits; where those stay dark, the log says so, once a file.
 
     Args:
         pixels: turned upright as the picture's EXIF orientation says, or as its decoder gives them,
             for annotations that speak for those.
 
     Raises:
-        ValueError: pixels of 32 bits, whose range nothing tells, or none at all.
+        ValueError: pixels of 32 bits, whose range nothing tells, or none at all; a format that is
+            not read.
     """
+    if image.format in UNREAD:
+        raise ValueError(f"{UNREAD[image.format]} is not read: convert it to PNG")
     image.load()
     turned = orientation(image) if pixels == "upright" else 1
     if image.mode in ("I", "F"):
         raise ValueError("its pixels have 32 bits; save it with 8 or 16 bits a channel")
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        if values.size and 0 < (most := int(values.max())) < LEAST_OF_16_BITS:
+            _say_dark(str(getattr(image, "filename", "") or "a picture"), most)
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -102,6 +118,16 @@ def to_rgb(
     if not array.size:
         raise ValueError(f"it has {image.width} x {image.height} pixels")
     return turn(array, turned)
+
+
+@functools.lru_cache(4096)  # once a file
+def _say_dark(name: str, most: int) -> None:
+    log.warning(
+        "%s: its 16-bit values end at %d and are divided by 256, which leaves it dark; if they are "
+        "those of fewer bits, save it with 8 bits a channel",
+        name,
+        most,
+    )
 
 
 def orientation(image: Image.Image | str | Path) -> int:

@@ -458,6 +458,13 @@ def _prepare(
     """Mesh, data and model."""
     mesh = sharding.make_mesh(config.mesh, rows=batch_rows(config))
     check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
+    # Before the data and the weights, which take longer: a broken checkpoint is said at once.
+    start_config = config.lens_config(checkpoints.read_config(start))
+    lens_config = checkpoints.model_shapes(start, start_config)
+    processor = Processor.from_pretrained(start)
+    generation = dataclasses.replace(
+        Generation.from_pretrained(start), max_new_tokens=config.rollout.max_new_tokens
+    )
     data = config.data
     data_dir = Path(data.data_dir or directory / "data")
     if data.generated:
@@ -470,12 +477,6 @@ def _prepare(
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
-    start_config = config.lens_config(checkpoints.read_config(start))
-    lens_config = checkpoints.model_shapes(start, start_config)
-    processor = Processor.from_pretrained(start)
-    generation = dataclasses.replace(
-        Generation.from_pretrained(start), max_new_tokens=config.rollout.max_new_tokens
-    )
     definition, state = nnx.split(programs.abstract_model(config, lens_config, mesh))
     place = partial(sharding.place, mesh=mesh, kv_heads=lens_config.mllm.num_kv_heads)
     _, params = checkpoints.load_pretrained(start, dtype=jnp.float32, sharding=place)

@@ -24,7 +24,6 @@ def grey(pixels):
     [
         (RGB, RGB),
         (RGB[:, ::-1], RGB[:, ::-1]),
-        (RGB[:3], RGB[:3]),  # three rows of the documented layout
         (RGB.transpose(2, 0, 1), RGB),
         (RGB / 255, RGB),
         ((RGB / 255).astype(np.float16), RGB),
@@ -54,8 +53,11 @@ def test_an_array_is_the_picture_that_it_shows(array, wanted):
         (RGB.astype(np.float32), "0 to 1"),
         (RGB / 127.5 - 1, "0 to 1"),
         (np.where(GREY > 9, np.nan, 0.5), "0 to 1"),
-        (RGB.astype(np.uint16), "8, 10, 12 or 16 bits"),
-        (RGB.astype(np.uint16) << 4, "8, 10, 12 or 16 bits"),
+        (RGB.astype(np.uint16), "8, 10, 12, 14 or 16 bits"),
+        *((RGB.astype(np.uint16) << n, "8, 10, 12, 14 or 16 bits") for n in range(1, 8)),
+        *((RGB[:n, :, :m], "first axis or the last") for n in (1, 3, 4) for m in (1, 3)),
+        (RGB[:, :3].transpose(2, 0, 1), "first axis or the last"),
+        (RGB[:, :4].transpose(2, 0, 1), "first axis or the last"),
         (RGB.astype(np.int64), "uint8"),
         (RGB.astype(np.complex64), "uint8"),
         (RGB.astype(object), "uint8"),

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from lens_jax.data.questions import Folder, ListError, name, read_list
+from lens_jax import answers
+from lens_jax.data.questions import Folder, ListError, Question, name, read_list
+from lens_jax.inference import Result
 
 ROW = {"image": "a.png", "prompt": "the circle"}
 
@@ -31,8 +35,11 @@ def test_a_folder_counts_what_is_passed_over(tmp_path):
         (tmp_path / file).touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "more").mkdir()
-    for file in ("b.mask.png", "b.overlay.png", "b.json", "._b.jpg", ".DS_Store"):
+    for file in ("._b.jpg", ".DS_Store"):
         (tmp_path / file).touch()
+    result = Result("", None, np.eye(8, dtype=bool), np.eye(2))
+    question = Question(tmp_path / "b.jpg", "it", "b")
+    answers.write(tmp_path, question, np.zeros((8, 8, 3), np.uint8), result, "asked")
     folder = Folder.of(tmp_path)
     assert [file.name for file in folder.pictures] == ["A.PNG", "b.jpg", "c.mpo", "folder.png"]
     files, folders = folder.passed_over
@@ -40,6 +47,16 @@ def test_a_folder_counts_what_is_passed_over(tmp_path):
     for kind in (".txt 1", ".pdf 1", "no ending 1"):
         assert kind in files
     assert folders == "1 folder not entered"
+
+
+def test_names_alone_make_no_answers(tmp_path):
+    """A user's own masks are pictures like others, and files beside them are counted."""
+    for file in ("dog.mask.png", "dog.overlay.png"):
+        Image.new("L", (8, 8)).save(tmp_path / file)
+    (tmp_path / "dog.json").touch()
+    folder = Folder.of(tmp_path)
+    assert [file.name for file in folder.pictures] == ["dog.mask.png", "dog.overlay.png"]
+    assert folder.passed_over == ["1 file of another kind passed over (.json 1)"]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +93,11 @@ def test_a_name_that_is_a_file_is_meant_literally(tmp_path):
         (json.dumps(ROW).encode() + b'\n{"image"', "line 2: not JSON"),
         (b'{"image": "a.jpg"}', "line 1: 'prompt' is missing or empty"),
         (b'{"image": "a.jpg", "prompt": " "}', "line 1: 'prompt' is missing or empty"),
+        *(
+            (json.dumps(ROW | {"prompt": text}).encode(), "line 1: 'prompt' is empty")
+            for text in ("\u200b", "\ufeff", "\x07", " \u200b\n")
+        ),
+        (b'{"image": "a.jpg", "prompt": "a\\ud800"}', "line 1: 'prompt' is no Unicode text"),
         (b'{"prompt": "p"}', "line 1: 'image' is missing or empty"),
         (b'{"image": "a.jpg", "prompt": ["p"]}', "line 1: 'prompt' is text, not [\"p\"]"),
         (b'"a.jpg"', "line 1: 'image' is missing or empty"),

@@ -2,7 +2,10 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,12 @@ from PIL import Image, ImageOps
 
 from lens_jax.data.sample import SampleError, orientation, read_image, to_rgb, turn, turn_box
 
+ROOT = Path(__file__).parents[2]
+# A placeable header and one of Windows.
+WMF = (
+    b"\xd7\xcd\xc6\x9a\0\0" + struct.pack("<4hH", 0, 0, 100, 100, 72) + bytes(6)
+    + b"\1\0\t\0" + bytes(30)
+)  # fmt: skip
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 
 
@@ -132,5 +141,43 @@ def test_what_is_no_picture_has_no_orientation(tmp_path):
 def test_postscript_runs_no_program(tmp_path, monkeypatch):
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("Ghostscript is run"))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
-    with pytest.raises(SampleError, match="not a readable picture"):
+    with pytest.raises(SampleError, match="PostScript is not read: convert it to PNG"):
         read_image(tmp_path / "a.eps")
+
+
+def test_a_format_without_a_decoder_is_named(tmp_path):
+    (tmp_path / "a.wmf").write_bytes(WMF)
+    with pytest.raises(SampleError, match="a Windows metafile is not read: convert it to PNG"):
+        read_image(tmp_path / "a.wmf")
+
+
+@pytest.mark.parametrize(("bits", "said"), [(10, 1), (12, 1), (14, 1), (16, 0)])
+def test_16_bit_grey_that_stays_dark_is_said_once(tmp_path, caplog, bits, said):
+    values = np.linspace(0, 2**bits - 1, 100).astype(np.uint16).reshape(10, 10)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    for _ in range(2):
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png")[..., 0], values >> 8)
+    assert [str(tmp_path / "a.png") in x.message for x in caplog.records] == [True] * said
+
+
+def test_damaged_blocks_print_nothing(tmp_path):
+    """Pillow's warnings are no lines of a command."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "JPEG")
+    index = b"MPF\0II*\0\x08\0\0\0" + bytes(40)
+    block = b"\xff\xe2" + struct.pack(">H", len(index) + 2) + index
+    (tmp_path / "a.jpg").write_bytes(picture.getvalue()[:2] + block + picture.getvalue()[2:])
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    body = b"acTL" + struct.pack(">II", 0, 0)  # an animation of no frames
+    chunk = struct.pack(">I", 8) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "a.png").write_bytes(picture.getvalue()[:33] + chunk + picture.getvalue()[33:])
+    program = (
+        "import pathlib, sys; from lens_jax.data.sample import read_image\n"
+        "for name in sys.argv[1:]: print(read_image(pathlib.Path(name)).shape)"
+    )
+    files = [str(tmp_path / name) for name in ("a.jpg", "a.png")]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *files], capture_output=True, text=True, cwd=ROOT
+    )
+    assert ended.stdout.split("\n")[:2] == ["(8, 8, 3)"] * 2 and not ended.stderr

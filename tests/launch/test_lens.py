@@ -157,13 +157,16 @@ def test_what_cannot_be_asked_is_one_line(lens, image, images, prompts, reason):
 
 
 def test_wrong_options_are_one_line(lens, checkpoint, image):
-    for prompt in (None, "", " ", ["it"]):
+    for prompt in (None, "", " ", ["it"], "\u200b", "\ufeff", "\x07", "a\ud800"):
         with pytest.raises(ValueError, match="the sentence is"):
             lens.segment(image, prompt)
         with pytest.raises(ValueError, match="the sentence is"):
             lens.mask_logits(image, prompt, "it")
-    for temperature in (-1, float("nan"), float("inf")):
+    for temperature in (-1, float("nan"), float("inf"), 1e-40, 1e300, "a", None, True):
         with pytest.raises(ValueError, match="temperature"):
             lens.segment(image, "it", temperature=temperature)
+    for seed in (2**70, 2**32, -1, 0.5, "a", None):
+        with pytest.raises(ValueError, match="seed"):
+            lens.segment(image, "it", seed=seed)
     with pytest.raises(ValueError, match="'half' is none of float32, bfloat16"):
         Lens.from_pretrained(checkpoint, precision="half")

@@ -129,7 +129,8 @@ def test_mistakes_are_one_line(refused, checkpoint, pictures, tmp_path):
     assert "nowhere" in says(*asked, checkpoint=tmp_path / "nowhere")
     assert "lens_config.json" in says(*asked, checkpoint=tmp_path)
     assert "--prompt is empty" in says("--image", picture)
-    assert "--prompt is empty" in says("--image", picture, "--prompt", "  ")
+    for blank in ("  ", "\u200b", "\x07"):
+        assert "--prompt is empty" in says("--image", picture, "--prompt", blank)
     assert "missing.jpg does not exist" in says("--image", "missing.jpg", "--prompt", "p")
     assert "notes.txt: not a readable picture" in says(
         "--image", pictures / "notes.txt", "--prompt", "p"

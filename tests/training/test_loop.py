@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from lens_jax import sharding
+from lens_jax import checkpoints, sharding
 from lens_jax.config import AlignmentConfig, CheckpointConfig, ConfigError, DataConfig, RunConfig
 from lens_jax.data.pipeline import Buckets, Processor
 from lens_jax.data.sample import Sample, SampleError
@@ -96,3 +96,14 @@ def test_what_is_allowed_goes_on(run, max_bad):
 def test_four_of_five_may_be_bad(run):
     """If so many are allowed: 16 in a row happen, and are no end of the data."""
     assert len(run(Photos(200, good=5), 60, max_bad=1.0)) == 60
+
+
+def test_a_broken_start_is_said_before_data_are_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(loop.shapes, "write_refcoco", lambda *_: drawn.append(1))
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "lens_config.json").write_text("{")
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    with pytest.raises(checkpoints.CheckpointError, match=r"lens_config\.json"):
+        loop._prepare(config, tmp_path / "run", tmp_path / "start", None, threading.Event())
+    assert not drawn
