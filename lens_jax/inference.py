@@ -294,7 +294,8 @@ class Lens:
             prompts: bare expressions; the checkpoint's template goes around them.
             reasoning: ask for a line of thought before the answer.
             temperature: 0 is greedy; above, 1e-6 to 1e6, completions are drawn.
-            seed: of the draw, 0 to 2**32 - 1; a completion depends on it and on its place in the batch.
+            seed: of the draw, 0 to 2**32 - 1; a completion depends on it and on its place in the
+                batch.
 
         Raises:
             ValueError: a picture that cannot be read, a sentence that is empty or too long
