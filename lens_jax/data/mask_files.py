@@ -2,14 +2,15 @@
 
 - Grey (bilevel, 8, 16 or 32 bits): 0 is background.
 - Palette: number 0 is background where its colour is black, whatever the others are. Where it has
-  another colour and black is in use, too, the colours speak: black is background.
+  a hue (red, say) and black is in use, too, the colours speak: black is background.
 - Colour: black is background.
 - Transparent pixels are background, and all others object, whatever their colour.
 - A soft edge is object from half of the largest value on. An edge is soft where there are more than
   two values, the largest of them bright, and the others fill no area; bright shades of more than 16
   are always soft. Other values are several objects, and count as one.
 
-What leaves two readings is refused: a palette without black, transparent pixels beside black ones.
+What leaves two readings is refused: a palette without black, or whose number 0 is white or grey
+while another one in use is black; transparent pixels beside black ones.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from lens_jax.data.sample import orientation, turn
 FEW = 16  # values or colours that a mask may have before they are shades
 # Formats that keep every pixel; WEBP, JPEG2000 and TIFF do so in some of their files.
 LOSSLESS = ("PNG", "BMP", "DIB", "GIF", "PCX", "PPM", "QOI", "SGI", "SUN", "TGA")
+LOSSY = ("JPEG", "MPO", "AVIF", "WEBP", "JPEG2000", "TIFF")
 TIFF_LOSSY = ("jpeg", "tiff_jpeg", "webp", "jpeg2000")
 GREY = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F")
 
@@ -47,6 +49,8 @@ def read_mask(path: Path) -> MaskFile:
     """
     try:
         with Image.open(path) as image:
+            if image.format not in (*LOSSLESS, *LOSSY):
+                raise ValueError(f"masks in {image.format} are not read; save it as PNG")
             if not _keeps_every_pixel(image, path):
                 raise ValueError(f"{image.format} blurs masks; save it as PNG")
             if getattr(image, "n_frames", 1) > 1:
@@ -155,6 +159,12 @@ def _palette_values(
     shades = palette.max(-1)
     used = np.flatnonzero(np.bincount(numbers[opaque], minlength=256))
     if shades[0] and not shades[used].all():
+        # Black on white is as common as white on black; a hue is no background's.
+        if opaque.all() and (palette[0] == shades[0]).all():
+            raise ValueError(
+                "number 0 of its palette is white or grey, and another one is black: "
+                "either may be background; save it as grey PNG"
+            )
         return shades[numbers]
     if shades[0] and opaque.all():
         raise ValueError("no colour of its palette is black; save it as grey PNG")

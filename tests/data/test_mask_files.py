@@ -51,7 +51,6 @@ READ = {
     "voc.png": palette(ON * 15, BLACK, *[RED] * 15, *[BLACK] * 200),
     "short palette.png": palette(ON * 3, BLACK),
     # Editors number colours as they come.
-    "swapped.png": palette(1 - ON, WHITE, BLACK),
     "swapped colour.png": palette(np.where(MASK, 0, 2), RED, WHITE, BLACK),
     "clear number.png": (palette(np.where(MASK, 1, 2), BLACK, WHITE, BLUE), {"transparency": 2}),
     "clear first.png": (palette(ON, WHITE, BLACK), {"transparency": 0}),
@@ -87,6 +86,12 @@ REFUSED = {
     "two.gif": (GREY, {"save_all": True, "append_images": [soft()]}, "2 frames"),
     "cmyk.tif": (GREY.convert("CMYK"), {}, "CMYK; save it as grey PNG"),
     "no black.png": (palette(ON, WHITE, RED), {}, "no colour of its palette is black"),
+    # Black on white, or white on black.
+    "swapped.png": (palette(1 - ON, WHITE, BLACK), {}, "either may be background"),
+    "drawn.png": (palette(ON, WHITE, BLACK), {}, "either may be background"),
+    "drawn and red.png": (palette(ON * 2, WHITE, RED, BLACK), {}, "either may be background"),
+    "an icon.ico": (GREY, {"sizes": [(16, 16)]}, "masks in ICO are not read"),
+    "a texture.dds": (GREY.convert("RGB"), {}, "masks in DDS are not read"),
     "two backgrounds.png": (
         stack(ON * 255, ON * 255, ON * 255, np.pad(ON[:, 4:] * 0 + 255, ((0, 0), (4, 0)))),
         {},

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lens_jax.data.conversion import convert
 from lens_jax.data.sample import SampleError
 from lens_jax.data.sources import open_source
 from lens_jax.data.sources.reason_seg import ReasonSeg, label_map, mask_box, read_annotation
@@ -76,6 +77,31 @@ def test_encodings_and_sentences(write):
     assert source[0].box is None and source.num_expressions == [1, 1]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the word “‘café’” on the sign…",
+        "something that says ‘olé’…”",
+        "what’s “red” – and costs £5, 7 € or 9¢?",
+        "at 20°C, the École — Señor Müller’s",
+    ],
+)
+def test_cp1252(write, text):
+    data_dir = write([("x", SQUARE)], text=[text], encoding="cp1252")
+    assert ReasonSeg(data_dir)[0].expressions == (text,)
+
+
+def test_explanations_are_no_split(write):
+    data_dir = write([("x", SQUARE)])
+    folder = data_dir / "reason_seg" / "ReasonSeg" / "explanatory"
+    folder.mkdir()
+    (folder / "train.json").write_text('[{"image": "a.jpg", "query": "what?", "outputs": "it"}]')
+    with pytest.raises(ValueError, match="'explanatory' is none of train of"):
+        ReasonSeg(data_dir, "explanatory")
+    summary = convert("reason_seg", data_dir, data_dir / "out")
+    assert summary.rows == {"train": 1} and not summary.left_out
+
+
 def test_one_sentence_where_a_list_is_expected(write):
     assert ReasonSeg(write([("x", SQUARE)], text="what is it?")).num_expressions == [1]
     assert ReasonSeg(write([("x", SQUARE)], text="what is it?"))[0].expressions == ("what is it?",)
@@ -93,6 +119,19 @@ def test_one_sentence_where_a_list_is_expected(write):
         ("あかいもの", "shift-jis"),  # every byte of it is defined in cp1252
         ("红色的是什么", "gbk"),
         ("что здесь красное", "cp1251"),
+        ("red я b", "cp1251"),
+        ("это", "koi8-r"),
+        ("a 红 b", "gbk"),
+        ("赤 red", "shift-jis"),
+        ("żółty dům", "cp1250"),
+        ("café", "cp437"),
+        ("the town of Perú", "cp437"),
+        ("the word “cafe” on it", "mac_roman"),
+        ("it’s red", "mac_roman"),
+        ("a café", "mac_roman"),
+        ("a naïve Noël", "mac_roman"),
+        ("red … or blue", "mac_roman"),
+        ("red — blue", "mac_roman"),
         ("what\x92s red", "utf-8"),
     ],
 )

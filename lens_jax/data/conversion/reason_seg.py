@@ -13,7 +13,9 @@ def read(data_dir: Path) -> Iterator[Found | LeftOut]:
     """DATA_DIR/reason_seg/ReasonSeg, all splits."""
     root = data_dir / "reason_seg" / "ReasonSeg"
     files = [
-        file for folder in sorted(root.glob("*/")) for file in reason_seg.annotation_files(folder)
+        file
+        for folder in reason_seg.split_folders(root)
+        for file in reason_seg.annotation_files(folder)
     ]
     if not files:
         raise FileNotFoundError(f"{root} is missing, or has no split with .json files in it")

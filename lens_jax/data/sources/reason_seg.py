@@ -24,13 +24,20 @@ IGNORED = 255  # pixels that are neither target nor background, in `label_map`
 LONGEST_SIDE = 640
 FLAG = "flag"  # the label, in any case, of what is not of the picture
 SIZE = ("imageHeight", "imageWidth")  # labelme's keys
+NO_SPLIT = ("explanatory",)  # folders of the published data set that hold no labelme files
 ENDINGS = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
-NUL = re.compile(b"\0")  # of UTF-16 and UTF-32
-# Text that is not cp1252: control characters, words of no letter in ASCII (of another code page or
-# of two bytes a letter), and characters that are UTF-8 (of a file with a damaged byte elsewhere).
+# What English text holds beyond ASCII: marks, and letters with accents among others. Bytes of any
+# other code page, or of UTF-8 with a damaged byte, give something else when read as cp1252.
+_MARKS, _MONEY, _CAPITALS = "‘’“”–—…•", "€£¥¢", "À-ÖØ-Þ"
+_ACCENTED, _LETTER = f"{_CAPITALS}ß-öø-ÿ", r"[^\W\d_]"
 NOT_CP1252 = re.compile(
-    rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|[\x80-\xff]{4}"
-    rb"|\xc2[\xa0-\xbf]|\xc3[\x80-\xbf]|[\xe2-\xef][\x80-\xbf]{2}"
+    "[\0-\x08\x0b\x0c\x0e-\x1f\x7f]"
+    f"|[^\0-\x7f{_MARKS}{_MONEY}°{_ACCENTED}]"
+    f"|(?<![A-Za-z])[{_ACCENTED}](?![A-Za-z])"
+    f"|(?<=[a-z])[{_CAPITALS}]"
+    f"|(?<={_LETTER})[‘“”•](?={_LETTER})"
+    f"|(?<={_LETTER})[{_MONEY}]|[{_MONEY}](?={_LETTER})"
+    r"|(?<![\d ])°"
 )
 # Of a sentence that somebody read in a wrong encoding before it was saved.
 CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
@@ -69,7 +76,7 @@ class ReasonSeg:
 
     def __init__(self, data_dir: str | Path, split: str = "train", *, evaluation: bool = False):
         root = Path(data_dir) / "reason_seg" / "ReasonSeg"
-        splits = sorted(path.name for path in root.glob("*/"))
+        splits = [folder.name for folder in split_folders(root)]
         if not splits:
             raise FileNotFoundError(
                 f"{root} is missing: data_dir must hold reason_seg/ReasonSeg/ with the splits in it"
@@ -106,6 +113,11 @@ class ReasonSeg:
         )
 
 
+def split_folders(root: Path) -> list[Path]:
+    """The folders of the splits, by name."""
+    return sorted(folder for folder in root.glob("*/") if folder.name not in NO_SPLIT)
+
+
 def annotation_files(folder: Path) -> list[Path]:
     """A split's files in order, without those that macOS leaves beside them on foreign disks."""
     return sorted(file for file in folder.glob("*.json") if not file.name.startswith("._"))
@@ -133,7 +145,7 @@ def read_annotation(file: Path) -> Annotation:
         said = sentences(content.get("text"), "`text`")
         if wrong := CONTROL.search(" ".join(said)):
             raise ValueError(f"`text` holds the control character {wrong[0]!r}; save it as UTF-8")
-        has_size = any(content.get(key) is not None for key in SIZE)
+        has_size = any(content.get(key) not in (None, 0) for key in SIZE)
         return Annotation(
             image=_picture(file),
             sentences=said,
@@ -146,12 +158,13 @@ def read_annotation(file: Path) -> Annotation:
 
 def _decoded(content: bytes) -> str:
     for encoding in ("utf-8-sig", "cp1252"):
-        wrong = NOT_CP1252 if encoding == "cp1252" else NUL
         try:
-            if not wrong.search(content):
-                return content.decode(encoding)
+            text = content.decode(encoding)
         except UnicodeDecodeError:
-            pass
+            continue
+        # UTF-16 and UTF-32 may decode as UTF-8, with NUL for every other letter.
+        if not ("\0" in text if encoding != "cp1252" else NOT_CP1252.search(text)):
+            return text
     raise ValueError("its text is neither UTF-8 nor cp1252; save it as UTF-8")
 
 
