@@ -30,6 +30,7 @@ def check(
     thumbnails: NonNegativeInt = 120,
     checkpoint: Path | None = None,
     reasoning: bool = False,
+    coordinates: Literal["auto", "pixels"] = "auto",
 ) -> int:
     """Reads every row of a data set of your own as training will, and says what is wrong.
 
@@ -44,6 +45,8 @@ def check(
         thumbnails: Pictures on the page at most.
         checkpoint: A pretrained checkpoint: says which buckets its training needs for all rows.
         reasoning: These are for training that asks for a line of thought before the answer.
+        coordinates: auto calls coordinates percent where chance does not explain that none in a
+            split or folder is over 100; pixels says that they are pixels.
     """
     from lens_jax import checkpoints
     from lens_jax.data import checking
@@ -52,7 +55,7 @@ def check(
         checkpoints.read_config(checkpoint)
     try:
         bar = partial(tqdm, desc="checking", unit="row", dynamic_ncols=True)
-        report = checking.check(data_dir, bar)
+        report = checking.check(data_dir, bar, coordinates=coordinates)
     except ValueError as error:
         raise cli.UsageError(str(error)) from error
     page = page or data_dir / "check.html"
@@ -84,6 +87,8 @@ def convert(
     dataset: Literal["refcoco", "refcoco+", "refcocog", "refclef"] = "refcoco",
     resized: Literal["refuse", "scale"] = "refuse",
     boxes: Literal["auto", "xywh", "xyxy"] = "auto",
+    crowds: Literal["auto", "keep"] = "auto",
+    coordinates: Literal["auto", "pixels"] = "auto",
 ) -> None:
     """Writes a data set in another layout as one of your own: manifest.jsonl and pictures/.
 
@@ -101,6 +106,10 @@ def convert(
             size that they say: leave them out, or scale them.
         boxes: What COCO's bbox holds, [x, y, width, height] or [x0, y0, x1, y1]; auto looks at
             masks, areas and pictures, and leaves out what they do not tell.
+        crowds: auto leaves out COCO's iscrowd, but not the brush masks of CVAT and Datumaro, which
+            carry it, too; keep takes all for objects.
+        coordinates: auto leaves out files (of labelme, folders) of which chance does not explain
+            that no coordinate is over 100: they are percent; pixels says that they are pixels.
     """
     from lens_jax.data import conversion
 
@@ -113,6 +122,8 @@ def convert(
             dataset=dataset,
             resized=resized,
             boxes=boxes,
+            crowds=crowds,
+            coordinates=coordinates,
             progress=bar,
         )
     except ValueError as error:

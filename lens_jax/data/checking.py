@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from jaxtyping import Float
 from PIL import Image
 
 from lens_jax.data import images, prompts
 from lens_jax.data.mask_files import read_mask
+from lens_jax.data.percent import DOUBT, Coordinates, Reach
 from lens_jax.data.sample import Sample
 from lens_jax.data.sources.folder import (
     FILE,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 FIT = 0.7  # IoU that a given box has at least with its mask's own
 SLACK = 1.0  # pixels by which coordinates may leave the picture unremarked
-PERCENT = 150  # pixels of a picture's shorter side, from which on percent are told from pixels
 PATCH = images.FACTOR // 2  # pixels of a patch's side
 SIDE = 260  # pixels of a thumbnail's longer side
 TINT = np.array([0, 214, 255])
@@ -102,8 +101,16 @@ class Report:
         return _tally(v.notes for v in self.verdicts)
 
 
-def check(data_dir: Path, progress: Callable[..., Iterable] = lambda rows, **_: rows) -> Report:
+def check(
+    data_dir: Path,
+    progress: Callable[..., Iterable] = lambda rows, **_: rows,
+    *,
+    coordinates: Coordinates = "auto",
+) -> Report:
     """Reads every row of `data_dir`/manifest.jsonl, with as many threads as there are cores.
+
+    Args:
+        coordinates: "pixels" takes them for such even if they look like percent.
 
     Raises:
         FileNotFoundError, ValueError: there is no manifest, or no row in it.
@@ -112,10 +119,11 @@ def check(data_dir: Path, progress: Callable[..., Iterable] = lambda rows, **_: 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         judged = pool.map(lambda row: _judge(data_dir, row), rows)
         verdicts = list(progress(judged, total=len(rows)))
+    if coordinates == "auto":
+        _find_percent([verdict for verdict in verdicts if verdict.error is None])
     usable = [verdict for verdict in verdicts if verdict.error is None]
     _compare_splits(usable)
     _compare_sentences(usable)
-    _suspect_percent(usable)
     return Report(data_dir, verdicts)
 
 
@@ -247,21 +255,38 @@ def _compare_sentences(verdicts: Sequence[Verdict]) -> None:
             verdict.notes.append(note)
 
 
-def _suspect_percent(verdicts: Sequence[Verdict]) -> None:
-    """Notes coordinates that may be percent: in large pictures, too, none is over 100."""
-    found = [(v, coordinates(v.row)) for v in verdicts if min(v.size) >= PERCENT]
-    found = [(verdict, corners) for verdict, corners in found if corners.size]
-    if may_be_percent([corners for _, corners in found]):
-        for verdict, _ in found:
+def _find_percent(verdicts: Sequence[Verdict]) -> None:
+    """Refuses rows in percent, told by all of their split or of their pictures' folder; notes what
+    may be such."""
+    groups: dict[Any, list[Verdict]] = collections.defaultdict(list)
+    for verdict in verdicts:
+        groups["split", verdict.row.split].append(verdict)
+        groups["folder", os.path.dirname(verdict.row.image)].append(verdict)
+    doubted: dict[int, str] = {}
+    for (kind, name), members in groups.items():
+        reach = Reach()
+        for verdict in members:
+            reach.add(verdict.row.image, verdict.size, coordinates(verdict.row))
+        where = f"{kind} {name!r}"
+        if reach.is_percent:
+            for verdict in members:
+                verdict.error = Note(
+                    "percent",
+                    printable(
+                        f"{_where(verdict.row)}: {reach} in {where}: they are percent; give "
+                        "pixels, or say --coordinates pixels if they are"
+                    ),
+                )
+        elif reach.may_be_percent and (kind == "split" or reach.chance < DOUBT):
+            doubted |= {id(verdict): where for verdict in members}
+    for verdict in verdicts:
+        if id(verdict) in doubted and verdict.error is None and coordinates(verdict.row).size:
             height, width = verdict.size
-            text = f"no coordinate is over 100, but the picture has {width} x {height} pixels"
-            verdict.notes.append(Note("perhaps percent", f"{_where(verdict.row)}: {text}"))
-
-
-def may_be_percent(corners: Sequence[Float[np.ndarray, "N 2"]]) -> bool:
-    """Whether all corners (x, y) in pictures of a side of PERCENT and more may be percent."""
-    largest = max((float(values.max()) for values in corners), default=0.0)
-    return 50 < largest <= 100
+            text = (
+                f"no coordinate in {doubted[id(verdict)]} is over 100, but the picture has "
+                f"{width} x {height} pixels"
+            )
+            verdict.notes.append(Note("perhaps percent", printable(f"{_where(verdict.row)}: {text}")))
 
 
 def _count(split: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:

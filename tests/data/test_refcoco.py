@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from lens_jax.data.conversion import convert
 from lens_jax.data.sample import SampleError
 from lens_jax.data.sources import Joined, shapes
 from lens_jax.data.sources.refcoco import RefCoco, load_refs, summed_mask
@@ -207,14 +208,16 @@ INF, NAN = float("inf"), float("nan")
         ({}, {"image_id": 3}, "its annotation is of 3"),
         ({"sentences": [{"sent": 7}]}, {}, "must be text, not 7"),
         ({"sentences": [{"sent": ""}]}, {}, "is empty"),
-        ({"sentences": [{"sent": "good"}, {"sent": " \t"}]}, {}, "is empty"),
+        ({"sentences": [{"sent": "good"}, {"sent": 7}]}, {}, "must be text, not 7"),
+        ({"sentences": [{"sent": ""}, {"sent": " \t"}]}, {}, "is empty"),
         ({"sentences": [{"raw": "no sent"}]}, {}, "must be text, not None"),
         ({"sentences": []}, {}, "at least one sentence"),
         ({"sentences": "it"}, {}, "list of objects"),
         ({"sentences": [{"sent": b"it"}]}, {}, "must be text"),
         ({"ref_id": NAN}, {}, "ref_id must be a whole number"),
         ({"ann_id": 9}, {}, "ann_id is 9, which instances.json does not hold"),
-        ({"ann_id": [1]}, {}, "ann_id"),
+        ({"ann_id": [1]}, {}, "ann_id is .1.: several objects, or none, a sentence"),
+        ({}, {"segmentation": [[v / 32 for v in SQUARE]]}, "in fractions"),
         ({"image_id": "1"}, {}, "image_id is '1'"),
         ({"image_id": 3}, {"image_id": 3}, "a.jpg: 32 x 24 pixels .* says 16 x 24"),
         ({"split": None}, {}, "split must be a name"),
@@ -288,6 +291,60 @@ def test_sentences_of_python_2(write):
     file.write_bytes(ref.replace(b"\\xc3", b""))
     with pytest.raises(SampleError, match="no Unicode text"):
         RefCoco(data_dir)[0]
+
+
+def test_what_is_dropped_is_counted(write, caplog, tmp_path):
+    """A sentence that says nothing, and parts of under three corners, cost no ref."""
+    said = [{"sent": "red"}, {"sent": " "}, {"sent": "it"}]
+    source = write({"sentences": said}, {"segmentation": [SQUARE, [], [1, 2, 3]]})
+    assert source[0].expressions == ("red", "it") and source.num_expressions == [2, 1]
+    assert source[0].mask.sum() == 16 * 7
+    assert "1 empty sentences were dropped" in caplog.text
+    assert "2 parts of under 3 corners were dropped" in caplog.text
+    summary = convert("refcoco", tmp_path, tmp_path / "out")
+    assert summary.rows == {"train": 2} and not summary.left_out
+    assert [row[:2] for row in summary.remarks] == [
+        ("sentences of it that say nothing were dropped", 1),
+        ("parts of it with under three corners were dropped", 1),
+    ]
+
+
+def test_several_objects_a_sentence_are_not_read(write):
+    refs = [{"ref_id": i, "ann_id": ids, "image_id": 1, "split": "train"} for i, ids in ((1, [1]),)]
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p: .*as in gRefCOCO: those are not read"):
+        write(refs=refs)
+
+
+def percent(folder, count):
+    """Refs in as many pictures of 640 x 480, annotated in percent."""
+    (folder / "refer_seg/refcoco").mkdir(parents=True)
+    pictures = folder / "refer_seg/images/mscoco/images/train2014"
+    pictures.mkdir(parents=True)
+    refs, images, annotations = [], [], []
+    for i in range(count):
+        Image.new("RGB", (640, 480)).save(pictures / f"{i}.png")
+        said = [{"sent": "it"}]
+        refs.append({"ref_id": i, "ann_id": i, "image_id": i, "split": "val", "sentences": said})
+        images.append({"id": i, "file_name": f"{i}.png", "width": 640, "height": 480})
+        shape = {"bbox": [20, 30, 45, 70.00000000000001]}
+        shape["segmentation"] = [[20, 30, 65, 30, 65, 100.00000000000001]]
+        annotations.append({"id": i, "image_id": i, **shape})
+    (folder / "refer_seg/refcoco/refs(unc).p").write_bytes(pickle.dumps(refs))
+    content = {"images": images, "annotations": annotations}
+    (folder / "refer_seg/refcoco/instances.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_percent_is_refused(tmp_path):
+    few, many = percent(tmp_path / "few", 4), percent(tmp_path / "many", 5)
+    assert len(RefCoco(few, "refcoco", "val")) == 4
+    with pytest.raises(ValueError, match=r"instances\.json: no coordinate in 5 .* are percent"):
+        RefCoco(many, "refcoco", "val")
+    said = "its coordinates are percent of the picture's sides, not pixels"
+    summary = convert("refcoco", many, tmp_path / "out")
+    assert [row[:2] for row in summary.left_out] == [(said, 5)] and not summary.rows
+    assert convert("refcoco", many, tmp_path / "out", coordinates="pixels").rows == {"val": 5}
+    assert convert("refcoco", few, tmp_path / "few" / "out").rows == {"val": 4}
 
 
 def test_another_split_is_named(write, tmp_path):

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lens_jax.data.conversion import coco, labelme, objects, reason_seg, refer, writing
 from lens_jax.data.conversion.writing import Summary
+from lens_jax.data.percent import Coordinates
 
 __all__ = ["LAYOUTS", "Summary", "convert"]
 
@@ -21,6 +22,8 @@ def convert(
     dataset: str = "refcoco",
     resized: Literal["refuse", "scale"] = "refuse",
     boxes: Literal["auto", "xywh", "xyxy"] = "auto",
+    crowds: Literal["auto", "keep"] = "auto",
+    coordinates: Coordinates = "auto",
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Summary:
     """Writes OUTPUT/manifest.jsonl and OUTPUT/pictures/; nothing if it fails or finds no object.
@@ -34,6 +37,8 @@ def convert(
         dataset: which of RefCOCO's sets; the other layouts have one.
         resized: what happens to objects whose picture has another size than they say.
         boxes: what COCO's `bbox` holds; auto: what most of a file's boxes tell.
+        crowds: whether COCO's crowds are objects; auto: not those of COCO's own files.
+        coordinates: auto leaves out files that are told to be in percent.
 
     Raises:
         FileExistsError: `output` exists and is not empty.
@@ -47,15 +52,21 @@ def convert(
     elif layout == "reason_seg":
         found = reason_seg.read(data_dir)
     elif layout == "coco":
-        found = coco.read(data_dir, boxes)
+        found = coco.read(data_dir, boxes, keep_crowds=crowds == "keep")
     else:
         found = labelme.read(data_dir)
     unfinished = output.absolute().with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / writing.PICTURES).mkdir(parents=True)
     try:
-        scale = resized == "scale"
-        summary = writing.write(found, unfinished, data_dir, scale=scale, progress=progress)
+        summary = writing.write(
+            found,
+            unfinished,
+            data_dir,
+            scale=resized == "scale",
+            coordinates=coordinates,
+            progress=progress,
+        )
         if summary.rows:
             if output.exists():
                 output.rmdir()

@@ -1,6 +1,8 @@
 """COCO's form, as many tools export it."""
 
 import collections
+import filecmp
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,20 +23,23 @@ from lens_jax.data.conversion.objects import (
     polygons,
     read_json,
     split_of,
+    told_split,
 )
 from lens_jax.data.masks import decode_runs, encode_runs
 from lens_jax.data.sources.annotations import numbers, picture_size
 
 # Keys under which annotations and pictures say their sentences.
 SENTENCES = ("expressions", "sentences", "captions", "expression", "sentence", "caption", "phrase")
-# Folders that exports keep pictures in, after those that a split's name tells.
+# Folders that exports keep pictures in, whatever the file is called.
 FOLDERS = ("images", "data", "JPEGImages", "")
+NO_CROWD = (None, 0, "0", "", "false", "False")
 ASKED = 1000  # of a file's boxes that tell their form
 AGREED = 0.9  # share of them that must tell the same
+CLOSE = 0.02  # by which an area may differ from its box's, as a part of it
 Form = Literal["auto", "xywh", "xyxy"]
 
 
-def read(data_dir: Path, boxes: Form) -> Iterator[Found | LeftOut]:
+def read(data_dir: Path, boxes: Form, *, keep_crowds: bool) -> Iterator[Found | LeftOut]:
     """The .json files in DATA_DIR and in its folders (annotations/, or one a split). A word of a
     file's name tells its split, or else its folder's.
 
@@ -44,17 +49,40 @@ def read(data_dir: Path, boxes: Form) -> Iterator[Found | LeftOut]:
     """
     files = json_files(data_dir, "*.json", "*/*.json")
     if not files:
-        raise FileNotFoundError(f"{data_dir} holds no .json file, nor does a folder in it")
-    return (item for file in files for item in _file(file, data_dir, boxes))
+        deeper = json_files(data_dir, "*/*/**/*.json")
+        hint = f"; {deeper[0]} lies deeper: give a deeper --data_dir" if deeper else ""
+        raise FileNotFoundError(f"{data_dir} holds no .json file, nor does a folder in it{hint}")
+    return _objects(files, data_dir, boxes, keep_crowds)
 
 
-def _file(file: Path, data_dir: Path, boxes: Form) -> Iterator[Found | LeftOut]:
+def _objects(
+    files: Sequence[Path], data_dir: Path, boxes: Form, keep_crowds: bool
+) -> Iterator[Found | LeftOut]:
+    """Of all files, an object once that several files of a folder hold, as COCO's instances and
+    person_keypoints do."""
+    first: dict[str, str] = {}
+    for file in files:
+        for item in _file(file, data_dir, boxes, keep_crowds):
+            if isinstance(item, Found):
+                content = [str(file.parent), item.where.rpartition(" ")[2], str(item.picture.path)]
+                key = json.dumps([*content, item.row], sort_keys=True, default=str)
+                known = first.setdefault(key, item.group)
+                if known != item.group:
+                    what = f"{item.where} is in {known}"
+                    yield LeftOut("another file holds the same object", what)
+                    continue
+            yield item
+
+
+def _file(
+    file: Path, data_dir: Path, boxes: Form, keep_crowds: bool
+) -> Iterator[Found | LeftOut]:
     try:
         content = read_json(file)
         for key in ("images", "annotations"):
             if not isinstance(content, dict) or not isinstance(content.get(key), list):
                 raise ValueError(f"it has no list of {key}")
-        reader = _Reader(file, data_dir, content, boxes)
+        reader = _Reader(file, data_dir, content, boxes, keep_crowds)
     except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         yield LeftOut("the file is not in COCO's form", f"{file}: {error}")
         return
@@ -72,19 +100,27 @@ def _file(file: Path, data_dir: Path, boxes: Form) -> Iterator[Found | LeftOut]:
 class _Reader:
     """One file."""
 
-    def __init__(self, file: Path, data_dir: Path, content: dict[str, Any], boxes: Form):
-        self.data_dir = data_dir
+    def __init__(
+        self,
+        file: Path,
+        data_dir: Path,
+        content: dict[str, Any],
+        boxes: Form,
+        keep_crowds: bool,
+    ):
+        self.file, self.data_dir, self.keep_crowds = file, data_dir, keep_crowds
         parts = file.relative_to(data_dir).with_suffix("").parts
         self.split = split_of(*parts)
         self.images = _by_id(content["images"])
         self.categories = _Categories(content.get("categories"))
-        self.places = _places(file, data_dir, self.split)
-        self.found: dict[str, Picture] = {}
+        self.places = _places(file, data_dir, told_split(*parts))
+        self.found: dict[tuple[str, ...], Picture] = {}
         info = content.get("info")
         upright = isinstance(info, Mapping) and info.get("orientation") == "upright"
         self.pixels: Literal["upright", "stored"] = "upright" if upright else "stored"
         annotations = [a for a in content["annotations"] if isinstance(a, dict)]
-        self.per_image = collections.Counter(self._shown(a) for a in annotations)
+        # A picture may be listed once for each of its sentences.
+        self.per_image = collections.Counter(_key(a.get("image_id")) for a in annotations)
         self.per_category = collections.Counter(
             (self._shown(a), name)
             for a in annotations
@@ -96,7 +132,8 @@ class _Reader:
         if not isinstance(annotation, dict):
             raise ValueError("it is no object")
         image = self._image(annotation)
-        if annotation.get("iscrowd"):
+        crowd = annotation.get("iscrowd") not in NO_CROWD
+        if crowd and not (self.keep_crowds or _is_brush_mask(annotation)):
             raise Unfit("it is a crowd, not one object")
         row = {"expressions": self._sentences(annotation, image), "split": self.split}
         size = self._size(image)
@@ -111,9 +148,11 @@ class _Reader:
                 if annotation.get("keypoints")
                 else "it has neither mask nor box"
             )
-        found = self._picture(image.get("file_name"))
+        found = self._picture(_names(image))
         picture = Picture(found.path, found.roots, None, size, self.pixels)
-        return Found(picture, row, where, (*remarks, *more))
+        if crowd:
+            more = [*more, "it is marked as a crowd: it was taken for one object"]
+        return Found(picture, row, where, str(self.file), (*remarks, *more))
 
     def _image(self, annotation: dict[str, Any]) -> dict[str, Any]:
         key = annotation.get("image_id")
@@ -127,8 +166,8 @@ class _Reader:
     def _shown(self, annotation: dict[str, Any]) -> str:
         """What picture an annotation is of, however often the file lists it."""
         images = self.images.get(_key(annotation.get("image_id")), [{}])
-        name = images[0].get("file_name")
-        return name if isinstance(name, str) else _key(annotation.get("image_id"))
+        names = _names(images[0])
+        return names[0] if names else _key(annotation.get("image_id"))
 
     def _image_size(self, annotation: dict[str, Any]) -> tuple[int, int] | None:
         try:
@@ -137,16 +176,15 @@ class _Reader:
             return None
 
     def _size(self, image: dict[str, Any]) -> tuple[int, int] | None:
-        height, width = image.get("height"), image.get("width")
-        if height is None and width is None:
+        size = {key: _number(image.get(key)) for key in ("height", "width")}
+        if all(side in (None, 0) for side in size.values()):
             return None
-        size = {"height": _number(height), "width": _number(width)}
         return picture_size(size, "height", "width")
 
     def _sentences(self, annotation: dict[str, Any], image: dict[str, Any]) -> list[Any]:
         sentences = _said(annotation)
         shown = self._shown(annotation)
-        if not sentences and self.per_image[shown] == 1:
+        if not sentences and self.per_image[_key(annotation.get("image_id"))] == 1:
             sentences = _said(image)
         if sentences:
             return sentences
@@ -170,18 +208,40 @@ class _Reader:
         remarks = [] if masked else ["it has a box alone: its mask is the filled box"]
         if self.form == "xyxy":
             return [x, y, third, fourth], [*remarks, "its bbox was read as [x0, y0, x1, y1]"]
-        if self.form == "auto" and masked:
+        # At the origin both readings are the same, and fractions are refused as such.
+        ambiguous = self.form == "auto" and (x or y) and max(x, y, third, fourth) > 1
+        if ambiguous and masked:
             return None, ["its bbox has two readings: the mask's own is taken"]
-        if self.form == "auto" and max(third, fourth) > 1:  # fractions are refused as such
+        if ambiguous:
             what = f"bbox {box}: say --boxes xywh or --boxes xyxy"
             raise Unfit("its bbox may be [x, y, width, height] or [x0, y0, x1, y1]", what)
         return [x, y, x + third, y + fourth], remarks
 
-    def _picture(self, name: Any) -> Picture:
-        if not isinstance(name, str) or name not in self.found:
-            picture = find(self.data_dir, self.places, name)
-            self.found[name] = picture
-        return self.found[name]
+    def _picture(self, names: Sequence[str]) -> Picture:
+        """The picture in the first group of places that has it."""
+        key = tuple(names)
+        if key not in self.found:
+            self.found[key] = self._find(names)
+        return self.found[key]
+
+    def _find(self, names: Sequence[str]) -> Picture:
+        for places in self.places:
+            found: list[Picture] = []
+            for place in places:
+                for name in names:
+                    try:
+                        found.append(find(self.data_dir, [place], name))
+                        break
+                    except Unfit:
+                        continue
+            others = [p for p in found[1:] if not filecmp.cmp(found[0].path, p.path, shallow=False)]
+            if others:
+                what = f"{found[0].path} and {others[0].path}"
+                raise Unfit("several pictures have its name, and nothing tells which", what)
+            if found:
+                return found[0]
+        everywhere = [place for places in self.places for place in places]
+        return find(self.data_dir, everywhere, names[0] if names else None)
 
 
 class _Categories:
@@ -220,18 +280,43 @@ def _by_id(images: Sequence[Any]) -> dict[str, list[dict[str, Any]]]:
     for image in images:
         if isinstance(image, dict) and image.get("id") is not None:
             known = table.setdefault(_key(image["id"]), [])
-            if not any(other.get("file_name") == image.get("file_name") for other in known):
+            if not any(_names(other) == _names(image) for other in known):
                 known.append(image)
     return table
 
 
-def _places(file: Path, data_dir: Path, split: str) -> list[Path]:
-    """Folders that may hold a file's pictures, the ones meant for this file first."""
+def _places(file: Path, data_dir: Path, split: str | None) -> list[list[Path]]:
+    """Folders that may hold a file's pictures: those that its name tells, then those that hold
+    pictures of any file, then those of any split."""
     own = file.stem.removeprefix("instances_").removeprefix("person_keypoints_")
-    words = [own, *(word for word, meant in SPLITS.items() if meant == split)]
-    named = [f"{folder}{word}" for word in words for folder in ("images/", "", "data/")]
-    places = [file.parent, *(data_dir / name for name in (*named, *FOLDERS))]
-    return list(dict.fromkeys(place for place in places if place.is_dir()))
+    told = [own, *(word for word, meant in SPLITS.items() if meant == split)]
+
+    def named(words: Sequence[str]) -> list[Path]:
+        return [data_dir / f"{f}{word}" for word in words for f in ("images/", "", "data/")]
+
+    beside = [file.parent] if file.parent != data_dir else []
+    anyone = [file.parent, *(data_dir / name for name in FOLDERS)]
+    groups = [[*beside, *named(told)], anyone, named(list(SPLITS))]
+    return [list(dict.fromkeys(p for p in group if p.is_dir())) for group in groups]
+
+
+def _names(image: Mapping[str, Any]) -> list[str]:
+    """What a picture's file may be called; LVIS says it in `coco_url` alone."""
+    name, url = image.get("file_name"), image.get("coco_url")
+    if isinstance(name, str) and name.strip():
+        return [name]
+    if not isinstance(url, str) or not url.strip():
+        return []
+    parts = url.split("/")
+    return ["/".join(parts[-2:]), parts[-1]]
+
+
+def _is_brush_mask(annotation: Mapping[str, Any]) -> bool:
+    """Whether a tool of Datumaro's kind wrote a mask: it calls every one a crowd, with attributes,
+    which COCO's own crowds have not."""
+    segmentation = annotation.get("segmentation")
+    runs = isinstance(segmentation, Mapping) and isinstance(segmentation.get("counts"), list | str)
+    return runs and "attributes" in annotation
 
 
 def _number(value: Any) -> Any:
@@ -246,8 +331,12 @@ def _said(holder: Mapping[str, Any]) -> list[Any]:
         if not isinstance(value, list):
             return [value]
         # REFER writes a sentence as an object of its own.
-        return [v.get("sent") or v.get("raw") or "" if isinstance(v, Mapping) else v for v in value]
+        return [_text(v) if isinstance(v, Mapping) else v for v in value]
     return []
+
+
+def _text(sentence: Mapping[str, Any]) -> Any:
+    return next((sentence[k] for k in ("sent", "raw", *SENTENCES) if sentence.get(k)), "")
 
 
 def _mask(segmentation: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -291,21 +380,27 @@ def _vote(
     size: tuple[int, int] | None,
 ) -> Form | None:
     x, y, third, fourth = box
+    if max(box) <= 1.01:
+        return None
     if third <= x or fourth <= y:
         return "xywh" if third > 0 and fourth > 0 else None
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list) and segmentation and not isinstance(segmentation[0], dict):
         *_, x1, y1 = bounds(polygons(segmentation)[0])
+        if max(x1, y1) <= 1.01:
+            return None
         as_size = abs(x1 - x - third) + abs(y1 - y - fourth)
         as_corner = abs(x1 - third) + abs(y1 - fourth)
         return "xywh" if as_size < as_corner else "xyxy" if as_corner < as_size else None
     area = annotation.get("area")
     if type(area) in (int, float) and area > 0:
         as_size, as_corners = third * fourth, (third - x) * (fourth - y)
-        if as_size != as_corners:
-            if segmentation:  # a mask's area, which is at most its box's
-                return "xywh" if area > as_corners * 1.01 + 1 else None
-            return "xywh" if abs(area - as_size) < abs(area - as_corners) else "xyxy"
+        if as_size - as_corners > 2 * CLOSE * as_size:
+            # A mask's area is its box's at most.
+            if area > as_corners * (1 + CLOSE) + 1:
+                return "xywh"
+            if not segmentation and area > as_corners * (1 - CLOSE):
+                return "xyxy"
     if size is not None and (x + third > size[1] + 1 or y + fourth > size[0] + 1):
         return "xyxy"
     return None

@@ -84,7 +84,7 @@ def _file(file: Path, data_dir: Path) -> Iterator[Found | LeftOut]:
                 yield found.at(where)
                 continue
             picture = Picture(found.path, found.roots, found.content, size)
-            yield Found(picture, row | {"split": split}, where, done)
+            yield Found(picture, row | {"split": split}, where, str(file.parent), done)
         except Unfit as error:
             yield error.at(where)
         except BROKEN as error:

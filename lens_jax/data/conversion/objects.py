@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lens_jax.data.sources.annotations import short
+from lens_jax.data.sources.refcoco import is_sliver
 
 # Words of a file's or folder's name -> the split it holds.
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val"}
@@ -42,11 +43,13 @@ class Picture:
 @dataclasses.dataclass(frozen=True)
 class Found:
     """An object of the old layout: a manifest's row without its picture, on the annotation's
-    pixels. `remarks` are (what was done with it, its place in the old layout)."""
+    pixels. `where` is its place in the old layout, `group` what was annotated together with it (a
+    file, or a folder of files of a picture each), and `remarks` what was done with it."""
 
     picture: Picture
     row: dict[str, Any]
     where: str
+    group: str = ""
     remarks: tuple[str, ...] = ()
 
 
@@ -70,10 +73,15 @@ class Unfit(Exception):
 
 
 def split_of(*names: str) -> str:
-    """The split that the words of names tell, the last one of several; train if none does."""
+    """The split that names tell; train if none does."""
+    return told_split(*names) or "train"
+
+
+def told_split(*names: str) -> str | None:
+    """The split that the words of names tell, the last one of several."""
     words = "_".join(names).replace("-", "_").replace(".", "_").lower().split("_")
     found = [SPLITS[w] for word in words if (w := word.rstrip("0123456789")) in SPLITS]
-    return found[-1] if found else "train"
+    return found[-1] if found else None
 
 
 def read_json(file: Path) -> Any:
@@ -150,6 +158,8 @@ def polygons(parts: Any) -> tuple[list[list[float]], int]:
             part = [value for corner in part for value in corner]
         if not isinstance(part, list | tuple):
             raise ValueError(f"a polygon must be [x, y, x, y, ...], not {short(part)}")
+        if is_sliver(part):
+            continue
         if len(part) % 2 or not all(type(value) in (int, float) for value in part):
             raise ValueError(f"a polygon must be [x, y, x, y, ...], not {short(part)}")
         if len({tuple(part[i : i + 2]) for i in range(0, len(part), 2)}) > 2:

@@ -12,7 +12,9 @@ from lens_jax.data.sources import refcoco
 def read(data_dir: Path, dataset: str) -> Iterator[Found | LeftOut]:
     """DATA_DIR/refer_seg in REFER's layout, all splits of one data set."""
     sources = [
-        refcoco.RefCoco(data_dir, dataset, split) for split in refcoco.splits(data_dir, dataset)
+        # Whether they are pixels is judged later, as of all layouts.
+        refcoco.RefCoco(data_dir, dataset, split, coordinates="pixels")
+        for split in refcoco.splits(data_dir, dataset)
     ]
     return _objects(sources, data_dir)
 
@@ -29,7 +31,7 @@ def _objects(sources: list[refcoco.RefCoco], data_dir: Path) -> Iterator[Found |
 def _object(source: refcoco.RefCoco, ref: refcoco.Ref, data_dir: Path) -> Found | LeftOut:
     where = f"ref {ref.ref_id} of {ref.file_name}"
     row = {"expressions": list(ref.expressions), "split": source.split}
-    remarks = ()
+    remarks = ("sentences of it that say nothing were dropped",) if ref.blank else ()
     try:
         mask, box = source.truth(ref)
         if box is None:
@@ -41,11 +43,11 @@ def _object(source: refcoco.RefCoco, ref: refcoco.Ref, data_dir: Path) -> Found 
         else:
             parts, slivers = polygons(ref.segmentation)
             row |= {"polygons": parts, "box": box.tolist()}
-            remarks = dropped(slivers)
+            remarks += dropped(slivers)
     except SampleError as error:
         return LeftOut("its annotation is broken", str(error))
     except Unfit as error:
         return error.at(where)
     roots = (data_dir, source.image_folder)
     path = source.image_folder / ref.file_name
-    return Found(Picture(path, roots, None, ref.size, "stored"), row, where, remarks)
+    return Found(Picture(path, roots, None, ref.size, "stored"), row, where, source.split, remarks)

@@ -11,15 +11,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from PIL import Image
 
-from lens_jax.data.checking import PERCENT, may_be_percent, printable
+from lens_jax.data.checking import printable
 from lens_jax.data.conversion.objects import Found, LeftOut, Picture, Unfit
 from lens_jax.data.masks import decode_runs, draw_polygons, encode_runs
+from lens_jax.data.percent import DOUBT, Coordinates, Reach
 from lens_jax.data.sample import orientation, to_rgb, turn, turn_box
-from lens_jax.data.sources.folder import FILE, RowError, coordinates, parse, read_target
+from lens_jax.data.sources.folder import FILE, RowError, parse, read_target
+from lens_jax.data.sources.folder import coordinates as corners_of
 
+ALL = ""  # the name of the group of all objects
 PICTURES = "pictures"  # where the output's pictures lie
 Size = tuple[int, int]  # (height, width)
 
@@ -35,6 +37,7 @@ REASONS = {
     "mask size": "its mask has another size than the picture",
     "box off mask": "its box does not touch its mask",
     "fractions": "its coordinates are fractions of the picture's size, not pixels",
+    "percent": "its coordinates are percent of the picture's sides, not pixels",
     "picture too long": "its picture is more than 200 times as long as wide",
 }
 
@@ -82,18 +85,20 @@ def write(
     data_dir: Path,
     *,
     scale: bool,
+    coordinates: Coordinates,
     progress: Callable[[Iterable], Iterable],
 ) -> Summary:
     """Writes `folder`/manifest.jsonl and the pictures of its rows.
 
     Args:
+        coordinates: auto leaves out what is told to be percent by all of its group.
         scale: annotations for a picture of another size and the same proportions are scaled to
             it; left out without it.
     """
     pictures = _Pictures(folder, data_dir)
-    rows: collections.Counter[str] = collections.Counter()
-    left_out, remarks = _Tally(), _Tally()
-    large = _Large()
+    rows: list[_Row] = []
+    left_out = _Tally()
+    reaches: dict[str, Reach] = collections.defaultdict(Reach)
     with open(folder / FILE, "w", encoding="utf-8") as manifest:
         for item in progress(found):
             if isinstance(item, LeftOut):
@@ -104,7 +109,7 @@ def write(
                 content, done = _fit(item, known, scale)
                 name = pictures.name(item.picture)
                 line = json.dumps({"image": name} | content, ensure_ascii=True)
-                row = parse(line.encode(), rows.total() + 1)
+                row = parse(line.encode(), len(rows) + 1)
                 if row.error is not None:
                     raise row.error
                 read_target(folder, row, known.upright)
@@ -112,7 +117,7 @@ def write(
             except Unfit as error:
                 item = error.at(item.where)
             except RowError as error:
-                text = str(error).removeprefix(f"{FILE}, line {rows.total() + 1}: ")
+                text = str(error).removeprefix(f"{FILE}, line {len(rows) + 1}: ")
                 item = Unfit(REASONS.get(error.kind, error.kind), text).at(item.where)
             except (ValueError, TypeError, OverflowError) as error:
                 item = Unfit("its annotation is broken", str(error)).at(item.where)
@@ -120,30 +125,61 @@ def write(
                 left_out.add(item.reason, item.text)
                 continue
             manifest.write(f"{line}\n")
-            rows[row.split] += 1
-            for remark in (*item.remarks, *done):
-                remarks.add(remark, item.where)
-            large.add(coordinates(row), known.upright, item.where)
-    large.judge(remarks)
-    return Summary(dict(rows), len(pictures.placed), left_out.rows(), remarks.rows())
+            rows.append(_Row(row.split, name, item.group, item.where, (*item.remarks, *done)))
+            if done:  # as it was
+                row = parse(json.dumps({"image": name} | item.row).encode(), len(rows))
+            corners = corners_of(row)
+            for group in (item.group, ALL):
+                reaches[group].add(name, item.picture.size or known.upright, corners)
+    if coordinates == "auto":
+        rows = _without_percent(rows, reaches, folder, pictures, left_out)
+    remarks = _Tally()
+    for row in rows:
+        for remark in row.remarks:
+            remarks.add(remark, row.where)
+        own = reaches[row.group]
+        doubted = own.may_be_percent and (own.chance < DOUBT or reaches[ALL].may_be_percent)
+        if doubted and coordinates == "auto":
+            remarks.add("no coordinate is over 100: they may be percent", row.where)
+    splits = collections.Counter(row.split for row in rows)
+    return Summary(dict(splits), len(pictures.placed), left_out.rows(), remarks.rows())
 
 
-class _Large:
-    """Coordinates in large pictures, which tell pixels from percent."""
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """What a line of the manifest was made from, and what is said of it if it stays."""
 
-    def __init__(self):
-        self.largest: list[Float[np.ndarray, "1 2"]] = []
-        self.first = ""
+    split: str
+    picture: str
+    group: str
+    where: str
+    remarks: tuple[str, ...]
 
-    def add(self, corners: Float[np.ndarray, "N 2"], size: Size, where: str) -> None:
-        if corners.size and min(size) >= PERCENT:
-            self.first = self.first or where
-            self.largest.append(corners.max(0, keepdims=True))
 
-    def judge(self, remarks: _Tally) -> None:
-        if may_be_percent(self.largest):
-            for _ in self.largest:
-                remarks.add("no coordinate is over 100: they may be percent", self.first)
+def _without_percent(
+    rows: list[_Row],
+    reaches: dict[str, Reach],
+    folder: Path,
+    pictures: "_Pictures",
+    left_out: _Tally,
+) -> list[_Row]:
+    """Removes the lines, and the pictures, of groups that are in percent."""
+    kept = [not reaches[row.group].is_percent for row in rows]
+    if all(kept):
+        return rows
+    for row, keep in zip(rows, kept, strict=True):
+        if not keep:
+            what = f"{row.where}: {reaches[row.group]} (--coordinates pixels takes them for pixels)"
+            left_out.add(REASONS["percent"], what)
+    whole, part = folder / FILE, folder / f"{FILE}.part"
+    with open(whole, encoding="utf-8") as lines, open(part, "w", encoding="utf-8") as manifest:
+        manifest.writelines(line for line, keep in zip(lines, kept, strict=True) if keep)
+    part.replace(whole)
+    rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
+    for name in pictures.placed - {row.picture for row in rows}:
+        (folder / name).unlink()
+        pictures.placed.remove(name)
+    return rows
 
 
 class _Pictures:

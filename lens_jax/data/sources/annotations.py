@@ -45,11 +45,16 @@ def sentence(value: Any, what: str = "a sentence") -> str:
     """Text in Unicode with something in it that can be seen."""
     if not isinstance(value, str):
         raise ValueError(f"{what} must be text, not {short(value)}")
-    if not any(c.isprintable() and not c.isspace() for c in value):
+    if is_blank(value):
         raise ValueError(f"{what} is empty")
     if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
         raise ValueError(f"{what} is no Unicode text: {short(value)}")
     return value
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing in it can be seen."""
+    return not any(c.isprintable() and not c.isspace() for c in text)
 
 
 def sentences(values: Any, what: str = "`sentences`") -> tuple[str, ...]:

@@ -169,11 +169,10 @@ def read_target(
     if max(size) > 200 * min(size):
         message = f"{row.image}: {size[1]} x {size[0]} pixels, more than 200 times as long as wide"
         raise RowError("picture too long", message)
-    corners = coordinates(row)
-    if corners.size and max(size) > 2 and corners.min() > -0.01 and corners.max() < 1.01:
-        what = "box" if row.box is not None else row.form
-        here = f"give pixels, here of {size[1]} x {size[0]}"
-        raise RowError("fractions", f"{what} lies in 0..1; {here}")
+    for what, corners in _coordinates(row).items():
+        if max(size) > 2 and corners.min() > -0.01 and corners.max() < 1.01:
+            here = f"give pixels, here of {size[1]} x {size[0]}"
+            raise RowError("fractions", f"{what} lies in 0..1; {here}")
     mask = _mask(data_dir, row, size)
     return mask, _box(row, mask)
 
@@ -186,10 +185,15 @@ def file_of(data_dir: Path, name: str) -> Path:
 
 def coordinates(row: Row) -> Float[np.ndarray, "N 2"]:
     """All corners (x, y) of a row's polygons and box. Raises RowError for what are no polygons."""
-    corners = np.empty((0, 2)) if row.box is None else np.reshape(row.box, (2, 2))
-    if row.form != "polygons":
-        return corners
-    return np.concatenate([corners, *_polygons(row.shape)])
+    return np.concatenate([np.empty((0, 2)), *_coordinates(row).values()])
+
+
+def _coordinates(row: Row) -> dict[str, Float[np.ndarray, "N 2"]]:
+    """The corners of each of its keys that has some."""
+    found = {} if row.box is None else {"box": np.reshape(row.box, (2, 2))}
+    if row.form == "polygons":
+        found["polygons"] = np.concatenate(_polygons(row.shape))
+    return found
 
 
 def mask_box(mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "4"]:

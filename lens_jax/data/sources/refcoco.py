@@ -15,6 +15,7 @@ agree, and scores compare with the official ones.
 import dataclasses
 import io
 import json
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,17 +25,21 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from lens_jax.data.masks import decode_runs, draw_polygons
+from lens_jax.data.percent import HIGHEST, Coordinates, Reach
 from lens_jax.data.sample import Sample, SampleError, read_image
 from lens_jax.data.sources.annotations import (
     check_size,
     fitting_box,
     inside,
+    is_blank,
     numbers,
     picture_size,
     sentences,
     short,
     whole_number,
 )
+
+log = logging.getLogger("lens_jax")
 
 # Who split the sentences: the file's name says it.
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "refclef": "unc"}
@@ -46,6 +51,7 @@ IMAGE_FOLDERS = (
     "train2014",
 )
 INSTANCES = "instances.json"
+SEVERAL = "several objects, or none, a sentence, as in gRefCOCO: those are not read"
 REFCLEF_FOLDERS = ("refer_seg/images/saiapr_tc-12", "saiapr_tc-12")
 
 
@@ -54,7 +60,8 @@ class Ref:
     """A referred object before its picture is read: its sentences and its annotation.
 
     `error` says why a ref cannot be used; the rest is then empty. `everywhere`: its split cannot be
-    read, so that it counts in every one.
+    read, so that it counts in every one. `blank` sentences, which say nothing, were dropped, and so
+    were `slivers`, polygons of under three corners.
     """
 
     ref_id: int | None
@@ -66,13 +73,15 @@ class Ref:
     segmentation: Any = None
     error: str | None = None
     everywhere: bool = False
+    blank: int = 0
+    slivers: int = 0
 
 
 class RefCoco:
     """One split of one data set.
 
     A broken ref counts as a sample with one sentence, of every split if its own cannot be read, and
-    raises when it is asked for.
+    raises when it is asked for. What is dropped from refs is counted in the log.
 
     Args:
         data_dir: the folder that holds `refer_seg/`.
@@ -80,9 +89,11 @@ class RefCoco:
         split: train, val, testA and testB, or test for refcocog; refclef has a testC, too.
         official_masks: where an object's polygons overlap, count the overlap as background, as
             the official evaluation does.
+        coordinates: "pixels" takes them for such even if they look like percent.
 
     Raises:
-        FileNotFoundError, ValueError: a file or the split is not there, or cannot be read.
+        FileNotFoundError, ValueError: a file or the split is not there, cannot be read, or is in
+            percent.
     """
 
     def __init__(
@@ -92,6 +103,7 @@ class RefCoco:
         split: str = "train",
         *,
         official_masks: bool = False,
+        coordinates: Coordinates = "auto",
     ):
         self.split, self.official_masks = split, official_masks
         refs_file, refs = _read_refs(data_dir, dataset)
@@ -99,6 +111,15 @@ class RefCoco:
         if split not in names:
             raise ValueError(f"split: {split!r} is none of {', '.join(names)} of {refs_file}")
         self.refs = _join(refs, split, refs_file)
+        reach = Reach() if coordinates == "pixels" else _reach(self.refs)
+        if reach.is_percent:
+            raise ValueError(
+                f"{refs_file.with_name(INSTANCES)}: {reach} in split {split!r}: they are percent "
+                "of the picture's sides; give pixels"
+            )
+        for name, what in (("blank", "empty sentences"), ("slivers", "parts of under 3 corners")):
+            if dropped := sum(getattr(ref, name) for ref in self.refs):
+                log.warning("%s: %d %s were dropped from %s", refs_file, dropped, what, split)
         places = REFCLEF_FOLDERS if dataset == "refclef" else IMAGE_FOLDERS
         folders = [Path(data_dir) / name for name in places]
         self.image_folder = next((f for f in folders if f.is_dir()), folders[0])
@@ -175,6 +196,8 @@ def _read_refs(data_dir: str | Path, dataset: str) -> tuple[Path, list[dict[str,
     refs = load_refs(refs_file)
     if not _splits(refs):
         raise ValueError(f"{refs_file}: not a refs file (no ref has a split)")
+    if all(isinstance(ref.get("ann_id"), list | tuple) for ref in refs):
+        raise ValueError(f"{refs_file}: its refs are of {SEVERAL}")
     return refs_file, refs
 
 
@@ -196,12 +219,23 @@ def summed_mask(segmentation: Any, height: int, width: int) -> UInt8[np.ndarray,
     if isinstance(parts[0], Mapping):
         count = sum(decode_runs(part, size).astype(np.int64) for part in parts)
         return np.minimum(count, 255).astype(np.uint8)
-    corners = [_corners(part) for part in parts]
     # One or two corners enclose nothing; COCO's code takes four numbers for a box xywh.
-    areas = [part for part in corners if len(part) > 2]
+    areas = [_corners(part) for part in parts if not is_sliver(part)]
     if not areas:
         raise ValueError("no polygon has three corners")
+    together = np.concatenate(areas)
+    if max(size) > 2 and together.min() > -0.01 and together.max() < 1.01:
+        raise ValueError("its polygons are in fractions; give pixels")
     return draw_polygons(areas, size)
+
+
+def is_sliver(part: Any) -> bool:
+    """Whether a polygon [x, y, x, y, ...] has less than three corners, its last one cut or not."""
+    return (
+        isinstance(part, list | tuple)
+        and len(part) < 6
+        and all(type(value) in (int, float) for value in part)
+    )
 
 
 def _corners(part: Any) -> Float[np.ndarray, "N 2"]:
@@ -252,6 +286,26 @@ def _join(refs: list[dict[str, Any]], split: str, refs_file: Path) -> list[Ref]:
     return joined
 
 
+def _reach(refs: list[Ref]) -> Reach:
+    """How far the coordinates of a split reach."""
+    reach = Reach()
+    for ref in refs:
+        if ref.error is not None:
+            continue
+        parts = ref.segmentation if isinstance(ref.segmentation, list | tuple) else []
+        try:
+            corners = [_corners(p) for p in parts if not isinstance(p, Mapping | str) and len(p) > 5]
+            if ref.bbox is not None:
+                x, y, width, height = ref.bbox
+                corners.append(np.array([[x, y], [x + width, y + height]]))
+            reach.add(ref.image_id, ref.size, np.concatenate(corners or [np.empty((0, 2))]))
+        except (ValueError, TypeError):
+            continue  # said when the ref is asked for
+        if reach.largest.max() > HIGHEST:
+            break
+    return reach
+
+
 def _by_id(entries: list[Any]) -> dict[Any, Any]:
     """Entries of instances.json by id; None where different ones share it."""
     table: dict[Any, Any] = {}
@@ -264,6 +318,8 @@ def _by_id(entries: list[Any]) -> dict[Any, Any]:
 def _entry(table: dict[Any, Any], ref: dict[str, Any], key: str) -> dict[str, Any]:
     """What a ref means by one of its ids."""
     value = ref.get(key)
+    if isinstance(value, list | tuple):
+        raise ValueError(f"{key} is {short(value)}: {SEVERAL}")
     if not isinstance(value, int | float | str) or value not in table:
         raise ValueError(f"{key} is {short(value)}, which {INSTANCES} does not hold")
     if table[value] is None:
@@ -284,6 +340,10 @@ def _ref(ref: dict[str, Any], images: dict, annotations: dict) -> Ref:
     said = ref.get("sentences")
     if not isinstance(said, list | tuple) or not all(isinstance(s, Mapping) for s in said):
         raise ValueError(f"sentences must be a list of objects, not {short(said)}")
+    sents = [sentence.get("sent") for sentence in said]
+    kept = [sent for sent in sents if not (isinstance(sent, str) and is_blank(sent))]
+    segmentation = annotation.get("segmentation")
+    parts = segmentation if isinstance(segmentation, list | tuple) else ()
     bbox = annotation.get("bbox")
     if bbox is not None:
         bbox = numbers(bbox, 4, f"bbox of annotation {ref['ann_id']}")
@@ -294,7 +354,9 @@ def _ref(ref: dict[str, Any], images: dict, annotations: dict) -> Ref:
         image_id=whole_number(ref["image_id"], "image_id"),
         file_name=file_name,
         size=picture_size(image, "height", "width"),
-        expressions=sentences([sentence.get("sent") for sentence in said]),
+        expressions=sentences(kept or sents),
         bbox=bbox,
-        segmentation=annotation.get("segmentation"),
+        segmentation=segmentation,
+        blank=len(sents) - len(kept),
+        slivers=sum(map(is_sliver, parts)),
     )
