@@ -17,7 +17,7 @@ from PIL import Image
 
 from lens_jax.data import images, prompts
 from lens_jax.data.mask_files import read_mask
-from lens_jax.data.percent import DOUBT, Coordinates, Reach
+from lens_jax.data.percent import DOUBT, LARGE, Coordinates, Reach
 from lens_jax.data.sample import Sample
 from lens_jax.data.sources.folder import (
     FILE,
@@ -280,7 +280,8 @@ def _find_percent(verdicts: Sequence[Verdict]) -> None:
         elif reach.may_be_percent and (kind == "split" or reach.chance < DOUBT):
             doubted |= {id(verdict): where for verdict in members}
     for verdict in verdicts:
-        if id(verdict) in doubted and verdict.error is None and coordinates(verdict.row).size:
+        large = min(verdict.size) >= LARGE and coordinates(verdict.row).size
+        if id(verdict) in doubted and verdict.error is None and large:
             height, width = verdict.size
             text = (
                 f"no coordinate in {doubted[id(verdict)]} is over 100, but the picture has "

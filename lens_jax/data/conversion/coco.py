@@ -394,10 +394,10 @@ def _vote(
         return "xywh" if as_size < as_corner else "xyxy" if as_corner < as_size else None
     area = annotation.get("area")
     if type(area) in (int, float) and area > 0:
-        as_size, as_corners = third * fourth, (third - x) * (fourth - y)
-        if as_size - as_corners > 2 * CLOSE * as_size:
+        as_corners, inclusive = (third - x) * (fourth - y), (third - x + 1) * (fourth - y + 1)
+        if third * fourth > inclusive * (1 + 2 * CLOSE):
             # A mask's area is its box's at most.
-            if area > as_corners * (1 + CLOSE) + 1:
+            if area > inclusive * (1 + CLOSE):
                 return "xywh"
             if not segmentation and area > as_corners * (1 - CLOSE):
                 return "xyxy"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from lens_jax.data.conversion.objects import (
@@ -26,8 +26,11 @@ from lens_jax.data.conversion.objects import (
     split_of,
 )
 from lens_jax.data.masks import draw_polygons, encode_runs
+from lens_jax.data.sample import to_rgb
 from lens_jax.data.sources.annotations import numbers, picture_size
 
+THUMBNAIL = (32, 32)  # of two pictures that are compared
+SHADES, SHARE = 12, 0.02  # of grey that more than a share of pixels must differ by to be another
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What is drawn as corners in order; `rotation` and `quadrilateral` are X-AnyLabeling's.
 OUTLINES = ("polygon", "rotation", "oriented_rectangle", "quadrilateral")
@@ -43,7 +46,8 @@ NO_OBJECT = ("__ignore__", "_background_")  # labels that labelme's own tools ta
 
 def read(data_dir: Path) -> Iterator[Found | LeftOut]:
     """labelme's .json files in DATA_DIR and its folders; a folder called train, val or test is that
-    split, anything else is train. They speak for upright pixels.
+    split, anything else is train. They speak for upright pixels, and without a size of their own for
+    pictures of imageData's.
 
     A shape's label is its sentence, its description another one; shapes with one label and one
     group_id are one object.
@@ -66,13 +70,17 @@ def _file(file: Path, data_dir: Path) -> Iterator[Found | LeftOut]:
             objects.setdefault(key, []).append((number, shape))
         height, width = content.get("imageHeight"), content.get("imageWidth")
         size = None
-        if height is not None or width is not None:
+        if height not in (None, 0) or width not in (None, 0):
             size = picture_size(content, "imageHeight", "imageWidth")
     except (ValueError, RecursionError, OSError) as error:
         yield LeftOut("the file is not in labelme's form", f"{file}: {error}")
         return
     try:
         found: Picture | Unfit = _picture(file, data_dir, content)
+        inner = _inner_picture(content.get("imageData"))
+        if inner is not None:
+            size = size or inner.shape[:2]
+            _compare(found, inner)
     except Unfit as error:
         found = error
     split = split_of(*file.relative_to(data_dir).parts[:-1])
@@ -231,6 +239,42 @@ def _picture(file: Path, data_dir: Path, content: Mapping[str, Any]) -> Picture:
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise Unfit("its imageData is no picture", str(error).partition(" <")[0]) from None
     return Picture(file.with_suffix(ending), (), pixels)
+
+
+def _inner_picture(data: Any) -> UInt8[np.ndarray, "H W 3"] | None:
+    """imageData's picture, upright, where it is one."""
+    if not data:
+        return None
+    try:
+        with Image.open(io.BytesIO(_decoded(data))) as image:
+            return to_rgb(image)
+    except Exception:  # Pillow's decoders raise nearly anything on damaged files
+        return None
+
+
+def _compare(picture: Picture, inner: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Raises Unfit where the file beside shows another picture than imageData, which labelme shows:
+    either may be the one that was annotated, for tools that turn and crop leave imageData behind.
+
+    The same picture in another size, or encoded anew, is no other.
+    """
+    if picture.content is not None or not picture.path.resolve().is_relative_to(
+        picture.roots[0].resolve()
+    ):
+        return
+    try:
+        with Image.open(picture.path) as image:
+            beside = to_rgb(image)
+    except Exception:  # said when the picture is asked for
+        return
+    small = [
+        np.asarray(Image.fromarray(pixels).convert("L").resize(THUMBNAIL, Image.Resampling.BOX))
+        for pixels in (beside, inner)
+    ]
+    far = np.abs(small[0].astype(int) - small[1]) > SHADES
+    if far.mean() > SHARE:
+        what = f"{picture.path}: remove it, or imageData, whichever was not annotated"
+        raise Unfit("its imageData shows another picture than its file", what)
 
 
 def _decoded(text: Any) -> bytes:
