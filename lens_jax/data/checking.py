@@ -287,7 +287,9 @@ def _find_percent(verdicts: Sequence[Verdict]) -> None:
                 f"no coordinate in {doubted[id(verdict)]} is over 100, but the picture has "
                 f"{width} x {height} pixels"
             )
-            verdict.notes.append(Note("perhaps percent", printable(f"{_where(verdict.row)}: {text}")))
+            verdict.notes.append(
+                Note("perhaps percent", printable(f"{_where(verdict.row)}: {text}"))
+            )
 
 
 def _count(split: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -157,6 +157,43 @@ def test_coordinates_that_may_be_percent(pictures):
     assert not check(pictures).notes()
 
 
+def test_percent_is_refused_by_split_and_by_folder(pictures):
+    """However many rows in pixels there are beside."""
+    (pictures / "p").mkdir()
+    for i in range(5):
+        Image.new("RGB", (640, 480), (i, 0, 0)).save(pictures / "p" / f"{i}.png")
+    (pictures / "q.png").write_bytes((pictures / "p" / "4.png").read_bytes())
+    percent = [row(f"p/{i}.png", box=[20, 30, 60, 100.00000000000001]) for i in range(5)]
+    pixels = row("q.png", box=[200, 30, 260, 80])
+    for rows in (
+        [*percent, pixels],  # a folder of its own
+        [r | {"split": "val"} for r in percent] + [row("p/4.png", "other", box=pixels["box"])],
+    ):
+        write(pictures, *rows)
+        report = check(pictures)
+        assert [v.error is not None for v in report.verdicts] == [True] * 5 + [False]
+        assert "no coordinate in 5 large pictures is over 100" in report.errors()[0][2]
+        assert "--coordinates pixels" in report.errors()[0][2]
+        report = check(pictures, coordinates="pixels")
+        assert not report.unusable and "percent" not in str(report.notes())
+    low = [row(f"p/{i}.png", box=[20, 30, 60, 45]) for i in range(5)]  # not in both directions
+    write(pictures, *low)
+    assert [kinds(v) for v in check(pictures).verdicts] == [["perhaps percent"]] * 5
+
+
+def test_fractions_beside_pixels(pictures):
+    """Box and polygons are tested apart."""
+    part = [[4, 3, 20, 3, 20, 15, 4, 15]]
+    fractions = [[v / 40 for v in part[0]]]
+    write(
+        pictures,
+        row(polygons=fractions, box=[0, 0, 20, 15]),
+        row(polygons=part, box=[0.1, 0.1, 0.5, 0.5]),
+        row(polygons=[[0, 0, 1, 0, 1, 1, 0, 1]], box=[0, 0, 40, 30]),
+    )
+    assert [v.error.kind for v in check(pictures).verdicts] == ["fractions"] * 3
+
+
 def test_the_page_shows_masks_and_escapes_text(pictures):
     write(
         pictures,

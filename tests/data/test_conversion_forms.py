@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 
 from lens_jax.data.checking import check
 from lens_jax.data.conversion import convert
+from lens_jax.data.conversion.coco import _form
 from lens_jax.data.sources.folder import Folder
 
 WIDTH, HEIGHT = 56, 42
@@ -218,12 +219,119 @@ PLACES = {
     "id as fraction": {"image": {"id": 1.0}},
     "size as text": {"image": {"width": str(WIDTH), "height": str(HEIGHT)}},
     "no size": {"image": {"width": None, "height": None}},
+    "VIA's size": {"image": {"width": 0, "height": 0}},
+    "LVIS": {
+        "image": {"file_name": None, "coco_url": "http://images.cocodataset.org/train2017/a.png"},
+        "files": {"train2017/a.png": scene(), "val2017/a.png": scene((1, 1, 9, 9))},
+        "file": "lvis_v1_train.json",
+    },
+    "LVIS, one folder": {
+        "image": {"file_name": None, "coco_url": "http://images.cocodataset.org/train2017/a.png"},
+    },
+    "no split told": {
+        "files": {"images/a.png": scene(), "train/a.png": scene((1, 1, 9, 9))},
+        "file": "labels.json",
+    },
+    "no split told, a split's folder": {
+        "files": {"train/a.png": scene()},
+        "file": "labels.json",
+    },
+    "the same file twice": {
+        "files": {"images/a.png": scene(), "data/a.png": scene()},
+        "file": "labels.json",
+    },
 }
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_pictures_are_found(name, tmp_path):
     coco(tmp_path / "data", GOOD, **PLACES[name])
+    assert converted("coco", tmp_path)[1] == [1.0]
+
+
+@pytest.mark.parametrize("places", [("images", "data"), ("train", "val"), ("images", ".")])
+def test_pictures_of_one_name_that_nothing_tells_apart(places, tmp_path):
+    files = {f"{places[0]}/a.png": scene(), f"{places[1]}/a.png": scene((1, 1, 9, 9))}
+    coco(tmp_path / "data", GOOD, files=files, file="labels.json")
+    summary, _ = converted("coco", tmp_path)
+    assert reasons(summary) == {"several pictures have its name, and nothing tells which": 1}
+
+
+def test_files_that_lie_deeper(tmp_path):
+    files = {"export/train/a.png": scene()}
+    coco(tmp_path, GOOD, files=files, file="export/train/_annotations.coco.json")
+    with pytest.raises(
+        FileNotFoundError, match=r"coco\.json lies deeper: give a deeper --data_dir"
+    ):
+        convert("coco", tmp_path, tmp_path / "out")
+
+
+def test_an_object_of_two_files_is_converted_once(tmp_path):
+    """As COCO's person_keypoints repeat its instances; other sentences of it stay."""
+    data = tmp_path / "data"
+    coco(data, GOOD, file="annotations/instances_val2017.json")
+    more = {"keypoints": [5, 5, 2], "num_keypoints": 1}
+    coco(data, GOOD | more, file="annotations/person_keypoints_val2017.json")
+    coco(data, GOOD | {"caption": "red"}, file="annotations/refs_val2017.json")
+    summary, fits = converted("coco", tmp_path)
+    assert fits == [1.0, 1.0] and reasons(summary) == {"another file holds the same object": 1}
+
+
+def test_a_picture_that_is_listed_for_each_sentence(tmp_path):
+    """MDETR's form of RefCOCO."""
+    size = {"file_name": "a.png", "width": WIDTH, "height": HEIGHT}
+    images = [{"id": i, "caption": f"sentence {i}"} | size for i in (1, 2)]
+    coco(tmp_path / "data", GOOD, GOOD | {"image_id": 2}, images=images)
+    summary, fits = converted("coco", tmp_path)
+    assert fits == [1.0, 1.0] and not summary.left_out
+    source = Folder(tmp_path / "out")
+    assert [source[i].expressions for i in (0, 1)] == [("sentence 1",), ("sentence 2",)]
+
+
+def test_crowds_and_brush_masks(tmp_path):
+    """Datumaro calls every brush mask a crowd; COCO's own have no attributes."""
+    crowd = GOOD | {"iscrowd": 1, "segmentation": runs(mask())}
+    brush = crowd | {"attributes": {"occluded": False}}
+    taken = "it is marked as a crowd: it was taken for one object"
+    cases = {"crowd": (crowd, 0), "brush": (brush, 1), "text": (GOOD | {"iscrowd": "0"}, 1)}
+    for name, (annotation, rows) in cases.items():
+        coco(tmp_path / name / "data", annotation)
+        summary, fits = converted("coco", tmp_path / name)
+        assert fits == [1.0] * rows
+        assert [row[0] for row in summary.remarks] == [taken] * (name == "brush")
+    assert reasons(convert("coco", tmp_path / "crowd" / "data", tmp_path / "out")) == {
+        "it is a crowd, not one object": 1
+    }
+    summary, fits = converted("coco", tmp_path / "crowd", crowds="keep")
+    assert fits == [1.0] and summary.remarks[0][0] == taken
+
+
+def test_sentences_as_objects(tmp_path):
+    coco(tmp_path / "data", GOOD | {"captions": [{"caption": "red square"}, {"sent": "it"}]})
+    assert converted("coco", tmp_path)[1] == [1.0]
+    assert Folder(tmp_path / "out")[0].expressions == ("red square", "it")
+
+
+AREAS = {  # x, y, third, fourth, area -> the form
+    "corners": ((10, 14, 30, 40), 520, "xyxy"),
+    "corners that are pixels": ((10, 14, 30, 40), 21 * 27, "xyxy"),
+    "sizes": ((10, 14, 30, 40), 1200, "xywh"),
+    "a mask larger than corners": ((10, 14, 30, 40), 700, "xywh"),
+    "a mask that fits both": ((10, 14, 30, 40), 400, "auto"),
+    "nearly the same": ((0, 1, 300, 400), 300 * 400, "auto"),
+}
+
+
+@pytest.mark.parametrize("name", AREAS)
+def test_what_an_area_tells_of_a_box(name):
+    box, area, form = AREAS[name]
+    assert _form([{"bbox": box, "area": area}], lambda _: (2000, 2000)) == form
+
+
+def test_a_box_at_the_origin_has_one_reading(tmp_path):
+    box = (0, 0, 30, 20)
+    alone = {"category_id": 1, "bbox": box}
+    coco(tmp_path / "data", alone, files={"images/a.png": scene(box)})
     assert converted("coco", tmp_path)[1] == [1.0]
 
 
@@ -274,6 +382,16 @@ def test_slivers_are_dropped_and_counted(parts, tmp_path):
     assert where.endswith("instances_train.json: annotation 1")
 
 
+@pytest.mark.parametrize("part", [[], [1, 2, 3], [1, 2, 3, 4, 5]])
+def test_a_broken_part_is_dropped(part, tmp_path):
+    coco(tmp_path / "data", GOOD | {"segmentation": [FLAT, part]})
+    summary, fits = converted("coco", tmp_path)
+    assert fits == [1.0]
+    assert [row[:2] for row in summary.remarks] == [
+        ("parts of it with under three corners were dropped", 1)
+    ]
+
+
 def test_a_box_with_two_readings_takes_a_flag(tmp_path):
     alone = {"category_id": 1, "bbox": [10, 14, 30, 40]}
     coco(tmp_path / "data", alone, image={"width": None, "height": None})
@@ -292,6 +410,18 @@ BROKEN = {
     ),
     "fractions alone": (
         {"segmentation": [], "bbox": [0.2, 0.3, 0.3, 0.4], "area": None},
+        "its coordinates are fractions of the picture's size, not pixels",
+    ),
+    "fractions as polygons": (
+        {"segmentation": [[v / 56 for v in FLAT]]},
+        "its coordinates are fractions of the picture's size, not pixels",
+    ),
+    "the whole picture in fractions": (
+        {"segmentation": [[0, 0, 1, 0, 1, 1, 0, 1]], "bbox": [0, 0, WIDTH, HEIGHT]},
+        "its coordinates are fractions of the picture's size, not pixels",
+    ),
+    "fractions as box": (
+        {"bbox": [0.2, 0.3, 0.3, 0.4]},
         "its coordinates are fractions of the picture's size, not pixels",
     ),
     "sliver": ({"segmentation": [[5, 5, 6, 6]]}, "its polygons have under three corners"),
@@ -369,6 +499,61 @@ def test_percent_are_noticed(tmp_path):
     assert summary.remarks[0][:2] == ("no coordinate is over 100: they may be percent", 1)
     ((kind, count, text),) = check(tmp_path / "out").notes()
     assert (kind, count) == ("perhaps percent", 1) and "640 x 480" in text
+
+
+def in_many(data, split, count, scale):
+    """Pictures of 640 x 480, and an annotation of each, in pixels of it or in percent."""
+    shown = {"width": 640, "height": 480}
+    images, annotations = [], []
+    for i in range(count):
+        put(data / split / f"{i}.png", Image.new("RGB", (640, 480)))
+        images.append({"id": i, "file_name": f"{i}.png"} | shown)
+        x, y = scale
+        x0, y0, x1, y1 = 20 * x, 30 * y, 65 * x, 100.00000000000001 * y
+        part = [x0, y0, x1, y0, x1, y1, x0, y1]
+        annotations.append({"id": i, "image_id": i, "category_id": 1, "segmentation": [part]})
+    coco(data, files={"readme.txt": b""}, file=f"annotations/instances_{split}.json",
+         images=images, annotations=annotations)  # fmt: skip
+
+
+def test_a_file_in_percent_among_others(tmp_path):
+    """Is left out, with its pictures; the flag keeps it, and few pictures prove nothing."""
+    data = tmp_path / "data"
+    in_many(data, "train", 3, (6.4, 4.8))
+    in_many(data, "val", 5, (1, 1))
+    summary = convert("coco", data, tmp_path / "out")
+    said = "its coordinates are percent of the picture's sides, not pixels"
+    assert reasons(summary) == {said: 5} and summary.rows == {"train": 3}
+    assert "instances_val.json: annotation 0" in summary.left_out[0][2]
+    assert summary.pictures == 3 and not summary.remarks
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 3
+    assert check(tmp_path / "out").unusable == 0
+    summary = convert("coco", data, tmp_path / "all", coordinates="pixels")
+    assert summary.rows == {"train": 3, "val": 5} and not summary.remarks
+    in_many(tmp_path / "few", "val", 4, (1, 1))
+    summary = convert("coco", tmp_path / "few", tmp_path / "noted")
+    doubt = "no coordinate is over 100: they may be percent"
+    assert summary.rows == {"val": 4} and summary.remarks[0][:2] == (doubt, 4)
+    # What conversion keeps on request, the check keeps on request.
+    report = check(tmp_path / "all")
+    assert report.unusable == 5 and report.errors()[0][0] == "percent"
+    assert check(tmp_path / "all", coordinates="pixels").unusable == 0
+
+
+def test_labelme_in_percent(tmp_path):
+    """Each picture has a file of its own: folders are judged."""
+    for i in range(5):
+        labelme(
+            tmp_path / "data",
+            shape("rectangle", [[20, 30], [65, 90]]),
+            files={f"val/{i}.png": Image.new("RGB", (640, 480))},
+            file=f"val/{i}.json",
+            **{"imagePath": f"{i}.png", "imageHeight": 480, "imageWidth": 640},
+        )
+    labelme(tmp_path / "data", shape("polygon", CORNERS))
+    summary = convert("labelme", tmp_path / "data", tmp_path / "out")
+    said = "its coordinates are percent of the picture's sides, not pixels"
+    assert reasons(summary) == {said: 5} and summary.rows == {"train": 1}
 
 
 # ---- labelme -------------------------------------------------------------------------------------
@@ -486,6 +671,31 @@ BESIDE = {
 def test_labelme_pictures_are_found(name, tmp_path):
     labelme(tmp_path / "data", shape("polygon", CORNERS), **BESIDE[name])
     assert converted("labelme", tmp_path)[1] == [1.0]
+
+
+def test_image_data_tells_the_size_that_is_not_stated(tmp_path):
+    """labelme 3's form."""
+    bare = {"imageHeight": None, "imageWidth": None, "imageData": PNG}
+    labelme(tmp_path / "same" / "data", shape("polygon", CORNERS), **bare)
+    assert converted("labelme", tmp_path / "same")[1] == [1.0]
+    files = {"a.png": scene().resize((WIDTH // 2, HEIGHT // 2))}
+    labelme(tmp_path / "data", shape("polygon", CORNERS), files=files, **bare)
+    summary, _ = converted("labelme", tmp_path)
+    assert reasons(summary) == {"its picture was resized after it was annotated": 1}
+    assert converted("labelme", tmp_path, resized="scale")[1][0] > 0.9
+
+
+def test_image_data_of_another_picture(tmp_path):
+    """A turned file is another picture; one that is encoded anew is none."""
+    other = scene().transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    files = {"a.png": other}
+    labelme(tmp_path / "data", shape("polygon", CORNERS), files=files, imageData=PNG)
+    summary, _ = converted("labelme", tmp_path)
+    assert reasons(summary) == {"its imageData shows another picture than its file": 1}
+    again = {"a.jpg": encoded(scene(), "JPEG", quality=60)}
+    more = {"imageData": PNG, "imagePath": "a.jpg"}
+    labelme(tmp_path / "jpeg" / "data", shape("polygon", CORNERS), files=again, **more)
+    assert convert("labelme", tmp_path / "jpeg" / "data", tmp_path / "out").rows == {"train": 1}
 
 
 @pytest.mark.parametrize("data", ["no base64!", base64.b64encode(b"text").decode(), 5, PNG[:80]])

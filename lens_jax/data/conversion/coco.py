@@ -2,6 +2,7 @@
 
 import collections
 import filecmp
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,12 +61,15 @@ def _objects(
 ) -> Iterator[Found | LeftOut]:
     """Of all files, an object once that several files of a folder hold, as COCO's instances and
     person_keypoints do."""
-    first: dict[str, str] = {}
+    first: dict[bytes, str] = {}
     for file in files:
         for item in _file(file, data_dir, boxes, keep_crowds):
             if isinstance(item, Found):
                 content = [str(file.parent), item.where.rpartition(" ")[2], str(item.picture.path)]
-                key = json.dumps([*content, item.row], sort_keys=True, default=str)
+                text = json.dumps([*content, item.row], sort_keys=True, default=str)
+                key = hashlib.blake2b(
+                    text.encode(errors="surrogateescape"), digest_size=16
+                ).digest()
                 known = first.setdefault(key, item.group)
                 if known != item.group:
                     what = f"{item.where} is in {known}"
@@ -74,9 +78,7 @@ def _objects(
             yield item
 
 
-def _file(
-    file: Path, data_dir: Path, boxes: Form, keep_crowds: bool
-) -> Iterator[Found | LeftOut]:
+def _file(file: Path, data_dir: Path, boxes: Form, keep_crowds: bool) -> Iterator[Found | LeftOut]:
     try:
         content = read_json(file)
         for key in ("images", "annotations"):
@@ -234,7 +236,7 @@ class _Reader:
                         break
                     except Unfit:
                         continue
-            others = [p for p in found[1:] if not filecmp.cmp(found[0].path, p.path, shallow=False)]
+            others = [p for p in found[1:] if not _same(found[0].path, p.path)]
             if others:
                 what = f"{found[0].path} and {others[0].path}"
                 raise Unfit("several pictures have its name, and nothing tells which", what)
@@ -298,6 +300,13 @@ def _places(file: Path, data_dir: Path, split: str | None) -> list[list[Path]]:
     anyone = [file.parent, *(data_dir / name for name in FOLDERS)]
     groups = [[*beside, *named(told)], anyone, named(list(SPLITS))]
     return [list(dict.fromkeys(p for p in group if p.is_dir())) for group in groups]
+
+
+def _same(file: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(file, other, shallow=False)
+    except OSError:
+        return False
 
 
 def _names(image: Mapping[str, Any]) -> list[str]:

@@ -33,4 +33,6 @@ def _object(file: Path, roots: tuple[Path, ...]) -> Found | LeftOut:
         return LeftOut("its picture or a polygon cannot be read", str(error))
     truth = {"rle": encode_runs(mask)} if mask.any() else {"mask": None}
     row = {"expressions": list(annotation.sentences), **truth, "split": file.parent.name}
-    return Found(Picture(annotation.image, roots, None, size, "upright"), row, str(file), file.parent.name)
+    return Found(
+        Picture(annotation.image, roots, None, size, "upright"), row, str(file), file.parent.name
+    )

@@ -294,7 +294,9 @@ def _reach(refs: list[Ref]) -> Reach:
             continue
         parts = ref.segmentation if isinstance(ref.segmentation, list | tuple) else []
         try:
-            corners = [_corners(p) for p in parts if not isinstance(p, Mapping | str) and len(p) > 5]
+            corners = [
+                _corners(p) for p in parts if not isinstance(p, Mapping | str) and len(p) > 5
+            ]
             if ref.bbox is not None:
                 x, y, width, height = ref.bbox
                 corners.append(np.array([[x, y], [x + width, y + height]]))
