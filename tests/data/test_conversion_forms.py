@@ -266,6 +266,13 @@ def test_files_that_lie_deeper(tmp_path):
         convert("coco", tmp_path, tmp_path / "out")
 
 
+def test_files_that_lie_deeper_than_others(tmp_path):
+    for file in ("instances_train.json", "more/annotations/instances_val.json"):
+        coco(tmp_path / "data", GOOD, file=file)
+    summary, fits = converted("coco", tmp_path)
+    assert fits == [1.0] and reasons(summary) == {"the file lies deeper than files are read": 1}
+
+
 def test_an_object_of_two_files_is_converted_once(tmp_path):
     """As COCO's person_keypoints repeat its instances; other sentences of it stay."""
     data = tmp_path / "data"

@@ -3,6 +3,7 @@
 import collections
 import filecmp
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,11 +50,15 @@ def read(data_dir: Path, boxes: Form, *, keep_crowds: bool) -> Iterator[Found | 
     the only one of that category, or of one below it, there.
     """
     files = json_files(data_dir, "*.json", "*/*.json")
+    deeper = json_files(data_dir, "*/*/**/*.json")
     if not files:
-        deeper = json_files(data_dir, "*/*/**/*.json")
         hint = f"; {deeper[0]} lies deeper: give a deeper --data_dir" if deeper else ""
         raise FileNotFoundError(f"{data_dir} holds no .json file, nor does a folder in it{hint}")
-    return _objects(files, data_dir, boxes, keep_crowds)
+    left_out = [
+        LeftOut("the file lies deeper than files are read", f"{file}: give a deeper --data_dir")
+        for file in deeper
+    ]
+    return itertools.chain(_objects(files, data_dir, boxes, keep_crowds), left_out)
 
 
 def _objects(

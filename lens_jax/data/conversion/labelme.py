@@ -46,8 +46,8 @@ NO_OBJECT = ("__ignore__", "_background_")  # labels that labelme's own tools ta
 
 def read(data_dir: Path) -> Iterator[Found | LeftOut]:
     """labelme's .json files in DATA_DIR and its folders; a folder called train, val or test is that
-    split, anything else is train. They speak for upright pixels, and without a size of their own for
-    pictures of imageData's.
+    split, anything else is train. They speak for upright pixels and, without a size of their own,
+    for pictures of imageData's.
 
     A shape's label is its sentence, its description another one; shapes with one label and one
     group_id are one object.
