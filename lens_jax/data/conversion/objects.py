@@ -10,6 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from lens_jax.data.sources.annotations import short
 from lens_jax.data.sources.refcoco import is_sliver
@@ -44,13 +45,15 @@ class Picture:
 class Found:
     """An object of the old layout: a manifest's row without its picture, on the annotation's
     pixels. `where` is its place in the old layout, `group` what was annotated together with it (a
-    file, or a folder of files of a picture each), and `remarks` what was done with it."""
+    file, or a folder of files of a picture each), and `remarks` what was done with it. `corners`
+    (x, y) are those of what `row` holds as drawn mask."""
 
     picture: Picture
     row: dict[str, Any]
     where: str
     group: str = ""
     remarks: tuple[str, ...] = ()
+    corners: Float[np.ndarray, "N 2"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

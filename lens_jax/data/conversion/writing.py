@@ -128,7 +128,7 @@ def write(
             rows.append(_Row(row.split, name, item.group, item.where, (*item.remarks, *done)))
             if done:  # as it was
                 row = parse(json.dumps({"image": name} | item.row).encode(), len(rows))
-            corners = corners_of(row)
+            corners = corners_of(row) if item.corners is None else item.corners
             for group in (item.group, ALL):
                 reaches[group].add(name, item.picture.size or known.upright, corners)
     if coordinates == "auto":

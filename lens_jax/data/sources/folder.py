@@ -172,7 +172,8 @@ def read_target(
     for what, corners in _coordinates(row).items():
         if max(size) > 2 and corners.min() > -0.01 and corners.max() < 1.01:
             here = f"give pixels, here of {size[1]} x {size[0]}"
-            raise RowError("fractions", f"{what} lies in 0..1; {here}")
+            verb = "lies" if what == "box" else "lie"
+            raise RowError("fractions", f"{what} {verb} in 0..1; {here}")
     mask = _mask(data_dir, row, size)
     return mask, _box(row, mask)
 
