@@ -89,6 +89,21 @@ def test_reason_seg(tmp_path):
     assert no_target.box is None and not no_target.mask.any()
 
 
+def test_reason_seg_in_percent(tmp_path):
+    root = tmp_path / "data" / "reason_seg" / "ReasonSeg" / "val"
+    part = [[20, 30], [65, 30], [65, 90]]
+    for i in range(5):
+        picture(root / f"{i}.jpg", (640, 480))
+        content = {"text": ["it"], "shapes": [{"label": "target", "points": part}]}
+        (root / f"{i}.json").write_text(json.dumps(content))
+    summary = convert("reason_seg", tmp_path / "data", tmp_path / "out")
+    assert left_out(summary) == {
+        "its coordinates are percent of the picture's sides, not pixels": 5
+    }
+    kept = convert("reason_seg", tmp_path / "data", tmp_path / "out", coordinates="pixels")
+    assert kept.rows == {"val": 5}
+
+
 def test_coco(tmp_path):
     data = tmp_path / "data"
     for name in "abcd":

@@ -147,7 +147,7 @@ BAD_ROWS = [
     ({"box": [5, 2, 5, 4]}, "empty box", "has no area"),
     ({"box": [0.2, 0.2, 0.5, 0.4]}, "fractions", "box lies in 0..1; give pixels, here of 40 x 30"),
     ({"box": [0, 0, 1, 1], "mask": "mask.png"}, "fractions", "box lies in 0..1"),
-    ({"polygons": [[0.2, 0.2, 0.5, 0.2, 0.5, 0.4]]}, "fractions", "polygons lies in 0..1"),
+    ({"polygons": [[0.2, 0.2, 0.5, 0.2, 0.5, 0.4]]}, "fractions", "polygons lie in 0..1"),
     ({"box": [50, 2, 60, 4]}, "outside", "holds no pixel of 40 x 30"),
     ({"mask": "mask.png", "box": [0, 0, 3, 3]}, "box off mask", "does not touch the mask"),
     ({"mask": 3}, "wrong type", "mask must be the relative path"),

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from lens_jax.data.conversion.objects import Found, LeftOut, Picture
 from lens_jax.data.masks import encode_runs
 from lens_jax.data.sample import SampleError, read_image
@@ -31,8 +33,13 @@ def _object(file: Path, roots: tuple[Path, ...]) -> Found | LeftOut:
         return LeftOut("its annotation is broken", str(error))
     except SampleError as error:
         return LeftOut("its picture or a polygon cannot be read", str(error))
+    corners = np.concatenate([np.empty((0, 2)), *(c for _, c in annotation.polygons)])
     truth = {"rle": encode_runs(mask)} if mask.any() else {"mask": None}
     row = {"expressions": list(annotation.sentences), **truth, "split": file.parent.name}
     return Found(
-        Picture(annotation.image, roots, None, size, "upright"), row, str(file), file.parent.name
+        Picture(annotation.image, roots, None, size, "upright"),
+        row,
+        str(file),
+        file.parent.name,
+        corners=corners,
     )
