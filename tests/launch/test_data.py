@@ -111,6 +111,27 @@ def test_convert_says_what_it_did(tmp_path, capsys):
     assert Folder(out)[0].box.tolist() == [4, 3, 20, 15]
 
 
+def test_percent_ends_with_2_unless_the_flag_says_pixels(tmp_path, capsys):
+    data_dir, out = tmp_path / "data", tmp_path / "out"
+    (data_dir / "images").mkdir(parents=True)
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cup"}]}
+    part = [[10, 20, 60, 20, 60, 90]]
+    for i in range(5):
+        Image.new("RGB", (640, 480)).save(data_dir / "images" / f"{i}.png")
+        content["images"].append({"id": i, "file_name": f"{i}.png"})
+        content["annotations"].append({"image_id": i, "category_id": 1, "segmentation": part})
+    (data_dir / "instances_val.json").write_text(json.dumps(content))
+    argv = ["convert", "--from", "coco", "--data_dir", str(data_dir), "--output", str(out)]
+    assert data.main(argv) == 2 and not out.exists()
+    said = capsys.readouterr().out
+    assert "its coordinates are percent of the picture's sides, not pixels" in said
+    flag = ["--coordinates", "pixels"]
+    assert data.main([*argv, *flag]) == 0
+    assert data.main(["check", "--data_dir", str(out)]) == 2
+    assert "say --coordinates pixels if they are" in capsys.readouterr().out
+    assert data.main(["check", "--data_dir", str(out), *flag]) == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
