@@ -28,7 +28,7 @@ NO_SPLIT = ("explanatory",)  # folders of the published data set that hold no la
 ENDINGS = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
 # What English text holds beyond ASCII: marks, and letters with accents among others. Bytes of any
 # other code page, or of UTF-8 with a damaged byte, give something else when read as cp1252.
-_MARKS, _MONEY, _CAPITALS = "‘’“”–—…•", "€£¥¢", "À-ÖØ-Þ"
+_MARKS, _MONEY, _CAPITALS = "‘’“”´–—…•\xa0", "€£¥¢", "À-ÖØ-Þ"
 _ACCENTED, _LETTER = f"{_CAPITALS}ß-öø-ÿ", r"[^\W\d_]"
 NOT_CP1252 = re.compile(
     "[\0-\x08\x0b\x0c\x0e-\x1f\x7f]"
