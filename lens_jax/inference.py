@@ -38,6 +38,7 @@ BUCKETS = Buckets(
     answer_tokens=(1,),
 )
 COMPLETION_BUCKET = 32
+LONGEST_COMPLETION = 4096  # of completions that are given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,10 +387,7 @@ class Lens:
         return self._draw_given(image, prompt, completion, reasoning)[1]
 
     def _draw_given(self, image, prompt, completion, reasoning):
-        ids = completion
-        if isinstance(completion, str):
-            ids = self.processor.encoder.encode(completion)
-        ids = np.asarray(ids, np.int32)
+        ids = self._given(completion)
         tokens = np.pad(ids, (0, round_up(max(1, len(ids))) - len(ids)))[None]
         lengths = np.array([len(ids)], np.int32)
         prompts = self._prompts(_questions([image], [prompt]), reasoning)
@@ -399,6 +397,24 @@ class Lens:
             hidden = read(self.state, prompts, embedded, tokens, lengths, **static)
             drawn = draw(self.state, prompts.sam_pixels, hidden, **static)
         return tuple(np.asarray(x[0], np.float32) for x in drawn)
+
+    def _given(self, completion: str | Sequence[int]) -> Int[np.ndarray, "T"]:
+        """The tokens of a given completion; ValueError for what is none."""
+        if isinstance(completion, str):
+            ids = self.processor.encoder.encode(completion)
+        else:
+            ids = np.asarray(completion)
+            vocabulary = self.config.mllm.vocab_size
+            whole = ids.ndim == 1 and (np.issubdtype(ids.dtype, np.integer) or not ids.size)
+            if not whole or ((ids < 0) | (ids >= vocabulary)).any():
+                raise ValueError(
+                    f"a completion is a text or a list of token ids from 0 to {vocabulary - 1}"
+                )
+        if len(ids) > LONGEST_COMPLETION:
+            raise ValueError(
+                f"the completion has {len(ids)} tokens, more than {LONGEST_COMPLETION}: shorten it"
+            )
+        return ids.astype(np.int32)
 
     def _prompts(
         self, asked: Sequence[tuple[np.ndarray, str]], reasoning: bool, *, rows: int = 1

@@ -21,7 +21,7 @@ def to_picture(image: Any) -> UInt8[np.ndarray, "H W 3"]:
     Args:
         image: the path of a file, a PIL image, or an array [H, W], [H, W, 1 | 3 | 4] or
             [1 | 3 | 4, H, W] of grey, RGB or RGBA values: bool (True is white), uint8, uint16 (0 to
-            65,535) or floating (0 to 1). RGBA is laid on white.
+            65,535) or floating, bfloat16 included (0 to 1). RGBA is laid on white.
 
     Raises:
         ValueError: it is none of these, cannot be read, or may be read in several ways: where first
@@ -102,6 +102,9 @@ def _channels_last(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "H W 
 
 
 def _to_bytes(array: Shaped[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W ..."]:
+    if array.dtype.name == "bfloat16":  # as models of other libraries compute
+        array = array.astype(np.float32)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     kind = array.dtype
     if kind == np.bool_:
         array = array.astype(np.uint8) * 255

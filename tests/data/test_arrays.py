@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,6 +37,8 @@ def grey(pixels):
         (GREY[..., None], grey(GREY)),
         (GREY[None], grey(GREY)),
         (GREY.astype(np.uint16) * 257, grey(GREY)),
+        ((GREY.astype(np.uint16) * 257).astype(">u2"), grey(GREY)),
+        ((GREY > 99).astype(ml_dtypes.bfloat16), grey((GREY > 99) * np.uint8(255))),
         (GREY > 99, grey((GREY > 99) * np.uint8(255))),
         (np.zeros((8, 9), np.uint16), np.zeros((8, 9, 3), np.uint8)),
         (np.ones((8, 9), np.float32), np.full((8, 9, 3), 255, np.uint8)),

@@ -44,6 +44,12 @@ def test_what_a_completion_prompts_sam_with(lens, image, results):
     assert not np.allclose(embedding, other)
 
 
+@pytest.mark.parametrize("completion", [[448000], [-1], [1.5], [[1, 2]], None, "x" * 20000])
+def test_what_is_no_completion_is_refused(lens, image, completion):
+    with pytest.raises(ValueError, match="completion"):
+        lens.mask_logits(image, SENTENCES[0], completion)
+
+
 def test_a_given_completion_draws_what_it_drew_when_it_was_written(lens, image):
     inputs = lens._prompts([(image, SENTENCES[0])], False)
     written = lens.respond(inputs, np.zeros(1, np.int32))
