@@ -14,9 +14,9 @@ SMALL, LARGE = (34, 46), (52, 92)  # 391 and 1,196 image tokens
     ("prompt", "completion", "grid", "least"),
     [
         (430, 40, SMALL, 4.4),
-        (430, 256, SMALL, 2.5),
-        (1300, 40, LARGE, 6.2),
-        (1300, 256, LARGE, 4.3),
+        pytest.param(430, 256, SMALL, 2.5, marks=pytest.mark.nightly),
+        pytest.param(1300, 40, LARGE, 6.2, marks=pytest.mark.nightly),
+        pytest.param(1300, 256, LARGE, 4.3, marks=pytest.mark.nightly),
     ],
 )
 def test_arithmetic_at_full_size(prompt, completion, grid, least):

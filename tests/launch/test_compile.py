@@ -177,6 +177,7 @@ def test_update_moves_weights_and_gradients_alone(compiled, shapes):
     assert update["collective_bytes_per_chip"] < 1.2 * (gathers + portions * trained)
 
 
+@pytest.mark.nightly
 def test_evaluation(shapes):
     """It reads a whole copy beside the parameters; nobody waits for another chip's rows."""
     run = RUN | {"model.mllm": "Qwen2.5-VL-3B-Instruct", "model.sam": "sam2_hiera_large.pt"}

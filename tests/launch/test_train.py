@@ -141,6 +141,8 @@ def test_a_stopped_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, mo
     assert kill_test.compare(whole, directory) == []
 
 
+# Every day test_a_stopped_run_goes_on_exactly.
+@pytest.mark.nightly
 def test_a_killed_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, monkeypatch):
     """SIGKILL while a checkpoint is written, and between two: the short form of the tool."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
