@@ -45,6 +45,7 @@ def lens_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
     if family == "qwen2_5_vl":
         vision = _LENS_VISION_DEFAULTS | vision
     vision["model_type"] = "qwen2_vl"
+    hf.pop("dtype", None)  # transformers 4.51 knows the older name alone
     return _with_dtype(hf, dtype) | {
         "architectures": [_LENS_ARCHITECTURE[family]],
         "model_type": "qwen2_vl",

@@ -143,22 +143,32 @@ def _check_files(directory: Path, config: Mapping[str, Any]) -> None:
     """
     with blaming(directory / "config.json"):
         processor_files.check_patches(config["mllm"].get("vision_config") or {})
+        shapes = QwenVLConfig.from_hf(config["mllm"])
     if processor_files.has_images(directory):
         processor_files.read_images(directory)
     if (directory / processor_files.GENERATION).is_file():
-        processor_files.read_generation(directory)
+        processor_files.read_generation(directory, shapes.vocab_size)
     if processor_files.has_tokenizer(directory):
         tokenizer, file = processor_files.read_tokenizer(directory)
         with blaming(directory / checkpoints.CONFIG):
             templates = prompts.Templates.from_dict(config.get("prompts", {}))
         with blaming(file):
             encoder = prompts.PromptEncoder(tokenizer, templates)
-        asked, found = config["mllm"].get("image_token_id"), encoder.image_token_id
-        if asked not in (None, found):
+        asked, found = shapes.image_token_id, encoder.image_token_id
+        if asked != found:  # the file may leave it to the class's default
             raise WeightsError(
                 [
                     f"{directory / 'config.json'}: image_token_id is {asked}, but the tokenizer's "
                     f"{prompts.IMAGE_TOKEN} is {found}"
+                ]
+            )
+        token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if last >= shapes.vocab_size:
+            raise WeightsError(
+                [
+                    f"{directory / processor_files.TOKENIZER}: the token {token!r} is number "
+                    f"{last}, but vocab_size in config.json is {shapes.vocab_size}: one of them is "
+                    "another model's"
                 ]
             )
 
