@@ -155,14 +155,18 @@ def _check_files(directory: Path, config: Mapping[str, Any]) -> None:
         with blaming(file):
             encoder = prompts.PromptEncoder(tokenizer, templates)
         asked, found = shapes.image_token_id, encoder.image_token_id
-        if asked != found:  # the file may leave it to the class's default
+        if asked != found:
+            levels = (config["mllm"], config["mllm"].get("text_config") or {})
+            is_given = any(level.get("image_token_id") is not None for level in levels)
+            default = "" if is_given else " where the file does not say"
             raise WeightsError(
                 [
-                    f"{directory / 'config.json'}: image_token_id is {asked}, but the tokenizer's "
-                    f"{prompts.IMAGE_TOKEN} is {found}"
+                    f"{directory / 'config.json'}: image_token_id is {asked}{default}, but the "
+                    f"tokenizer's {prompts.IMAGE_TOKEN} is {found}"
                 ]
             )
-        token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        tokens = tokenizer.get_vocab() | _added_tokens(directory)
+        token, last = max(tokens.items(), key=lambda item: item[1])
         if last >= shapes.vocab_size:
             raise WeightsError(
                 [
@@ -171,6 +175,13 @@ def _check_files(directory: Path, config: Mapping[str, Any]) -> None:
                     "another model's"
                 ]
             )
+
+
+def _added_tokens(directory: Path) -> dict[str, int]:
+    """Tokens that tokenizer.json adds, those included that transformers leaves out on loading."""
+    file = directory / processor_files.TOKENIZER
+    added = processor_files.read_json(file).get("added_tokens") if file.is_file() else None
+    return {str(token["content"]): token["id"] for token in added or ()}
 
 
 def _missing_files(directory: Path) -> list[Path]:

@@ -191,8 +191,11 @@ def make_plan(
             unexpected.append(name)
     missing = [name for name in by_source if name not in sources]
     if max(len(missing), len(unexpected)) > _LISTED:
-        errors = [f"{where}: {_summary(missing, unexpected, sources)}", *errors]
-        errors += _patterns(where, "unexpected", unexpected) + _patterns(where, "missing", missing)
+        meaning, covers_all = _meaning(missing, unexpected, sources)
+        errors = [f"{where}: {_summary(missing, unexpected)}: {meaning}", *errors]
+        if not covers_all:
+            errors += _patterns(where, "unexpected", unexpected)
+            errors += _patterns(where, "missing", missing)
     else:
         errors += [
             f"{where}: unexpected tensor {name} with shape {list(sources[name])}"
@@ -221,17 +224,20 @@ def _patterns(where: str, kind: str, names: Iterable[str]) -> list[str]:
     ]
 
 
-def _summary(missing: list[str], unexpected: list[str], sources: Iterable[str]) -> str:
-    """How many tensors are missing and unexpected, examples, and what such names usually mean."""
+def _summary(missing: list[str], unexpected: list[str]) -> str:
+    """How many tensors are missing and unexpected, with examples."""
     told = [
         f"{len(names)} tensors are {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
-    return f"{' and '.join(told)}: {_meaning(missing, unexpected, sources)}"
+    return " and ".join(told)
 
 
-def _meaning(missing: list[str], unexpected: list[str], sources: Iterable[str]) -> str:
+def _meaning(
+    missing: list[str], unexpected: list[str], sources: Iterable[str]
+) -> tuple[str, bool]:
+    """What such names usually mean, and whether that covers every single one."""
     wanted, strange = set(missing), set(unexpected)
     for what, longer, shorter in (
         ("carry", strange, wanted),
@@ -247,18 +253,18 @@ def _meaning(missing: list[str], unexpected: list[str], sources: Iterable[str]) 
             [(prefix, count)] = counts.most_common(1)
             if 2 * count > min(len(longer), len(shorter)):
                 return (
-                    f"the names {what} the prefix {prefix}, as of another class that holds or is "
-                    "held by this model; save the model itself"
-                )
+                    f"{count} names {what} the prefix {prefix}, as of another class that holds or "
+                    "is held by this model; save the model itself"
+                ), count == len(wanted) == len(strange)
     tops = {name.partition(".")[0] for name in missing}
     if missing and not tops & {name.partition(".")[0] for name in sources}:
         return (
             f"nothing of {' and '.join(f'{top}.*' for top in sorted(tops))} is there, so this is "
             "another kind of model or a part of one"
-        )
+        ), not unexpected
     if not unexpected:
-        return "the files are incomplete, or the configuration is that of another model"
-    return "these are the weights of another model, or their configuration is"
+        return "the files are incomplete, or the configuration is that of another model", False
+    return "these are the weights of another model, or their configuration is", False
 
 
 def _prefixes(name: str) -> list[str]:
