@@ -234,9 +234,7 @@ def _summary(missing: list[str], unexpected: list[str]) -> str:
     return " and ".join(told)
 
 
-def _meaning(
-    missing: list[str], unexpected: list[str], sources: Iterable[str]
-) -> tuple[str, bool]:
+def _meaning(missing: list[str], unexpected: list[str], sources: Iterable[str]) -> tuple[str, bool]:
     """What such names usually mean, and whether that covers every single one."""
     wanted, strange = set(missing), set(unexpected)
     for what, longer, shorter in (
