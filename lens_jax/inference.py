@@ -67,8 +67,10 @@ class Generation:
     def from_pretrained(cls, directory: str | Path) -> "Generation":
         """Reads a pretrained checkpoint's generation_config.json and lens_config.json."""
         directory = Path(directory)
-        settings = processor_files.read_generation(directory)
-        limit = checkpoints.read_config(directory).get("max_new_tokens", cls.max_new_tokens)
+        config = checkpoints.read_config(directory)
+        vocab_size = checkpoints.model_shapes(directory, config).mllm.vocab_size
+        settings = processor_files.read_generation(directory, vocab_size)
+        limit = config.get("max_new_tokens", cls.max_new_tokens)
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise checkpoints.CheckpointError(
                 f"{directory / checkpoints.CONFIG}: max_new_tokens: expected a positive whole "

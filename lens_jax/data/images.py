@@ -33,8 +33,8 @@ def smart_resize(
     w = max(FACTOR, round(width / FACTOR) * FACTOR)
     if h * w > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
-        h = math.floor(height / beta / FACTOR) * FACTOR
-        w = math.floor(width / beta / FACTOR) * FACTOR
+        h = max(FACTOR, math.floor(height / beta / FACTOR) * FACTOR)
+        w = max(FACTOR, math.floor(width / beta / FACTOR) * FACTOR)
     elif h * w < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
         h = math.ceil(height * beta / FACTOR) * FACTOR

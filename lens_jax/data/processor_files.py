@@ -6,7 +6,9 @@ other does.
 
 import dataclasses
 import json
+import logging
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from lens_jax.data import images, prompts
 from lens_jax.files import CheckpointError, blaming
+
+log = logging.getLogger("lens_jax")
 
 JINJA, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -91,7 +95,7 @@ def read_images(directory: Path) -> ImageSettings:
     in transformers.
 
     The official code resizes to at most 1,000,000 pixels whatever the settings allow; a smaller
-    limit is honoured.
+    limit is honoured. A minimum above it is lowered to it.
 
     Raises:
         FileNotFoundError: there are none.
@@ -115,6 +119,9 @@ def _image_settings(settings: Mapping[str, Any]) -> ImageSettings:
     if not str(kind).startswith("Qwen2"):
         raise ValueError(f"image_processor_type is {kind}: only those of Qwen2-VL and Qwen2.5-VL")
     size = _given(settings.get("size"), "size")
+    for key in ("height", "width"):
+        if key in size:
+            raise ValueError(f"size: {key} is {size[key]}: only limits of the area are supported")
     limits = []
     for names, default in (
         (("min_pixels", "shortest_edge"), images.MIN_PIXELS),
@@ -123,22 +130,38 @@ def _image_settings(settings: Mapping[str, Any]) -> ImageSettings:
         own = [settings[names[0]]] if names[0] in settings else []
         found = own + [size[name] for name in reversed(names) if name in size]
         value = found[0] if found else default
-        if not isinstance(value, int | float) or value != int(value) or value < 0:
+        if not _is_number(value) or value != int(value) or value < 0:
             raise ValueError(f"{names[0]}: expected a whole number of pixels, found {value!r}")
         limits.append(int(value))
-    smallest, largest = limits[0], min(limits[1], images.MAX_PIXELS)
+    smallest, largest = limits
     if not smallest <= largest:
         raise ValueError(f"min_pixels {smallest} is more than max_pixels {largest}")
-    mean, std = (
-        tuple(settings.get(key, default))
-        for key, default in (("image_mean", images.MEAN), ("image_std", images.STD))
-    )
+    if largest < images.FACTOR**2:
+        raise ValueError(
+            f"max_pixels is {largest}: one token takes {images.FACTOR} x {images.FACTOR} pixels"
+        )
+    if smallest > images.MAX_PIXELS:
+        log.warning(
+            "min_pixels %d is lowered to %d, the most that pictures are resized to",
+            smallest,
+            images.MAX_PIXELS,
+        )
+    smallest, largest = (min(limit, images.MAX_PIXELS) for limit in limits)
+    mean = settings.get("image_mean", images.MEAN)
+    std = settings.get("image_std", images.STD)
     for key, values in (("image_mean", mean), ("image_std", std)):
-        if len(values) != 3 or not all(isinstance(x, int | float) for x in values):
-            raise ValueError(f"{key}: expected three numbers, found {list(values)}")
+        is_list = isinstance(values, list | tuple) and len(values) == 3
+        if not is_list or not all(map(_is_number, values)):
+            raise ValueError(f"{key}: expected three numbers, found {values!r}")
     if min(std) <= 0:
         raise ValueError(f"image_std: expected three numbers above 0, found {list(std)}")
-    return ImageSettings(smallest, largest, mean, std)
+    return ImageSettings(smallest, largest, tuple(mean), tuple(std))
+
+
+def _is_number(value: Any) -> bool:
+    """Python's JSON knows NaN and Infinity, too; no setting means them."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max
 
 
 def check_patches(vision: Mapping[str, Any]) -> None:
@@ -153,11 +176,14 @@ def check_patches(vision: Mapping[str, Any]) -> None:
             raise ValueError(f"vision_config: {key} is {value}: only {size} is supported")
 
 
-def read_generation(directory: Path) -> GenerationSettings:
+def read_generation(directory: Path, vocab_size: int = 2**31) -> GenerationSettings:
     """End tokens and repetition penalty of generation_config.json.
 
+    Args:
+        vocab_size: of the model; it writes tokens below this number.
+
     Raises:
-        CheckpointError: the file is missing or names no end token.
+        CheckpointError: the file is missing, or names no end token or one that the model has not.
     """
     file = directory / GENERATION
     if not file.is_file():
@@ -169,9 +195,13 @@ def read_generation(directory: Path) -> GenerationSettings:
     ends = ends if isinstance(ends, list) else [ends]
     if not ends or not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
         raise CheckpointError(f"{file}: eos_token_id: expected token ids, found {ends}")
+    if strange := [end for end in ends if not 0 <= end < vocab_size]:
+        raise CheckpointError(
+            f"{file}: eos_token_id is {strange[0]}: the model's tokens are 0 to {vocab_size - 1}"
+        )
     penalty = settings.get("repetition_penalty")
     penalty = 1.0 if penalty is None else penalty
-    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not penalty > 0:
+    if not _is_number(penalty) or not penalty > 0:
         raise CheckpointError(f"{file}: repetition_penalty: expected a number, found {penalty!r}")
     return GenerationSettings(tuple(ends), float(penalty))
 
@@ -219,7 +249,11 @@ _OTHER_KIND = "this is no byte-level BPE tokenizer: use one of the Qwen family"
 def _is_byte_level(content: Mapping[str, Any]) -> bool:
     """Whether this is a tokenizer.json of a byte-level BPE tokenizer."""
     model, decoder = (content.get(key) or {} for key in ("model", "decoder"))
-    kinds = [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))]
+    if not isinstance(model, dict) or not isinstance(decoder, dict):
+        return False
+    parts = decoder.get("decoders")
+    parts = [decoder, *(parts if isinstance(parts, list) else ())]
+    kinds = [part.get("type") for part in parts if isinstance(part, dict)]
     return model.get("type", "BPE") == "BPE" and "ByteLevel" in kinds
 
 
@@ -232,7 +266,7 @@ def _chat_template(directory: Path, tokenizer: Any) -> tuple[str, Path]:
     file = directory / JINJA
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8"), file
+            return file.read_text(encoding="utf-8-sig"), file
         except UnicodeDecodeError:
             raise CheckpointError(f"{file} is not UTF-8 text") from None
     file = directory / TEMPLATE_JSON

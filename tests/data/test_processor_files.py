@@ -167,6 +167,10 @@ TYPE = {"image_processor_type": "Qwen2VLImageProcessorFast"}
         (SIZELESS | {"size": {"min_pixels": 4000, "max_pixels": 6272}}, (4000, 6272)),
         (PREPROCESSOR | {"min_pixels": 4000, "max_pixels": 12845056}, (4000, 1_000_000)),
         (
+            PREPROCESSOR | {"min_pixels": 1003520, "max_pixels": 12845056},
+            (1_000_000, 1_000_000),
+        ),
+        (
             SIZELESS | {"min_pixels": None, "max_pixels": 6272, "size": {"shortest_edge": 4000}},
             (4000, 6272),
         ),
@@ -205,7 +209,7 @@ def test_picture_settings_in_every_form(directory, nested, settings, limits):
         ({"image_mean": [0.5]}, "image_mean: expected three numbers"),
         ({"image_std": [0.5, 0.5, 0]}, "image_std: expected three numbers above 0"),
         ({"min_pixels": "many"}, "min_pixels: expected a whole number"),
-        ({"min_pixels": 10**7}, "min_pixels 10000000 is more than max_pixels"),
+        ({"min_pixels": 10**6, "max_pixels": 10**5}, "min_pixels 1000000 is more than max_pixels"),
         ({"size": 3}, "size: expected a JSON object"),
     ],
 )

@@ -118,7 +118,7 @@ def as_transformers_5(mllm, tensors):
     flat = {k: v for k, v in CONFIG.items() if k not in TEXT and k != "tie_word_embeddings"}
     vision = {k: v for k, v in CONFIG["vision_config"].items() if k not in ("window_size",)}
     vision |= {"model_type": "qwen2_5_vl_vision"}
-    flat |= {"text_config": nested, "vision_config": vision}
+    flat |= {"text_config": nested, "vision_config": vision, "dtype": flat.pop("torch_dtype")}
     (mllm / "config.json").write_text(json.dumps(flat))
     settings = {
         "image_processor_type": "Qwen2VLImageProcessorFast",
@@ -166,9 +166,13 @@ def test_the_same_model_in_another_form(mllm, tensors, base, write, tmp_path):
     assert facts(tmp_path / "again") == facts(base)
     hf = json.loads((tmp_path / "lens" / "config.json").read_text())
     assert None not in hf.values() and "text_config" not in hf
+    assert hf["torch_dtype"] == "float32" and "dtype" not in hf
     assert hf["tie_word_embeddings"] is True and hf["image_token_id"] == CONFIG["image_token_id"]
     plain = json.loads((tmp_path / "hf" / "mllm" / "config.json").read_text())
     assert plain["tie_word_embeddings"] is True and plain["model_type"] == "qwen2_5_vl"
+    text = plain.get("text_config") or plain
+    assert text["rope_theta"] == CONFIG["rope_theta"]
+    assert text["rope_scaling"]["mrope_section"] == CONFIG["rope_scaling"]["mrope_section"]
     assert plain["vision_config"]["window_size"] == CONFIG["vision_config"]["window_size"]
 
 
@@ -225,6 +229,85 @@ def test_what_is_no_such_model_is_one_line(mllm, tensors, capsys, change, said):
         [(name, shape)] = change.items()
         replace_weights(mllm, tensors | {name: np.zeros(shape, np.float32)})
     assert re.search(said, refusal(capsys, mllm))
+
+
+ROPE = {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [4, 6, 6]}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("tokenizer", {"model": [1]}, "no byte-level BPE"),
+        ("tokenizer", {"decoder": "ByteLevel"}, "no byte-level BPE"),
+        ("preprocessor_config", {"max_pixels": float("inf")}, "max_pixels: expected a whole"),
+        ("preprocessor_config", {"image_mean": 0.5}, "image_mean: expected three numbers"),
+        ("preprocessor_config", {"image_mean": [float("nan")] * 3}, "image_mean: expected three"),
+        ("preprocessor_config", {"image_mean": [True] * 3}, "image_mean: expected three"),
+        ("preprocessor_config", {"min_pixels": 0, "max_pixels": 10}, "max_pixels is 10: one"),
+        ("preprocessor_config", {"size": {"height": 448, "width": 448}}, "size: height is 448"),
+        ("generation_config", {"eos_token_id": 2**40}, "eos_token_id is 1099511627776: the"),
+        ("generation_config", {"eos_token_id": [436, -1]}, "eos_token_id is -1: the model's"),
+        ("generation_config", {"eos_token_id": 448}, "448: the model's tokens are 0 to 447"),
+        ("generation_config", {"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ("config", {"rms_norm_eps": float("inf")}, "rms_norm_eps: expected a positive number"),
+        ("config", {"image_token_id": None}, "151655 where the file does not say, but the tok"),
+        ("config", {"vision_config": {"window_size": 14}}, "window_size is 14: less than one"),
+        (
+            "config",
+            {"rope_parameters": ROPE | {"mrope_section": [8, 4, 4]}},
+            "rope_scaling: mrope_section is [4, 6, 6], but [8, 4, 4] in rope_parameters",
+        ),
+        (
+            "config",
+            {"rope_parameters": ROPE | {"rope_theta": 1e6}},
+            "rope_theta is 30.0, but 1000000.0 in rope_parameters",
+        ),
+    ],
+)
+def test_settings_that_no_such_model_has_are_one_line(mllm, capsys, name, changes, said):
+    """Refused at conversion, not when the checkpoint is loaded."""
+    file = mllm / f"{name}.json"
+    if "vision_config" in changes:
+        changes = {"vision_config": CONFIG["vision_config"] | changes["vision_config"]}
+    edit(file, **changes)
+    line = refusal(capsys, mllm)
+    assert f"{file}: " in line and said in line
+
+
+def test_a_token_past_the_embedding_is_refused(mllm, capsys):
+    content = json.loads((mllm / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][-1] | {"id": 448, "content": "<seg>"})
+    edit(mllm / "tokenizer.json", added_tokens=content["added_tokens"])
+    assert "'<seg>' is number 448, but vocab_size in config.json is 448" in refusal(capsys, mllm)
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (lambda name: f"student.{name}", r"80 names carry the prefix student\."),
+        (
+            lambda name: None if name.startswith("visual.") else name,
+            r"42 tensors are missing \(visual.*nothing of visual\.\* is there",
+        ),
+    ],
+)
+def test_many_stray_tensors_are_one_line(mllm, tensors, capsys, rename, said):
+    renamed = {rename(name): x for name, x in tensors.items()}
+    renamed.pop(None, None)
+    replace_weights(mllm, renamed)
+    assert re.search(said, refusal(capsys, mllm))
+
+
+def test_every_one_of_many_stray_tensors_is_told_by_a_pattern(mllm, tensors, capsys):
+    replace_weights(mllm, {f"{name}_": x for name, x in tensors.items()} | {"stray": np.zeros(3)})
+    assert convert(mllm, mllm.parent / "out") == 2
+    summary, *lines = capsys.readouterr().err.strip().splitlines()
+    assert "80 tensors are missing" in summary and "81 tensors are unexpected" in summary
+    assert len(lines) < 81
+    for kind, ending, extra in (("missing", "", []), ("unexpected", "_", ["stray"])):
+        patterns = {line.split()[-1] for line in lines if f" {kind} tensor" in line}
+        names = {re.sub(r"\.\d+\.", ".*.", name) + ending for name in tensors}
+        assert names | set(extra) == {re.sub(r"\.\d+\.", ".*.", x) for x in patterns}
 
 
 @pytest.mark.parametrize(

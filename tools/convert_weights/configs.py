@@ -35,16 +35,14 @@ def lens_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
     text.pop("model_type", None)  # the outer one decides
     hf |= {key: value for key, value in text.items() if value is not None}
     hf["tie_word_embeddings"] = shapes.tie_word_embeddings
-    if rope := hf.pop("rope_parameters", None):  # transformers 5 keeps theta and sections together
-        hf["rope_theta"] = shapes.rope_theta
-        kind = rope.get("rope_type") or "default"
-        sections = {"mrope_section": list(shapes.mrope_section), "rope_type": kind, "type": kind}
-        hf["rope_scaling"] = sections
+    if rope := hf.pop("rope_parameters", None):
+        hf |= _older_rope(rope, shapes)
     family = shapes.vision.family
     vision = _complete(hf, shapes.vision)
     if family == "qwen2_5_vl":
         vision = _LENS_VISION_DEFAULTS | vision
     vision["model_type"] = "qwen2_vl"
+    hf.pop("dtype", None)  # transformers 4.51 knows the older name alone
     return _with_dtype(hf, dtype) | {
         "architectures": [_LENS_ARCHITECTURE[family]],
         "model_type": "qwen2_vl",
@@ -68,8 +66,12 @@ def mllm_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
     if vision.get("model_type") == "qwen2_vl":
         vision["model_type"] = family
     hf["tie_word_embeddings"] = shapes.tie_word_embeddings  # read on either level, by version
-    if hf.get("text_config"):
-        hf["text_config"] = hf["text_config"] | {"tie_word_embeddings": shapes.tie_word_embeddings}
+    if rope := hf.get("rope_parameters"):
+        hf |= _older_rope(rope, shapes)
+    if text := hf.get("text_config"):
+        rope = text.get("rope_parameters")
+        text = text | (_older_rope(rope, shapes) if rope else {})
+        hf["text_config"] = text | {"tie_word_embeddings": shapes.tie_word_embeddings}
     return _with_dtype(hf, dtype) | {
         "architectures": [_QWEN_ARCHITECTURE[family]],
         "model_type": family,
@@ -93,6 +95,13 @@ def _complete(hf: Mapping[str, Any], shapes: VisionConfig) -> dict[str, Any]:
     else:
         own |= {"hidden_size": shapes.out_hidden_size}
     return own | vision
+
+
+def _older_rope(rope: Mapping[str, Any], shapes: QwenVLConfig) -> dict[str, Any]:
+    """What transformers before 5 reads in place of its rope_parameters."""
+    kind = rope.get("rope_type") or "default"
+    sections = {"mrope_section": list(shapes.mrope_section), "rope_type": kind, "type": kind}
+    return {"rope_theta": shapes.rope_theta, "rope_scaling": sections}
 
 
 def _with_dtype(hf: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the same table serves both directions. Targets are on-disk names, one tensor and
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -171,7 +172,7 @@ def make_plan(
             f"only in the table {sorted(targets - set(expected))}, "
             f"only in the model {sorted(set(expected) - targets)}"
         )
-    errors, entries, junk = [], [], []
+    errors, entries, junk, unexpected = [], [], [], []
     for name, shape in sources.items():
         if entry := by_source.get(name):
             want = expected[entry.target]
@@ -187,11 +188,87 @@ def make_plan(
         elif any(re.fullmatch(pattern, name) for pattern in table.carried):
             entries.append(carried_entry(name))
         else:
-            errors.append(f"{where}: unexpected tensor {name} with shape {list(shape)}")
-    errors += [f"{where}: missing tensor {name}" for name in by_source if name not in sources]
+            unexpected.append(name)
+    missing = [name for name in by_source if name not in sources]
+    if max(len(missing), len(unexpected)) > _LISTED:
+        meaning, covers_all = _meaning(missing, unexpected, sources)
+        errors = [f"{where}: {_summary(missing, unexpected)}: {meaning}", *errors]
+        if not covers_all:
+            errors += _patterns(where, "unexpected", unexpected)
+            errors += _patterns(where, "missing", missing)
+    else:
+        errors += [
+            f"{where}: unexpected tensor {name} with shape {list(sources[name])}"
+            for name in unexpected
+        ]
+        errors += [f"{where}: missing tensor {name}" for name in missing]
     if errors:
         raise WeightsError(errors)
     return Plan(tuple(entries), tuple(junk))
+
+
+_LISTED = 20  # more missing or unexpected tensors than this are told by pattern
+
+
+def _patterns(where: str, kind: str, names: Iterable[str]) -> list[str]:
+    """A line for each pattern of names, numbers as *, that covers at least one."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        pattern = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        groups.setdefault(pattern, []).append(name)
+    return [
+        f"{where}: {kind} tensor {members[0]}"
+        if len(members) == 1
+        else f"{where}: {len(members)} {kind} tensors {pattern}"
+        for pattern, members in groups.items()
+    ]
+
+
+def _summary(missing: list[str], unexpected: list[str]) -> str:
+    """How many tensors are missing and unexpected, with examples."""
+    told = [
+        f"{len(names)} tensors are {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    return " and ".join(told)
+
+
+def _meaning(missing: list[str], unexpected: list[str], sources: Iterable[str]) -> tuple[str, bool]:
+    """What such names usually mean, and whether that covers every single one."""
+    wanted, strange = set(missing), set(unexpected)
+    for what, longer, shorter in (
+        ("carry", strange, wanted),
+        ("lack", wanted, strange),
+    ):
+        counts = Counter(
+            prefix
+            for name in longer
+            for prefix in _prefixes(name)
+            if name.removeprefix(prefix) in shorter
+        )
+        if counts:
+            [(prefix, count)] = counts.most_common(1)
+            if 2 * count > min(len(longer), len(shorter)):
+                return (
+                    f"{count} names {what} the prefix {prefix}, as of another class that holds or "
+                    "is held by this model; save the model itself"
+                ), count == len(wanted) == len(strange)
+    tops = {name.partition(".")[0] for name in missing}
+    if missing and not tops & {name.partition(".")[0] for name in sources}:
+        return (
+            f"nothing of {' and '.join(f'{top}.*' for top in sorted(tops))} is there, so this is "
+            "another kind of model or a part of one"
+        ), not unexpected
+    if not unexpected:
+        return "the files are incomplete, or the configuration is that of another model", False
+    return "these are the weights of another model, or their configuration is", False
+
+
+def _prefixes(name: str) -> list[str]:
+    """`a.b.c` -> `a.`, `a.b.`"""
+    parts = name.split(".")
+    return [".".join(parts[:n]) + "." for n in range(1, len(parts))]
 
 
 def params_from(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "") -> dict:

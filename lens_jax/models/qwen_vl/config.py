@@ -1,6 +1,7 @@
 """Shapes of Qwen2-VL and Qwen2.5-VL, read from a Hugging Face config.json."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -148,9 +149,10 @@ class Section(dict[str, Any]):
         return value
 
     def number(self, key: str) -> float:
-        """A positive number."""
+        """A positive number, not infinite."""
         value = self._value(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        is_real = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_real or not 0 < value <= sys.float_info.max:
             raise ValueError(f"{key}: expected a positive number, found {value!r}")
         return float(value)
 
@@ -273,6 +275,8 @@ _WITHOUT_A_SHAPE = ("num_attention_heads", "rms_norm_eps", "rope_theta", "image_
 
 def _check_agreement(top: Mapping[str, Any], nested: Mapping[str, Any]) -> None:
     """Raises ValueError where the two levels of a file contradict each other unseen."""
+    for level in (top, nested):
+        _check_rope_names(level)
     outer, inner = ({**level, **_rope(level)} for level in (top, nested))
     for key in (*_WITHOUT_A_SHAPE, "mrope_section"):
         if key in outer and key in inner and outer[key] != inner[key]:
@@ -287,6 +291,22 @@ def _check_agreement(top: Mapping[str, Any], nested: Mapping[str, Any]) -> None:
                 f"head_dim is {heads['head_dim']}: only hidden_size / num_attention_heads is "
                 "supported"
             )
+
+
+def _check_rope_names(level: Mapping[str, Any]) -> None:
+    """Raises ValueError where older and newer names of one setting on one level differ."""
+    older, newer = (_given(level.get(key), key) for key in ("rope_scaling", "rope_parameters"))
+    pairs = (
+        ("rope_scaling: ", older, "rope_parameters", newer),
+        ("", level, "rope_parameters", newer),
+        ("", level, "rope_scaling", older),
+    )
+    for key in ("rope_theta", "mrope_section"):
+        for one, first, other, second in pairs:
+            if key in first and key in second and first[key] != second[key]:
+                raise ValueError(
+                    f"{one}{key} is {first[key]}, but {second[key]} in {other}: which one is right?"
+                )
 
 
 def _family(model_type: str | None, vision: Mapping[str, Any]) -> Family:
@@ -355,6 +375,12 @@ def _vision(family: Family, given: Mapping[str, Any], width: int, published: boo
         raise ValueError(
             f"vision_config's tokens are {own['out_hidden_size']} wide, the language model's "
             f"{width}"
+        )
+    merged = vision.whole("patch_size") * vision.whole("spatial_merge_size")
+    if family == "qwen2_5_vl" and own["window_size"] < merged:
+        raise ValueError(
+            f"vision_config: window_size is {own['window_size']}: less than one token's {merged} "
+            "pixels"
         )
     heads = vision.whole("num_heads")
     if own["hidden_size"] % heads:
