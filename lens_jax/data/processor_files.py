@@ -63,7 +63,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing: not a pretrained checkpoint") from None
+        raise FileNotFoundError(
+            f"{file} is missing: copy it there from the model's release"
+        ) from None
     except ValueError as error:  # UnicodeDecodeError is one
         raise CheckpointError(f"{file} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -221,7 +223,7 @@ def read_tokenizer(directory: Path) -> tuple[Any, Path]:
 def _tokenizer(directory: Path) -> Any:
     file = directory / TOKENIZER
     if not has_tokenizer(directory):
-        raise FileNotFoundError(f"{file} is missing: not a pretrained checkpoint")
+        raise FileNotFoundError(f"{file} is missing: copy it there from the model's release")
     if not file.is_file():
         file = directory / SLOW_TOKENIZER[0]
     elif not _is_byte_level(read_json(file)):  # transformers may read it as one

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
-from PIL import EpsImagePlugin, ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image, UnidentifiedImageError
 
 # Pictures of 90 to 179 megapixels are fine; from there on Pillow refuses them.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -82,8 +82,26 @@ def read_image(
             return to_rgb(image, pixels=pixels)
     except FileNotFoundError:
         raise SampleError(f"{path}: no such picture") from None
+    except UnidentifiedImageError:
+        raise SampleError(f"{path}: not a readable picture ({_unknown(path)})") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise SampleError(f"{path}: not a readable picture ({error})") from error
+
+
+def _unknown(path: Path) -> str:
+    """Why Pillow knows no format for a file, and what to do."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:12] in (
+        b"heic",
+        b"heix",
+        b"hevc",
+        b"heim",
+        b"mif1",
+        b"msf1",
+    ):
+        return "HEIC is not read: convert it to JPEG or PNG"
+    return "its content is of no known format" if head else "the file is empty"
 
 
 def to_rgb(

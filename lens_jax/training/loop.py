@@ -44,7 +44,7 @@ from lens_jax.data import curriculum
 from lens_jax.data.pipeline import Buckets, Evaluation, EvaluationRow, Pipeline, Processor
 from lens_jax.data.prompts import box_to_pixels
 from lens_jax.data.sample import Source
-from lens_jax.data.sources import Joined, open_source, shapes
+from lens_jax.data.sources import Joined, folder, open_source, shapes
 from lens_jax.evaluation import Row, evaluate
 from lens_jax.inference import Generation, Lens
 from lens_jax.models.inputs import Batch
@@ -468,6 +468,11 @@ def _prepare(
     data = config.data
     data_dir = Path(data.data_dir or directory / "data")
     if data.generated:
+        if (data_dir / folder.FILE).exists():
+            raise ConfigError(
+                f"data.data_dir: {data_dir} is a data set of somebody's own, into which no scenes are "
+                "drawn: set data.dataset to folder, or data.shapes.train_scenes to 0"
+            )
         scenes = {"train": data.shapes.train_scenes, data.eval_split: data.shapes.eval_scenes}
         processes.by_main(lambda: shapes.write_refcoco(data_dir, scenes, data.shapes.seed))
     buckets = Buckets(data.prompt_tokens, data.windows, data.canvas, data.answer_tokens)

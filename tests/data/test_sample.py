@@ -181,3 +181,18 @@ def test_damaged_blocks_print_nothing(tmp_path):
         [sys.executable, "-c", program, *files], capture_output=True, text=True, cwd=ROOT
     )
     assert ended.stdout.split("\n")[:2] == ["(8, 8, 3)"] * 2 and not ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC is not read: convert it to JPEG or PNG"),
+        (b"<!doctype html>", "its content is of no known format"),
+        (b"", "the file is empty"),
+    ],
+)
+def test_what_is_no_picture_is_said_once(content, reason, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(SampleError) as error:
+        read_image(tmp_path / "a.jpg")
+    assert str(error.value) == f"{tmp_path / 'a.jpg'}: not a readable picture ({reason})"

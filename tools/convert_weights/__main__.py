@@ -29,6 +29,10 @@ def _printed(
         match result:
             case Conversion():
                 lines = [f"dropped {name}" for name in result.dropped]
+                if options["mllm"] and not options["context"]:
+                    lines.append(
+                        "note: the context module is drawn fresh: masks mean nothing before stage 1"
+                    )
                 lines.append(
                     f"{options['output']}: {result.tensors} tensors, {result.unused} carried along "
                     f"unused, {len(result.dropped)} dropped"

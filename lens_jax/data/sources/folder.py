@@ -96,7 +96,10 @@ def read_manifest(data_dir: Path) -> list[Row]:
     file = data_dir / FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: data_dir must hold it, one object a line")
-    lines = file.read_bytes().split(b"\n")
+    content = file.read_bytes()
+    if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        raise ValueError(f"{file} is a JSON list: write one object a line")
+    lines = content.split(b"\n")
     rows = [parse(line, number, file) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ValueError(f"{file} is empty: give one JSON object a line")
@@ -223,7 +226,7 @@ def _typed(content: dict[str, Any], number: int, split: str) -> Row:
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             raise RowError("wrong type", f"box must be [x0, y0, x1, y1], not {_short(box)}")
         if box[0] >= box[2] or box[1] >= box[3]:
-            message = f"box: {box} has no area; it is [x0, y0, x1, y1], not [x, y, width, height]"
+            message = f"box: {box} has no area as [x0, y0, x1, y1]"
             raise RowError("empty box", message)
         box = tuple(map(float, box))
     if not any(key in content for key in (*SHAPES, "box")):
