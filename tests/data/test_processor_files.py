@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lens_jax.data import processor_files
+from lens_jax.data import images, processor_files
 from lens_jax.data.pipeline import Processor
 from lens_jax.files import CheckpointError
 from tests.data.conftest import TINY
@@ -151,6 +151,19 @@ def test_slow_files_give_the_same_tokens(directory):
     write(directory, "vocab.json", model["vocab"])
     write(directory, "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
     assert tokens(directory, "Ünï <|im_end|> 12 circles") == expected
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(directory):
+    write(directory, "chat_template.jinja", PICTURES)
+    expected = tokens(directory)
+    write(directory, "chat_template.jinja", "\ufeff" + PICTURES)
+    assert tokens(directory) == expected
+
+
+@pytest.mark.parametrize("size", [(20, 300), (300, 20)])
+def test_a_long_picture_under_a_small_limit_keeps_one_token_a_side(size):
+    height, width = images.smart_resize(*size, 0, 784)
+    assert min(height, width) == 28
 
 
 PREPROCESSOR = json.loads((TINY / "preprocessor_config.json").read_text())
