@@ -219,7 +219,8 @@ def test_in_the_model(interpreted):
 
     ours = gradient(attention=Attention("splash"), remat="dots")
     # Forward, again in the backward pass (which the compiler drops), two backward; SAM is frozen.
-    assert count_kernels(ours.jaxpr.jaxpr) == 4 + 4 + 1
+    # jax 0.12 leaves out two of those that the compiler drops.
+    assert count_kernels(ours.jaxpr.jaxpr) in (4 + 4 + 1, 4 + 4 + 1 - 2)
     ours, theirs = (x.lower().compile()(weights) for x in (ours, gradient()))
     micro.same_gradients(ours[0], theirs[0])
     micro.close(ours[1], theirs[1])
