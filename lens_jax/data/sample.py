@@ -24,6 +24,7 @@ UNREAD = {
     "EPS": "PostScript", "WMF": "a Windows metafile",
     "MPEG": "a film", "BUFR": "BUFR", "GRIB": "GRIB", "HDF5": "HDF5",
 }  # fmt: skip
+HEIC = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1")  # a file's bytes 8 to 12
 # Cameras count up to 2**10 to 2**15 in 16 bits. What stays below this may be any of them.
 LEAST_OF_16_BITS = 2**15
 
@@ -92,14 +93,7 @@ def _unknown(path: Path) -> str:
     """Why Pillow knows no format for a file, and what to do."""
     with open(path, "rb") as file:
         head = file.read(12)
-    if head[4:8] == b"ftyp" and head[8:12] in (
-        b"heic",
-        b"heix",
-        b"hevc",
-        b"heim",
-        b"mif1",
-        b"msf1",
-    ):
+    if head[4:8] == b"ftyp" and head[8:12] in HEIC:
         return "HEIC is not read: convert it to JPEG or PNG"
     return "its content is of no known format" if head else "the file is empty"
 
