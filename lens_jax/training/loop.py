@@ -471,7 +471,7 @@ def _prepare(
         if (data_dir / folder.FILE).exists():
             raise ConfigError(
                 f"data.data_dir: {data_dir} holds {folder.FILE}, and no scenes are drawn into a "
-                "data set of one's own: set data.dataset to folder, or data.shapes.train_scenes to 0"
+                "folder of one's own: set data.dataset to folder, or data.shapes.train_scenes to 0"
             )
         scenes = {"train": data.shapes.train_scenes, data.eval_split: data.shapes.eval_scenes}
         processes.by_main(lambda: shapes.write_refcoco(data_dir, scenes, data.shapes.seed))
