@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 from PIL import Image
@@ -27,6 +26,8 @@ from tests.genuine import build
 from tests.genuine.conftest import SAM
 from tools.convert_weights import from_torch, sam2, to_torch
 from tools.convert_weights.__main__ import main
+
+torch = pytest.importorskip("torch")
 
 RELEASED = ("qwen2_5_vl_3b", "qwen2_vl_2b", "qwen2_vl_7b")
 SAVED_AGAIN = sorted(
