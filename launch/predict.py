@@ -12,6 +12,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import cli
+from lens_jax.files import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,7 +133,7 @@ def predict(
         progress.update(len(asked) - progress.n)
     said = work.summary(passed_over)
     if len(asked) > 1 or not work.refused:
-        print(cli.printable(f"{said}: see {output}"))
+        print(printable(f"{said}: see {output}"))
     return 2 if work.refused else 0
 
 

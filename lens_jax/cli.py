@@ -6,13 +6,14 @@ import inspect
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 from tqdm import tqdm
+
+from lens_jax.files import printable
 
 # What jsonargparse calls a type -> what it asks for.
 _TYPES = {
@@ -148,15 +149,6 @@ def complain(error: Exception) -> int:
     for line in error.errors if isinstance(error, UsageError) else [str(error)]:
         tqdm.write(f"error: {printable(' '.join(line.split()))}", file=sys.stderr)
     return 2
-
-
-def printable(text: str) -> str:
-    """A text that a terminal shows: names of files may hold control characters, and bytes that are
-    no Unicode."""
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c
-        for c in text
-    )
 
 
 def _explain(message: str, flags: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Files that are whole, or not there, and complaints that name them."""
 
 import contextlib
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,15 @@ def blaming(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: the key {error} is missing") from None
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from None
+
+
+def printable(text: object) -> str:
+    """A text that terminals and pages show: names of files may hold control characters, and bytes
+    that are no Unicode."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c
+        for c in str(text)
+    )
 
 
 def write_text(file: Path, text: str) -> Path:

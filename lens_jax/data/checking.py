@@ -29,6 +29,7 @@ from lens_jax.data.sources.folder import (
     read_manifest,
     read_row,
 )
+from lens_jax.files import printable
 
 if TYPE_CHECKING:
     from lens_jax.data.pipeline import Processor
@@ -344,8 +345,3 @@ def _box_iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def _where(row: Row) -> str:
     return f"{FILE}, line {row.line}"
-
-
-def printable(value: Any) -> str:
-    """Text that any terminal and file takes: bytes of paths that are no Unicode are escaped."""
-    return str(value).encode("utf-8", "backslashreplace").decode()

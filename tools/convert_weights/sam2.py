@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lens_jax.models.sam.config import PRESETS, Sam2Config, read_sections
+from lens_jax.models.sam.config import HF_MASK_DECODER, PRESETS, Sam2Config, read_sections
 from tools.convert_weights.sam_parts import (
     mask_decoder,
     mlp,
@@ -214,15 +214,8 @@ _HF_FIELDS = {
     },
     "vision_config": {"fpn_hidden_size": "d_model", "fpn_top_down_levels": "fpn_top_down_levels"},
     "prompt_encoder_config": {"hidden_size": "d_model", "image_size": "image_size"},
-    "mask_decoder_config": {
-        "hidden_size": "d_model",
-        "num_hidden_layers": "decoder_depth",
-        "num_attention_heads": "decoder_heads",
-        "mlp_dim": "decoder_mlp_dim",
-        "attention_downsample_rate": "attention_downsample_rate",
-        "num_multimask_outputs": "num_multimask_outputs",
-        "iou_head_depth": "iou_head_depth",
-        "iou_head_hidden_dim": "iou_head_hidden_dim",
+    "mask_decoder_config": HF_MASK_DECODER
+    | {
         "dynamic_multimask_stability_delta": "stability_delta",
         "dynamic_multimask_stability_thresh": "stability_thresh",
     },

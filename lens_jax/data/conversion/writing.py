@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lens_jax.data.checking import printable
 from lens_jax.data.conversion.objects import Found, LeftOut, Picture, Unfit
 from lens_jax.data.masks import decode_runs, draw_polygons, encode_runs
 from lens_jax.data.percent import DOUBT, Coordinates, Reach
 from lens_jax.data.sample import orientation, to_rgb, turn, turn_box
 from lens_jax.data.sources.folder import FILE, RowError, parse, read_target
 from lens_jax.data.sources.folder import coordinates as corners_of
+from lens_jax.files import printable
 
 ALL = ""  # the name of the group of all objects
 PICTURES = "pictures"  # where the output's pictures lie

@@ -59,6 +59,16 @@ class DecoderConfig:
 
 
 # Sections and keys of Hugging Face's SamConfig -> our fields, and what this port takes for granted.
+HF_MASK_DECODER = {  # SAM 2's, too
+    "hidden_size": "d_model",
+    "num_hidden_layers": "decoder_depth",
+    "num_attention_heads": "decoder_heads",
+    "mlp_dim": "decoder_mlp_dim",
+    "attention_downsample_rate": "attention_downsample_rate",
+    "num_multimask_outputs": "num_multimask_outputs",
+    "iou_head_depth": "iou_head_depth",
+    "iou_head_hidden_dim": "iou_head_hidden_dim",
+}
 _HF_FIELDS = {
     "vision_config": {
         "image_size": "image_size",
@@ -71,16 +81,7 @@ _HF_FIELDS = {
         "output_channels": "d_model",
     },
     "prompt_encoder_config": {"image_size": "image_size", "hidden_size": "d_model"},
-    "mask_decoder_config": {
-        "hidden_size": "d_model",
-        "num_hidden_layers": "decoder_depth",
-        "num_attention_heads": "decoder_heads",
-        "mlp_dim": "decoder_mlp_dim",
-        "attention_downsample_rate": "attention_downsample_rate",
-        "num_multimask_outputs": "num_multimask_outputs",
-        "iou_head_depth": "iou_head_depth",
-        "iou_head_hidden_dim": "iou_head_hidden_dim",
-    },
+    "mask_decoder_config": HF_MASK_DECODER,
 }
 _HF_FIXED = {
     "vision_config": {
