@@ -156,7 +156,7 @@ def test_end_of_text_stays_in_the_think_format(tokenizer, score):
     """It is padding for the other formats and the box, as a token or spelled in characters."""
     think = "<think>a</think>{}<answer>b</answer>"
     grounding = "<|object_ref_start|>a<|object_ref_end|>{}<|box_start|>b<|box_end|><|im_end|>"
-    byte_ids = {bytes: i for i, bytes in reversed([*enumerate(byte_strings(tokenizer))])}
+    byte_ids = {text: i for i, text in reversed([*enumerate(byte_strings(tokenizer))])}
     spelled = [byte_ids[bytes([b])] for b in b"<|endoftext|>"]
     texts = []
     for form in (think, grounding, "[1,2{},3,4]"):
@@ -176,7 +176,7 @@ def test_end_of_text_stays_in_the_think_format(tokenizer, score):
 
 def test_what_is_removed_joins_text_but_no_characters(tokenizer, score):
     """Halves of a digit on both sides of an end of text are two U+FFFD, not the digit."""
-    byte_ids = {bytes: i for i, bytes in reversed([*enumerate(byte_strings(tokenizer))])}
+    byte_ids = {text: i for i, text in reversed([*enumerate(byte_strings(tokenizer))])}
     end = tokenizer.encode("<|endoftext|>")
 
     def ids(*codes: bytes) -> list[int]:
