@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from lens_jax import checkpoints
-from lens_jax.data import prompts
+from lens_jax.data import images, prompts
 from lens_jax.data.sources import shapes
 from lens_jax.models import layers
 from lens_jax.models.attention import Prefix, attention, heads_first
@@ -81,11 +81,11 @@ HF_CONFIG = {
         "window_size": 112,
     },
 }
-CELL, CELLS = 28, 4  # pixels of a merged patch, cells a side
+CELL, CELLS = 28, 16  # pixels of a cell, which is a merged patch; most cells of a picture
+MIN_PIXELS, MAX_PIXELS = 9_000, 12_800  # preprocessor_config.json: pictures of 10 to 16 cells
 QUESTIONS = 4  # expressions of one picture trained together, sharing its tokens
 SUPERVISED_LAYER = 1
-IMAGE_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-IMAGE_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+TENS = 24  # of a coordinate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,44 +119,93 @@ class TinyVLM(nnx.Module):
     def __init__(self, config: QwenVLConfig, rngs: nnx.Rngs):
         self.visual = VisionTower(config.vision, rngs=rngs)
         self.language = LanguageModel(config, rngs=rngs)
-        self.cells = nnx.Linear(config.hidden_size, 16 + 4 * (12 + 10), rngs=rngs)
+        self.cells = nnx.Linear(config.hidden_size, 16 + 4 * (TENS + 10), rngs=rngs)
 
 
 # ---- data ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A picture as the vision tower reads it: one window, padded to 16 cells."""
+
+    patches: np.ndarray  # u8 [64, 3, 196], in the order of `images.window_layout`
+    places: np.ndarray  # u8 [64, 2]: row and column
+    mask: np.ndarray  # bool [64]
+    order: np.ndarray  # u8 [16]: where each cell lies, row by row
+    grid: np.ndarray  # u8 [2]: rows and columns of cells
 
 
 @dataclasses.dataclass
 class Pool:
     """All scenes: pictures, what is centred in each cell, and questions as token rows."""
 
-    images: np.ndarray  # u8 [N, 112, 112, 3]
+    seen: Seen  # each array stacked
     cell_class: np.ndarray  # i8 [N, 16], 0: nothing
     cell_box: np.ndarray  # u8 [N, 16, 4]
     questions: list[list[tuple[str, tuple[int, ...], int]]]  # text, box, cell
 
 
+def look(picture: np.ndarray) -> Seen:
+    """Cuts a picture u8 [H, W, 3] of whole cells, at most 16 of them."""
+    rows, columns = picture.shape[0] // CELL, picture.shape[1] // CELL
+    p = CELL // 2
+    cut = picture.reshape(rows, 2, p, columns, 2, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    source, places, order = images.window_layout((2 * rows, 2 * columns), 4)
+    patches = cut.reshape(-1, 3, p * p)[np.maximum(source[0], 0)]
+    order = np.pad(order, (0, CELLS - len(order))).astype(np.uint8)
+    return Seen(
+        patches, places[0].astype(np.uint8), source[0] >= 0, order, np.uint8([rows, columns])
+    )
+
+
+def _picture(rng: np.random.Generator) -> tuple[shapes.Scene, np.ndarray]:
+    """A scene, and its picture as the processor hands it on.
+
+    A third are those of `make train`. The others have one colour behind the objects, sides of up to
+    1:2, or came larger or smaller and were resized by the processor: some of each, most of several.
+    """
+    size, plain, scale = (shapes.SIDE, shapes.SIDE), False, 1.0
+    if rng.random() < 2 / 3:
+        plain, narrow, resized = rng.random(3) < 0.5
+        aspect = 2 ** rng.uniform(-1, 1) if narrow else 1.0
+        size = tuple(round(shapes.SIDE * aspect**power) for power in (-0.5, 0.5))
+        scale = rng.uniform(0.7, 2.3) if resized else 1.0
+    scene = shapes.random_scene(rng, size, bool(plain))
+    height, width = (round(n * scale) for n in size)
+    picture = images.resize(scene.image, (height, width))
+    target = images.smart_resize(height, width, MIN_PIXELS, MAX_PIXELS)
+    return scene, images.resize(picture, target)
+
+
 def _draw(seed: int, index: int):
-    scene = shapes.random_scene(np.random.default_rng((seed, index)))
-    kinds = [f"{c} {s}" for c in shapes.COLORS for s in shapes.SHAPES]
-    cell_class, cell_box = np.zeros(16, np.int8), np.zeros((16, 4), np.uint8)
+    scene, picture = _picture(np.random.default_rng((seed, index)))
+    rows, columns = (n // CELL for n in picture.shape[:2])
+    cell_class, cell_box = np.zeros(CELLS, np.int8), np.zeros((CELLS, 4), np.uint8)
     questions = []
+    if rows * columns > CELLS:
+        return None, cell_class, cell_box, questions
+    scale = np.tile(np.divide(picture.shape[1::-1], scene.image.shape[1::-1]), 2)
+    kinds = [f"{c} {s}" for c in shapes.COLORS for s in shapes.SHAPES]
     for thing in scene.objects:
-        box = tuple(int(v) for v in thing.box)
-        cell = (box[1] + box[3]) // 2 // CELL * CELLS + (box[0] + box[2]) // 2 // CELL
+        box = tuple(int(v) for v in np.round(thing.box * scale))
+        cell = (box[1] + box[3]) // 2 // CELL * columns + (box[0] + box[2]) // 2 // CELL
         cell_class[cell] = 1 + kinds.index(f"{thing.color} {thing.shape}")
         cell_box[cell] = box
         for expression in thing.expressions:
             if not shapes.is_held_out(expression):
                 questions.append((expression.text, box, cell))
-    return scene.image, cell_class, cell_box, questions
+    return look(picture), cell_class, cell_box, questions
 
 
 def make_pool(count: int, seed: int) -> Pool:
     with multiprocessing.get_context("spawn").Pool(2) as workers:
         drawn = workers.imap(partial(_draw, seed), range(count), chunksize=64)
         rows = [row for row in tqdm(drawn, "scenes", count) if row[3]]
-    images, cell_class, cell_box, questions = zip(*rows, strict=True)
-    return Pool(np.stack(images), np.stack(cell_class), np.stack(cell_box), list(questions))
+    seen, cell_class, cell_box, questions = zip(*rows, strict=True)
+    fields = [field.name for field in dataclasses.fields(Seen)]
+    stacked = Seen(**{name: np.stack([getattr(x, name) for x in seen]) for name in fields})
+    return Pool(stacked, np.stack(cell_class), np.stack(cell_box), list(questions))
 
 
 class Writer:
@@ -165,7 +214,7 @@ class Writer:
     def __init__(self, folder: Path):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.encode = cache(lambda text: tuple(self.tokenizer.encode(text)))
-        image = "<|vision_start|>" + "<|image_pad|>" * CELLS**2 + "<|vision_end|>"
+        image = "<|vision_start|>" + "<|image_pad|>" * CELLS + "<|vision_end|>"
         self.prefix = self.encode(
             f"<|im_start|>system\n{prompts.SYSTEM}<|im_end|>\n<|im_start|>user\n{image}"
         )
@@ -182,12 +231,17 @@ class Writer:
         return head + echo + coordinates, len(head), len(head) + len(echo) - 1
 
 
-def loosen(box: tuple[int, ...], rng: np.random.Generator) -> tuple[int, ...]:
-    """Every side moved outwards by 5 to 45 % of the object's size, at most to the border."""
+def loosen(
+    box: tuple[int, ...], rng: np.random.Generator, size: tuple[int, int]
+) -> tuple[int, ...]:
+    """Every side moved outwards by 5 to 45 % of the object's size, at most to the border.
+
+    `size` is the picture's, (height, width).
+    """
     x0, y0, x1, y1 = box
     move = rng.uniform(0.05, 0.45, 4) * [x1 - x0, y1 - y0, x1 - x0, y1 - y0]
     moved = np.round(np.array(box) + move * [-1, -1, 1, 1])
-    return tuple(int(v) for v in np.clip(moved, 0, shapes.SIDE))
+    return tuple(int(v) for v in np.clip(moved, 0, [*size[::-1], *size[::-1]]))
 
 
 def batches(pool: Pool, writer: Writer, size: int, loose: bool, seed: int) -> Iterator[dict]:
@@ -195,7 +249,8 @@ def batches(pool: Pool, writer: Writer, size: int, loose: bool, seed: int) -> It
     rng = np.random.default_rng((seed, int(loose)))
     length = 56
     while True:
-        rows = rng.integers(len(pool.images), size=size)
+        rows = rng.integers(len(pool.questions), size=size)
+        seen = {name: array[rows] for name, array in vars(pool.seen).items()}
         tokens = np.zeros((size, QUESTIONS, length), np.int32)
         spans = np.zeros((size, QUESTIONS, 3), np.int32)  # answer, box, end
         cells = np.zeros((size, QUESTIONS), np.int32)
@@ -204,11 +259,13 @@ def batches(pool: Pool, writer: Writer, size: int, loose: bool, seed: int) -> It
             order = rng.permutation(len(asked))
             for g in range(QUESTIONS):
                 text, box, cells[b, g] = asked[order[g % len(order)]]
-                ids, answer, start = writer.row(text, loosen(box, rng) if loose else box)
+                if loose:
+                    box = loosen(box, rng, tuple(CELL * int(n) for n in seen["grid"][b]))
+                ids, answer, start = writer.row(text, box)
                 tokens[b, g, : len(ids)] = ids
                 spans[b, g] = answer, start, len(ids)
         yield dict(
-            images=pool.images[rows],
+            **seen,
             cell_class=pool.cell_class[rows].astype(np.int32),
             cell_box=pool.cell_box[rows].astype(np.int32),
             tokens=tokens,
@@ -220,22 +277,26 @@ def batches(pool: Pool, writer: Writer, size: int, loose: bool, seed: int) -> It
 # ---- losses -------------------------------------------------------------------------------------
 
 
-def see(model: TinyVLM, images: jax.Array) -> jax.Array:
-    """Merged tokens [B, 16, D] of 112 x 112 pictures, which are one window."""
-    b, n, p = len(images), CELLS, CELL // 2
-    x = (images / 255.0 - IMAGE_MEAN) / IMAGE_STD
-    x = x.reshape(b, n, 2, p, n, 2, p, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
-    x = jnp.repeat(x.reshape(b, 1, 4 * n * n, 3, 1, p * p), 2, axis=4).reshape(b, 1, 4 * n * n, -1)
-    unit, sub = np.divmod(np.arange(4 * n * n), 4)
-    place = np.stack([unit // n * 2 + sub // 2, unit % n * 2 + sub % 2], -1)
-    return model.visual(x, jnp.asarray(place)[None, None], jnp.ones((1, 1, 4 * n * n), bool))
+def see(model: TinyVLM, batch: dict) -> jax.Array:
+    """Merged tokens [B, 16, D] of the cells, row by row; those past the last are arbitrary."""
+    mean, std = (np.float32(x)[:, None] for x in (images.MEAN, images.STD))
+    x = (batch["patches"] / 255.0 - mean) / std
+    x = jnp.repeat(x[:, None, :, :, None], 2, axis=4).reshape(len(x), 1, x.shape[1], -1)
+    seen = model.visual(x, batch["places"].astype(jnp.int32)[:, None], batch["mask"][:, None])
+    return jnp.take_along_axis(seen, batch["order"].astype(jnp.int32)[..., None], axis=1)
+
+
+def is_cell(batch: dict) -> jax.Array:
+    """Which of the 16 cells the picture has, bool [B, 16]."""
+    return jnp.arange(CELLS) < jnp.prod(batch["grid"].astype(jnp.int32), axis=1)[:, None]
 
 
 def cell_loss(model: TinyVLM, seen: jax.Array, batch: dict) -> jax.Array:
     """What is centred in each cell, and its box in digits."""
-    parts = jnp.split(model.cells(seen), [16, 16 + 4 * 12], axis=-1)
+    parts = jnp.split(model.cells(seen), [16, 16 + 4 * TENS], axis=-1)
     nll = optax.softmax_cross_entropy_with_integer_labels
-    loss = nll(parts[0], batch["cell_class"]).mean()
+    present = is_cell(batch)
+    loss = jnp.sum(nll(parts[0], batch["cell_class"]) * present) / present.sum()
     here = (batch["cell_class"] > 0)[..., None]
     for logits, digit in zip(parts[1:], jnp.divmod(batch["cell_box"], 10), strict=True):
         logits = logits.reshape(*logits.shape[:-1], 4, -1)
@@ -251,18 +312,21 @@ def answer_loss(
     b, g, s = tokens.shape
     answer, start, end = (batch["spans"][..., i, None] for i in range(3))
     prompt = jnp.broadcast_to(language.embed_tokens(prefix), (b, len(prefix), seen.shape[-1]))
-    prompt = prompt.at[:, first_image : first_image + CELLS**2].set(seen)
+    prompt = prompt.at[:, first_image : first_image + CELLS].set(seen)
     p = len(prefix)
-    grid = np.arange(CELLS**2)
-    positions = np.broadcast_to(np.arange(p), (3, p)).copy()
-    inside = slice(first_image, first_image + CELLS**2)
-    positions[:, inside] = first_image + np.stack([0 * grid, grid // CELLS, grid % CELLS])
-    positions[:, inside.stop :] -= CELLS**2 - CELLS
-    own = positions[0, -1] + 1 + np.arange(g * s) % s
-    rotation = language.rotation(
-        jnp.concatenate([positions, np.broadcast_to(own, (3, g * s))], -1)[None]
+    inside = slice(first_image, first_image + CELLS)
+    grid = batch["grid"].astype(jnp.int32)
+    rows, columns = jnp.divmod(jnp.arange(CELLS), grid[:, 1:])
+    positions = jnp.broadcast_to(jnp.arange(p), (b, 3, p))
+    positions = positions.at[:, :, inside].set(
+        first_image + jnp.stack([0 * rows, rows, columns], axis=1)
     )
-    causal, alone = np.tri(s, dtype=bool)[None, None], np.tri(p, dtype=bool)[None, None]
+    positions = positions.at[:, :, inside.stop :].add(grid.max(1)[:, None, None] - CELLS)
+    own = positions[:, :, -1:] + 1 + np.arange(g * s) % s
+    rotation = language.rotation(jnp.concatenate([positions, own], -1))
+    causal = np.tri(s, dtype=bool)[None, None]
+    there = jnp.ones((b, p), bool).at[:, inside].set(is_cell(batch))
+    alone = np.tri(p, dtype=bool) & there[:, None, None]
 
     x = jnp.concatenate([prompt, language.embed_tokens(tokens).reshape(b, g * s, -1)], 1)
     for i in range(language.config.num_layers):
@@ -270,12 +334,12 @@ def answer_loss(
         parts = layer.project(x, rotation)
         before = [y[:, None, :p] for y in parts]
         after = [y[:, p:].reshape(b, g, s, *y.shape[2:]) for y in parts]
-        shared = Prefix(*(heads_first(y[:, 0]) for y in before[1:]), jnp.ones((b, p), bool))
+        shared = Prefix(*(heads_first(y[:, 0]) for y in before[1:]), there)
         if i == SUPERVISED_LAYER:
             # Values that are one-hot in the cells turn attention's output into its weights.
-            cells = jnp.zeros((1, 1, p, CELLS**2)).at[:, 0, inside].set(jnp.eye(CELLS**2))
+            cells = jnp.zeros((1, 1, p, CELLS)).at[:, 0, inside].set(jnp.eye(CELLS))
             looking = Prefix(shared.keys[:, :1], jnp.tile(cells, (b, 1, 1, 1)), shared.mask)
-            nothing = jnp.zeros((b, g, s, 1, CELLS**2))
+            nothing = jnp.zeros((b, g, s, 1, CELLS))
             heads = after[0].shape[3] // after[1].shape[3]
             weights = attention(
                 after[0][..., :heads, :], after[1][..., :1, :], nothing, causal, looking
@@ -288,7 +352,7 @@ def answer_loss(
     place = jnp.arange(1, s)
     counted = (place >= answer) & (place < end)
     nll = -jnp.sum(log_probs * counted) / counted.sum()
-    target = jax.nn.one_hot(batch["cells"], CELLS**2)
+    target = jax.nn.one_hot(batch["cells"], CELLS)
     mass = jnp.einsum("bgshc,bgc->bgs", weights, target) / weights.shape[3]
     writing = (jnp.arange(s) >= start) & (jnp.arange(s) < end - 2)
     drawn = -jnp.sum(jnp.log(mass + 1e-6) * writing) / writing.sum()
@@ -323,12 +387,12 @@ def train(settings: Settings) -> dict:
 
     def vision_loss(state, batch, _):
         model = nnx.merge(definition, state)
-        loss = cell_loss(model, see(model, batch["images"]), batch)
+        loss = cell_loss(model, see(model, batch), batch)
         return loss, (loss,)
 
     def language_loss(state, batch, aid):
         model = nnx.merge(definition, state)
-        seen = see(model, batch["images"])
+        seen = see(model, batch)
         nll, drawn = answer_loss(model, seen, batch, prefix, writer.first_image)
         cells = cell_loss(model, seen, batch)
         return nll + 0.3 * drawn + 0.3 * aid * cells, (nll, drawn, cells)

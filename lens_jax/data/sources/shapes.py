@@ -64,13 +64,13 @@ class ShapeObject:
     shape: str
     size: str
     box: Float[np.ndarray, "4"]
-    mask: Bool[np.ndarray, "112 112"]
+    mask: Bool[np.ndarray, "H W"]
     expressions: tuple[Expression, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    image: UInt8[np.ndarray, "112 112 3"]
+    image: UInt8[np.ndarray, "H W 3"]
     objects: tuple[ShapeObject, ...]
 
 
@@ -96,14 +96,22 @@ def is_held_out(expression: Expression) -> bool:
     return index % 6 == 0
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-    """Draws a scene; at least one of its objects has an expression."""
+def random_scene(
+    rng: np.random.Generator, size: tuple[int, int] = (SIDE, SIDE), plain: bool = False
+) -> Scene:
+    """Draws a scene; at least one of its objects has an expression.
+
+    Args:
+        size: (height, width) of the picture in pixels.
+        plain: one colour behind the objects, light or dark, in place of the gradient; and the
+            objects' colours vary more.
+    """
     while True:
-        kinds, boxes = _arrange(rng)
+        kinds, boxes = _arrange(rng, size)
         expressions = _expressions(kinds, boxes, rng)
         if any(expressions):
             break
-    image, masks = _draw(kinds, boxes, rng)
+    image, masks = _draw(kinds, boxes, rng, size, plain)
     objects = []
     for (color, shape, size), mask, sentences in zip(kinds, masks, expressions, strict=True):
         ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -112,7 +120,9 @@ def random_scene(rng: np.random.Generator) -> Scene:
     return Scene(image, tuple(objects))
 
 
-def _arrange(rng: np.random.Generator) -> tuple[list[tuple[str, str, str]], np.ndarray]:
+def _arrange(
+    rng: np.random.Generator, picture: tuple[int, int]
+) -> tuple[list[tuple[str, str, str]], np.ndarray]:
     """Kinds (color, shape, size) and integer boxes [N, 4] of objects that hardly touch."""
     count = int(rng.integers(2, 7))
     kinds: list[tuple[str, str, str]] = []
@@ -133,7 +143,8 @@ def _arrange(rng: np.random.Generator) -> tuple[list[tuple[str, str, str]], np.n
             shape = SHAPES[int(u[3] * len(SHAPES))]
         low, high = SIZES[size]
         side = int(rng.integers(low, high + 1))
-        x0, y0 = 1 + int(u[4] * (SIDE - 1 - side)), 1 + int(u[5] * (SIDE - 1 - side))
+        x0 = 1 + int(u[4] * (picture[1] - 1 - side))
+        y0 = 1 + int(u[5] * (picture[0] - 1 - side))
         box = (x0, y0, x0 + side, y0 + side)
         if all(_overlap(box, other) <= 0.06 for other in boxes):
             kinds.append((color, shape, size))
@@ -192,27 +203,36 @@ def _expressions(
 
 
 def _draw(
-    kinds: list[tuple[str, str, str]], boxes: np.ndarray, rng: np.random.Generator
+    kinds: list[tuple[str, str, str]],
+    boxes: np.ndarray,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    plain: bool,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The picture and the visible pixels of each object; later objects lie on top."""
-    ramp = np.linspace(0.0, 64.0, SIDE, dtype=np.float32)
-    canvas = np.empty((SIDE, SIDE, 3), np.float32)
-    base = rng.uniform(88.0, 112.0, 3).astype(np.float32)
-    canvas[..., 0] = base[0] + ramp[None, :]  # red grows to the right, blue downwards
-    canvas[..., 1] = base[1]
-    canvas[..., 2] = base[2] + ramp[:, None]
+    canvas = np.empty((*size, 3), np.float32)
+    if plain:
+        grey, spread, noise = rng.uniform(0.0, 255.0), 25, int(rng.integers(3))
+        canvas[:] = grey + rng.choice((0.0, 25.0)) * rng.uniform(-1.0, 1.0, 3)
+    else:
+        spread, noise = 12, 4
+        base = rng.uniform(88.0, 112.0, 3).astype(np.float32)
+        rows, columns = (np.linspace(0.0, 64.0, n, dtype=np.float32) for n in size)
+        canvas[..., 0] = base[0] + columns[None, :]  # red grows to the right, blue downwards
+        canvas[..., 1] = base[1]
+        canvas[..., 2] = base[2] + rows[:, None]
     masks: list[np.ndarray] = []
     for (color, shape, _), (x0, y0, x1, y1) in zip(kinds, boxes.tolist(), strict=True):
         alpha = _coverage(shape, x1 - x0)
-        paint = np.array(COLORS[color], np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
+        drift = rng.uniform(-spread, spread, 3).astype(np.float32)
         patch = canvas[y0:y1, x0:x1]
-        patch += alpha[..., None] * (paint - patch)
-        mask = np.zeros((SIDE, SIDE), bool)
+        patch += alpha[..., None] * (np.array(COLORS[color], np.float32) + drift - patch)
+        mask = np.zeros(size, bool)
         mask[y0:y1, x0:x1] = alpha > 0.5
         for below in masks:
             below &= ~mask
         masks.append(mask)
-    canvas += rng.integers(-4, 5, canvas.shape, np.int8)
+    canvas += rng.integers(-noise, noise + 1, canvas.shape, np.int8)
     return np.clip(canvas, 0, 255).astype(np.uint8), masks
 
 
