@@ -90,6 +90,33 @@ def test_commands_are_found():
     assert {"train", "evaluate", "predict", "demo", "data", "convert_weights", "compile"} <= names
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_and_links_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:lens_jax|launch|tools|tests|benchmarks|configs)/[\w./]+)`", text)
+    missing = [path for path in named if not (ROOT / path).exists()]
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        other = page.parent / target if target else page
+        if not other.exists() or (anchor and anchor not in anchors(other)):
+            missing.append(f"{target}#{anchor}")
+    assert not missing
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_module_has_its_line():
+    """docs/code.md names each module of the package, or its folder."""
+    named = set(re.findall(r"`(lens_jax/[\w./]+)`", (ROOT / "docs/code.md").read_text()))
+    for module in (ROOT / "lens_jax").rglob("*.py"):
+        path = module.relative_to(ROOT)
+        folders = {f"{folder.as_posix()}/" for folder in path.parents}
+        assert path.name == "__init__.py" or path.as_posix() in named or folders & named, path
+
+
 # What docs/own_data.md prints -> what is enough to see that it works.
 SHORTER = {
     "--alignment.steps 20": "--alignment.steps 2",

@@ -152,10 +152,11 @@ def per_device(function: Callable, mesh: Mesh | None, *, kv_heads: int) -> Calla
     Heads are cut over the mesh axis `tensor` if the KV heads divide; otherwise each device computes
     all of them.
     """
-    if mesh is None or mesh.size == 1:
-        return function
-    # Inside of another shard_map, such as the rollout's, rows are a device's own already.
+    # Inside of another shard_map, such as an update's, rows are a device's own already.
     context = jax.sharding.get_abstract_mesh()
+    if mesh is None or (mesh.size == 1 and not context.manual_axes):
+        return function
+    # Even one device: Pallas refuses to be inside of a shard_map that leaves an axis out.
     axes = set(mesh.axis_names) - set(context.manual_axes)
     if not axes:
         return function

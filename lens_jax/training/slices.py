@@ -191,8 +191,10 @@ def _reinforcement(config, mesh, model, read_text, end_tokens) -> Iterator[Progr
         stage.relayout,
         (policy,),
         named={"parameters": policy},
-        # The policy's are arguments; the other parts' lie beside.
-        beside=rest | {"parameters": _without(state.params, policy)} | batches,
+        # The policy's are arguments, trained or frozen; the other parts' lie beside.
+        beside=rest
+        | {"parameters": _without(state.params, policy), "frozen": _without(frozen, policy)}
+        | batches,
     )
 
     settings = config.grpo

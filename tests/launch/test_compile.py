@@ -124,6 +124,20 @@ def test_what_lies_on_a_chip(compiled, shapes):
     assert rollout["resident"]["caches"] == rows * tokens * per_token
 
 
+def test_every_parameter_lies_there_once(shapes):
+    """Beside a re-layout, too, which reads trained and frozen ones."""
+    run = RUN | {"model.mllm": "x", "model.sam": "x", "grpo.trained": "[visual, context]"}
+    config = configs.load([str(x) for key, value in run.items() for x in (f"--{key}", value)])
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    options = dict(stages=["grpo"], read_text=None, end_tokens=(1,), repetition_penalty=1.0)
+    relayout = next(slices.list_programs(config, shapes, mesh, **options))
+    held = [relayout.named["parameters"]]
+    held += [relayout.beside[name] for name in ("parameters", "frozen")]
+    leaves = jax.tree.leaves(nnx.state(abstract(shapes)))
+    whole = 4 * sum(math.prod(x.shape) for x in leaves)
+    assert slices.bytes_per_chip(held) == pytest.approx(whole, rel=1e-6)  # constants besides
+
+
 def test_relayout_gathers_once(compiled, shapes):
     """In 16 bits: the conversion comes before the way."""
     relayout = compiled[0]["programs"][0]

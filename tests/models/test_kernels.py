@@ -349,3 +349,24 @@ def test_compiled_for_a_mesh():
     text = compiled.as_text()
     assert text.count("tpu_custom_call") == 3
     assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "permute"))
+
+
+def test_one_chip_within_an_update():
+    """An update's shard_map leaves `tensor` out, which Pallas refuses unless it is added."""
+    mesh = mesh_of(1, 1, 1, devices=tpu.devices()[:1])
+    place = jax.NamedSharding(mesh, P(("data", "fsdp")))
+    attend = partial(Attention("splash", mesh).packed, prompt=100, group=2)
+    update = jax.shard_map(
+        gradients(attend),
+        mesh=mesh,
+        in_specs=P(("data", "fsdp")),
+        out_specs=P(("data", "fsdp")),
+        axis_names={"data", "fsdp"},
+        check_vma=False,
+    )
+    inputs = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes(4, 300, 4, 2, 128)
+    )
+    with jax.default_matmul_precision("default"):
+        text = jax.jit(update).lower(*inputs).as_text()
+    assert text.count("tpu_custom_call") == 3
