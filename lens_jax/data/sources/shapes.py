@@ -121,7 +121,7 @@ def random_scene(
 
 
 def varied_scene(rng: np.random.Generator) -> Scene:
-    """A scene as pictures of one's own may be: up to 112 x 64 or 64 x 112, mostly plain."""
+    """A scene as pictures of one's own may be: sides of 64 to 112 and 112, mostly plain."""
     narrow, plain, upright = rng.random(3) < (0.7, 0.6, 0.5)
     size = (int(rng.integers(64, SIDE)) if narrow else SIDE, SIDE)
     return random_scene(rng, size[::-1] if upright else size, bool(plain))
