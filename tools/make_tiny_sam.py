@@ -130,8 +130,14 @@ class Batch:
 
 
 def draw_batch(rng: np.random.Generator, images: int, objects: int) -> Batch:
-    """New scenes; `objects` prompts of each way a picture, objects drawn with replacement."""
-    scenes = [shapes.random_scene(rng) for _ in range(images)]
+    """New scenes; `objects` prompts of each way a picture, objects drawn with replacement.
+
+    Half of the pictures have other proportions or plain backgrounds; SAM sees each as a square.
+    """
+    scenes = [
+        _squared(shapes.random_scene(rng) if i % 2 else shapes.varied_scene(rng))
+        for i in range(images)
+    ]
     side = (CONFIG.image_size, CONFIG.image_size)
     pixels = [
         np.asarray(Image.fromarray(s.image).resize(side, Image.Resampling.BILINEAR)) for s in scenes
@@ -167,13 +173,25 @@ def draw_batch(rng: np.random.Generator, images: int, objects: int) -> Batch:
     )
 
 
+def _squared(scene: shapes.Scene) -> shapes.Scene:
+    """The scene with its objects stretched to 112 x 112; the picture stays as it is."""
+    height, width = scene.image.shape[:2]
+    rows, columns = ((np.arange(shapes.SIDE) * n) // shapes.SIDE for n in (height, width))
+    scale = shapes.SIDE / np.array([width, height, width, height])
+    objects = tuple(
+        dataclasses.replace(o, mask=o.mask[rows[:, None], columns], box=o.box * scale)
+        for o in scene.objects
+    )
+    return shapes.Scene(scene.image, objects)
+
+
 def _points(
     rng: np.random.Generator, shape: shapes.ShapeObject, labels: tuple[int, ...]
 ) -> Float[np.ndarray, "N 2"]:
     """Points inside the object and corners of its box, in pixels of the model's picture."""
     x0, y0, x1, y1 = shape.box
     # Half of the boxes are off by up to a sixth of the object's side, the others by a pixel.
-    jitter = (x1 - x0) / 6 if rng.random() < 0.5 else 1.0
+    jitter = min(x1 - x0, y1 - y0) / 6 if rng.random() < 0.5 else 1.0
     corners = np.array([[x0, y0], [x1, y1]]) + rng.uniform(-jitter, jitter, (2, 2))
     corners = np.clip(corners, 0, shapes.SIDE)
     inside = np.argwhere(shape.mask)[:, ::-1]

@@ -192,7 +192,7 @@ def test_batches_take_the_smallest_bucket_that_holds_them(processor):
 
 
 def test_a_batch_holds_what_the_processor_made(processor, tokenizer, shapes_dir):
-    source = RefCoco(shapes_dir, "refcoco", "train")
+    source = RefCoco(shapes_dir, "refcoco", "val")
     batch = next(make(processor, source, batch_size=6))
     prompts, targets = batch.prompts, batch.targets
     assert jax.tree.all(

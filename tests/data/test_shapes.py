@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lens_jax.data.sources import shapes
+from lens_jax.data.sources.refcoco import RefCoco
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +92,18 @@ def test_sentences_are_listed(scenes):
     for scene in scenes:
         for o in scene.objects:
             assert {expression.text for expression in o.expressions} <= listed
+
+
+def test_training_has_pictures_of_other_proportions(shapes_dir):
+    """One in three has a shape of its own, and masks of its size; held-out splits have none."""
+    sizes = {}
+    for split in ("train", "val"):
+        source = RefCoco(shapes_dir, "refcoco", split)
+        samples = [source[i] for i in range(len(source))]
+        assert all(s.mask.shape == s.image.shape[:2] for s in samples)
+        sizes[split] = [s.image.shape[:2] for s in samples]
+    assert set(sizes["val"]) == {(112, 112)}
+    varied = [size for size in sizes["train"] if size != (112, 112)]
+    assert 0.1 < len(varied) / len(sizes["train"]) < 0.4
+    assert all(max(size) == 112 and min(size) >= 64 for size in varied)
+    assert {size[0] < size[1] for size in varied} == {True, False}

@@ -12,7 +12,7 @@ needed to tell the objects apart:
 import dataclasses
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,13 @@ def random_scene(
         box = np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float64)
         objects.append(ShapeObject(color, shape, size, box, mask, tuple(sentences)))
     return Scene(image, tuple(objects))
+
+
+def varied_scene(rng: np.random.Generator) -> Scene:
+    """A scene as pictures of one's own may be: sides of 64 to 112 and 112, mostly plain."""
+    narrow, plain, upright = rng.random(3) < (0.7, 0.6, 0.5)
+    size = (int(rng.integers(64, SIDE)) if narrow else SIDE, SIDE)
+    return random_scene(rng, size[::-1] if upright else size, bool(plain))
 
 
 def _arrange(
@@ -257,10 +264,12 @@ SPLITS = ("train", "val", "testA", "testB")
 def write_refcoco(out_dir: str | Path, num_scenes: Mapping[str, int], seed: int) -> None:
     """Writes scenes as a genuine RefCOCO data set: OUT_DIR/refer_seg/{images, refcoco}.
 
-    Every split has pictures of its own. Training says none of the held-out combinations of words
-    (`is_held_out`); testA says only what training may say, testB only held-out combinations, val
-    both. Objects that nothing is said about stay in instances.json, as in COCO. One object in
-    eight, and every one that another hides in part, is encoded in runs, the others as polygons.
+    Every split has pictures of its own. In training, one in three has another shape or a plain
+    background, so that the model is not lost on pictures of one's own. Training says none of the
+    held-out combinations of words (`is_held_out`); testA says only what training may say, testB
+    only held-out combinations, val both. Objects that nothing is said about stay in
+    instances.json, as in COCO. One object in eight, and every one that another hides in part, is
+    encoded in runs, the others as polygons.
 
     Does nothing if OUT_DIR holds this very data set already; the refs file, written last, tells.
 
@@ -291,11 +300,14 @@ def write_refcoco(out_dir: str | Path, num_scenes: Mapping[str, int], seed: int)
     refs, num_sentences = [], 0
     plan = [(split, i) for split in SPLITS for i in range(num_scenes.get(split, 0))]
     for image_id, (split, i) in enumerate(tqdm(plan, desc="drawing scenes", unit="scene"), start=1):
-        scene = _scene_of_split(split, np.random.default_rng((seed, SPLITS.index(split), i)))
+        rng = np.random.default_rng((seed, SPLITS.index(split), i))
+        draw = varied_scene if split == "train" and i % 3 == 2 else random_scene
+        scene = _scene_of_split(split, rng, draw)
         file_name = f"COCO_train2014_{image_id:012d}.jpg"
         Image.fromarray(scene.image).save(images / file_name, quality=95, subsampling=0)
+        height, width = scene.image.shape[:2]
         instances["images"].append(
-            {"id": image_id, "file_name": file_name, "width": SIDE, "height": SIDE}
+            {"id": image_id, "file_name": file_name, "width": width, "height": height}
         )
         for o in scene.objects:
             annotation_id = len(instances["annotations"]) + 1
@@ -326,11 +338,13 @@ def write_refcoco(out_dir: str | Path, num_scenes: Mapping[str, int], seed: int)
     unfinished.rename(refs_file)
 
 
-def _scene_of_split(split: str, rng: np.random.Generator) -> Scene:
+def _scene_of_split(
+    split: str, rng: np.random.Generator, draw: Callable[[np.random.Generator], Scene]
+) -> Scene:
     """A scene with the expressions that its split may say; at least one."""
     allowed = {"train": (False,), "val": (False, True), "testA": (False,), "testB": (True,)}[split]
     while True:
-        scene = random_scene(rng)
+        scene = draw(rng)
         objects = tuple(
             dataclasses.replace(
                 o, expressions=tuple(e for e in o.expressions if is_held_out(e) in allowed)
@@ -347,8 +361,8 @@ def _annotation(o: ShapeObject, annotation_id: int, image_id: int) -> dict[str, 
     outline = _outline(o)
     if annotation_id % 8 == 0 or outline is None:
         runs = np.flatnonzero(np.diff(o.mask.reshape(-1, order="F"), prepend=False, append=False))
-        counts = np.diff(runs, prepend=0, append=SIDE * SIDE).tolist()
-        segmentation: Any = {"size": [SIDE, SIDE], "counts": counts}
+        counts = np.diff(runs, prepend=0, append=o.mask.size).tolist()
+        segmentation: Any = {"size": list(o.mask.shape), "counts": counts}
     else:
         segmentation = [outline]
     return {
