@@ -1,10 +1,8 @@
 """What is wrong with a data set of one's own: every row read as training reads it, and counted."""
 
-import base64
 import collections
 import dataclasses
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from PIL import Image
 
 from lens_jax.data import images, prompts
 from lens_jax.data.mask_files import read_mask
@@ -30,6 +27,7 @@ from lens_jax.data.sources.folder import (
     read_row,
 )
 from lens_jax.files import printable
+from lens_jax.training import drawing
 
 if TYPE_CHECKING:
     from lens_jax.data.pipeline import Processor
@@ -38,7 +36,6 @@ FIT = 0.7  # IoU that a given box has at least with its mask's own
 SLACK = 1.0  # pixels by which coordinates may leave the picture unremarked
 PATCH = images.FACTOR // 2  # pixels of a patch's side
 SIDE = 260  # pixels of a thumbnail's longer side
-TINT = np.array([0, 214, 255])
 LISTED = 500  # rows listed on the page for each kind of problem
 
 
@@ -318,24 +315,7 @@ def _tally(rows: Iterable[Sequence[Note]]) -> list[tuple[str, int, str]]:
 def _thumbnail(data_dir: Path, row: Row) -> str:
     """The picture with mask and box as a data URI."""
     sample = read_row(data_dir, row)
-    height, width = sample.mask.shape
-    scale = min(1.0, SIDE / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    pixels = np.asarray(Image.fromarray(sample.image).resize(size), np.float32)
-    grey = Image.fromarray(sample.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
-    share = np.asarray(grey, np.float32)[..., None] / 255 * 0.55
-    pixels = (pixels * (1 - share) + TINT * share).astype(np.uint8)
-    if sample.box is not None:
-        x0, y0, x1, y1 = np.round(sample.box * scale).astype(int)
-        x0, x1 = np.clip([x0, max(x0 + 1, x1) - 1], 0, size[0] - 1)
-        y0, y1 = np.clip([y0, max(y0 + 1, y1) - 1], 0, size[1] - 1)
-        for edge in (np.s_[y0, x0 : x1 + 1], np.s_[y1, x0 : x1 + 1]):
-            pixels[edge] = TINT
-        for edge in (np.s_[y0 : y1 + 1, x0], np.s_[y0 : y1 + 1, x1]):
-            pixels[edge] = TINT
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return drawing.data_uri(drawing.overlay(sample.image, sample.box, sample.mask, side=SIDE))
 
 
 def _box_iou(a: np.ndarray, b: np.ndarray) -> float:
