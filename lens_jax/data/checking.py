@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from lens_jax.data import images, prompts
+from lens_jax.data import images
 from lens_jax.data.mask_files import read_mask
 from lens_jax.data.percent import DOUBT, LARGE, Coordinates, Reach
 from lens_jax.data.sample import Sample
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 FIT = 0.7  # IoU that a given box has at least with its mask's own
 SLACK = 1.0  # pixels by which coordinates may leave the picture unremarked
-PATCH = images.FACTOR // 2  # pixels of a patch's side
 SIDE = 260  # pixels of a thumbnail's longer side
 LISTED = 500  # rows listed on the page for each kind of problem
 
@@ -52,7 +51,7 @@ class Verdict:
     """What was found about a row: `error` if it cannot be used, else what to look at.
 
     `picture` and `target` are digests of the picture's file and of the mask; `size` is (height,
-    width).
+    width); `box` is the sample's.
     """
 
     row: Row
@@ -62,6 +61,7 @@ class Verdict:
     picture: bytes = b""
     target: bytes = b""
     size: tuple[int, int] = (0, 0)
+    box: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Report:
         return sorted({v.row.split for v in self.verdicts if v.row.split is not None})
 
     def counts(self) -> list[dict[str, Any]]:
-        """A row for each split and one for all: rows = usable + unusable; `no target`, `sentences`
+        """A row for each split and one for all: rows = usable + unusable; `no target`, `samples`
         and `pictures` are of the usable ones. A line too broken to name its split is under `?`."""
         by_split = collections.defaultdict(list)
         for verdict in self.verdicts:
@@ -127,27 +127,28 @@ def check(
 
 def buckets(report: Report, processor: "Processor", *, reasoning: bool = False) -> dict[str, Any]:
     """What data.windows, data.prompt_tokens, data.answer_tokens and data.canvas must be for every
-    usable row to fit. Larger masks than SAM's picture need no canvas of their own."""
-    windows, prompt, answer, height, width = 1, 1, 1, 1, 1
-    encoder, side = processor.encoder, processor.sam_size
-    for verdict in report.verdicts:
-        if verdict.error is not None:
-            continue
-        size = images.smart_resize(*verdict.size, processor.min_pixels, processor.max_pixels)
-        grid = (size[0] // PATCH, size[1] // PATCH)
-        source, _, units = images.window_layout(grid, processor.window_units)
-        windows = max(windows, len(source))
-        h, w = prompts.coordinate_scale(size, processor.coordinates)
-        for text in verdict.row.expressions:
-            prompt = max(prompt, len(encoder.prompt(text, len(units), reasoning)[0]))
-            answer = max(answer, len(encoder.answer(text, (w, h, w, h))))
-        height, width = max(height, verdict.size[0]), max(width, verdict.size[1])
+    usable row to fit. Larger masks than SAM's picture need no canvas of their own: `shrunken`."""
+    usable = [verdict for verdict in report.verdicts if verdict.error is None]
+    needs = [
+        dataclasses.astuple(processor.needs(v.size, text, v.box, reasoning=reasoning))
+        for v in usable
+        for text in v.row.expressions
+    ]
+    windows, prompt, answer = map(max, zip(*needs, strict=True))
+    canvas = [
+        min(max(sides), processor.sam_size) for sides in zip(*(v.size for v in usable), strict=True)
+    ]
     return {
         "windows": [windows],
         "prompt_tokens": [-(-prompt // 64) * 64],
         "answer_tokens": [-(-answer // 32) * 32],
-        "canvas": [[min(height, side), min(width, side)]],
+        "canvas": [canvas],
     }
+
+
+def shrunken(report: Report, canvas: tuple[int, int]) -> int:
+    """Usable rows whose mask is larger than a canvas (height, width), as training counts them."""
+    return sum(v.error is None and images.is_shrunken(v.size, canvas) for v in report.verdicts)
 
 
 def page(report: Report, thumbnails: int) -> str:
@@ -194,7 +195,7 @@ def _judge(data_dir: Path, row: Row) -> Verdict:
         for kind, text in _remarks(data_dir, row, sample)
     ]
     size = (sample.mask.shape[0], sample.mask.shape[1])
-    return Verdict(row, None, notes, not sample.mask.any(), picture, target, size)
+    return Verdict(row, None, notes, not sample.mask.any(), picture, target, size, sample.box)
 
 
 def _remarks(data_dir: Path, row: Row, sample: Sample) -> Iterable[tuple[str, str]]:
@@ -298,7 +299,7 @@ def _count(split: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "usable": len(usable),
         "unusable": len(verdicts) - len(usable),
         "no target": sum(verdict.no_target for verdict in usable),
-        "sentences": sum(len(verdict.row.expressions) for verdict in usable),
+        "samples": sum(len(verdict.row.expressions) for verdict in usable),
         "pictures": len({verdict.picture for verdict in usable}),
     }
 
