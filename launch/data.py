@@ -78,7 +78,7 @@ def check(
         print(f"\nall usable rows fit into {flags}")
         if count := checking.shrunken(report, needed["canvas"][0]):
             print(
-                f"{count:,} of them with a mask shrunken to that canvas, SAM's picture is no "
+                f"{count:,} of them with a mask shrunken to that canvas: SAM's picture is no "
                 "larger (shrunken_masks of metrics.jsonl)"
             )
     print(f"\npictures and all rows that cannot be used: {page}")
