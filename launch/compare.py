@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import cli
+from lens_jax.files import printable
 
 EXAMPLE = """\
 example:
@@ -16,7 +17,10 @@ example:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Flags(
         prog="launch/compare.py",
-        description="Writes one page with the curves, scores and differing keys of several runs.",
+        description=(
+            "Writes one page with the curves, scores and differing keys of several runs.\n"
+            "Warns where scores or curves are of different data."
+        ),
         epilog=EXAMPLE,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
@@ -25,14 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(argv)
         if options.output is None:
             raise cli.UsageError("give --output, the page to write")
-        from lens_jax.training import metrics, report
+        from lens_jax.training import comparison, metrics
 
         for run in options.runs:
             if not (run / "metrics.jsonl").is_file():
                 raise cli.UsageError(f"{run} is no run: metrics.jsonl is missing")
+        if len({run.resolve() for run in options.runs}) < len(options.runs):
+            raise cli.UsageError("a run is given twice: name each once")
         options.output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            print(report.compare(options.runs, options.output))
+            for text in comparison.write(options.runs, options.output):
+                print(f"warning: {printable(text)}", file=sys.stderr)
+            print(options.output)
         except metrics.RunError as error:
             raise cli.UsageError(str(error)) from error
     except (cli.UsageError, OSError) as error:

@@ -76,6 +76,11 @@ def check(
         needed = checking.buckets(report, processor, reasoning=reasoning)
         flags = " ".join(f"--data.{key} '{value}'" for key, value in needed.items())
         print(f"\nall usable rows fit into {flags}")
+        if count := checking.shrunken(report, needed["canvas"][0]):
+            print(
+                f"{count:,} of them with a mask shrunken to that canvas: SAM's picture is no "
+                "larger (shrunken_masks of metrics.jsonl)"
+            )
     print(f"\npictures and all rows that cannot be used: {page}")
     return 2 if report.unusable else 0
 

@@ -40,8 +40,8 @@ COLUMNS = {
     "ciou": ("cIoU", "{:.3f}"),
     "giou": ("gIoU", "{:.3f}"),
     "box_iou": ("box IoU", "{:.3f}"),
-    "precision_at_0.5": ("P@0.5", "{:.3f}"),
-    "format_rate": ("format", "{:.3f}"),
+    "precision_at_0.5": ("precision_at_0.5", "{:.3f}"),
+    "format_rate": ("format_rate", "{:.3f}"),
     "seconds": ("seconds", "{:.0f}"),
 }
 
@@ -63,7 +63,8 @@ def evaluate(
     rows: Path | None = None,
     page: Path | None = None,
 ) -> None:
-    """Decodes every expression of a split greedily and scores masks and boxes.
+    """Decodes every sample of a split greedily, a picture with one expression each, and scores
+    masks and boxes.
 
     Args:
         checkpoint: A pretrained checkpoint, such as runs/tiny/final.
@@ -75,17 +76,17 @@ def evaluate(
         suite: In place of --dataset: several, with commas between them, as DATASET:SPLIT, or
             DATASET for all of its held-out splits. The scores are then a list.
         reasoning: Ask for a line of thought before the answer.
-        batch_size: Expressions that a device decodes together. Scores may differ in the last
-            places between sizes, as between devices.
+        batch_size: Samples that a device decodes together. Scores may differ in the last places
+            between sizes, as between devices.
         devices: How many devices share the work; all that are present if not given.
         precision: Of matrix products; float32 on CPU and bfloat16 elsewhere if not given.
-        limit: Score only so many expressions of each split, the first ones.
+        limit: Score only so many samples of each split, the first ones.
         max_length: Tokens of prompt and completion together at most. Not given: 768, as in the
             official code; no such limit for folder, whose pictures may be larger.
         official_masks: Count pixels that several parts of one object cover as background, as the
             official evaluation of RefCOCO and GroundingSuite does.
         output: Write the scores as JSON; of a --suite after each of its splits.
-        rows: Write one JSON object for each expression; data.curriculum of a run can read it.
+        rows: Write one JSON object for each sample; data.curriculum of a run can read it.
         page: Write an HTML page: worst, best and random samples, the distribution of IoUs, scores
             by object size and expression length.
     """
@@ -203,11 +204,13 @@ def chosen(suite: str) -> list[tuple[str, str]]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Scores as a table for the terminal."""
+    """Scores as a table for the terminal: a line each, or of one data set a line for each score."""
     lines = [[heading for heading, _ in COLUMNS.values()]]
     for scores in results:
         cells = COLUMNS.items()
         lines.append(["–" if scores[k] is None else f.format(scores[k]) for k, (_, f) in cells])
+    if len(results) == 1:
+        return cli.table(list(zip(*lines, strict=True)))
     return cli.table(lines, left=(0, 1))
 
 

@@ -101,9 +101,9 @@ class DataConfig:
     eval_split: str = "val"
     """The held-out split of evaluation.json."""
     eval_limit: PositiveInt | None = None
-    """Evaluate on this many expressions; null: all."""
+    """Evaluate on this many samples; null: all."""
     eval_batch_size: PositiveInt = 32
-    """Expressions decoded together; filled up to as many on every device."""
+    """Samples decoded together; filled up to as many on every device."""
     max_bad: ClosedUnitInterval = 0.01
     """Stop when clearly more than this fraction of samples cannot be read, more than chance
     explains at this rate; 0: at the first one."""
@@ -113,7 +113,7 @@ class DataConfig:
     prompt_tokens: tuple[PositiveInt, ...] = (512, 1408)
     """Buckets: tokens of a prompt, image tokens included."""
     answer_tokens: tuple[PositiveInt, ...] = (64,)
-    """Buckets: tokens of the teacher-forced answer of stage 1."""
+    """Buckets: tokens of the teacher-forced answer of alignment (stage 1)."""
     canvas: tuple[tuple[PositiveInt, PositiveInt], ...] = ((640, 640),)
     """Buckets: [height, width] of the canvas that true masks lie on."""
     shapes: ShapesConfig = ShapesConfig()
@@ -190,7 +190,8 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentConfig(StageConfig):
-    """Stage 1: the context module learns to prompt SAM; all else is frozen by default."""
+    """Alignment (stage 1): the context module learns to prompt SAM; all else is frozen by
+    default."""
 
     trained: tuple[Part, ...] = ("context",)
     batch_size: PositiveInt = 1024
@@ -203,7 +204,7 @@ class AlignmentConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True)
 class GRPOConfig(StageConfig):
-    """Stage 2: GRPO on the unified rewards, with the segmentation loss."""
+    """GRPO (stage 2) on the unified rewards, with the segmentation loss."""
 
     trained: tuple[Part, ...] = ("visual", "language", "context", "sam_decoder")
     num_generations: PositiveInt = 8
@@ -294,7 +295,7 @@ class CheckpointConfig:
     """Steps after which a checkpoint is written, and kept whatever the others are."""
     best_by: Literal["reward", "box_iou", "mask_iou", "loss"] = "reward"
     """Number of metrics.jsonl, averaged since the checkpoint before; of loss the lowest is best.
-    A stage without it (stage 1 has mask_iou and loss) keeps none by it."""
+    A stage without it (alignment has mask_iou and loss) keeps none by it."""
     directory: str | None = None
     """Where they go, DIRECTORY/<stage>/<step>/, gs://BUCKET/NAME for example; null:
     RUN_DIR/checkpoints."""
@@ -321,7 +322,7 @@ class RunConfig:
     """Stop after this many updates in a row that a loss or gradient which is not finite left out,
     with a checkpoint of the state before them."""
     samples: NonNegativeInt = 12
-    """Held-out expressions shown in samples/ and report.html."""
+    """Held-out samples shown in samples/ and report.html."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
@@ -656,7 +657,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="launch/train.py",
         usage="launch/train.py [--config FILE.yaml] [--SECTION.KEY VALUE ...] [--print_config]",
-        description="Trains LENS: stage 1 (alignment), then stage 2 (GRPO).",
+        description="Trains LENS: alignment (stage 1), then GRPO (stage 2).",
         epilog=_EPILOG,
         formatter_class=_Formatter,
     )

@@ -1,10 +1,8 @@
 """What is wrong with a data set of one's own: every row read as training reads it, and counted."""
 
-import base64
 import collections
 import dataclasses
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from PIL import Image
 
-from lens_jax.data import images, prompts
+from lens_jax.data import images
 from lens_jax.data.mask_files import read_mask
 from lens_jax.data.percent import DOUBT, LARGE, Coordinates, Reach
 from lens_jax.data.sample import Sample
@@ -30,15 +27,14 @@ from lens_jax.data.sources.folder import (
     read_row,
 )
 from lens_jax.files import printable
+from lens_jax.training import drawing
 
 if TYPE_CHECKING:
     from lens_jax.data.pipeline import Processor
 
 FIT = 0.7  # IoU that a given box has at least with its mask's own
 SLACK = 1.0  # pixels by which coordinates may leave the picture unremarked
-PATCH = images.FACTOR // 2  # pixels of a patch's side
 SIDE = 260  # pixels of a thumbnail's longer side
-TINT = np.array([0, 214, 255])
 LISTED = 500  # rows listed on the page for each kind of problem
 
 
@@ -55,7 +51,7 @@ class Verdict:
     """What was found about a row: `error` if it cannot be used, else what to look at.
 
     `picture` and `target` are digests of the picture's file and of the mask; `size` is (height,
-    width).
+    width); `box` is the sample's.
     """
 
     row: Row
@@ -65,6 +61,7 @@ class Verdict:
     picture: bytes = b""
     target: bytes = b""
     size: tuple[int, int] = (0, 0)
+    box: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Report:
         return sorted({v.row.split for v in self.verdicts if v.row.split is not None})
 
     def counts(self) -> list[dict[str, Any]]:
-        """A row for each split and one for all: rows = usable + unusable; `no target`, `sentences`
+        """A row for each split and one for all: rows = usable + unusable; `no target`, `samples`
         and `pictures` are of the usable ones. A line too broken to name its split is under `?`."""
         by_split = collections.defaultdict(list)
         for verdict in self.verdicts:
@@ -130,27 +127,28 @@ def check(
 
 def buckets(report: Report, processor: "Processor", *, reasoning: bool = False) -> dict[str, Any]:
     """What data.windows, data.prompt_tokens, data.answer_tokens and data.canvas must be for every
-    usable row to fit. Larger masks than SAM's picture need no canvas of their own."""
-    windows, prompt, answer, height, width = 1, 1, 1, 1, 1
-    encoder, side = processor.encoder, processor.sam_size
-    for verdict in report.verdicts:
-        if verdict.error is not None:
-            continue
-        size = images.smart_resize(*verdict.size, processor.min_pixels, processor.max_pixels)
-        grid = (size[0] // PATCH, size[1] // PATCH)
-        source, _, units = images.window_layout(grid, processor.window_units)
-        windows = max(windows, len(source))
-        h, w = prompts.coordinate_scale(size, processor.coordinates)
-        for text in verdict.row.expressions:
-            prompt = max(prompt, len(encoder.prompt(text, len(units), reasoning)[0]))
-            answer = max(answer, len(encoder.answer(text, (w, h, w, h))))
-        height, width = max(height, verdict.size[0]), max(width, verdict.size[1])
+    usable row to fit. Larger masks than SAM's picture need no canvas of their own: `shrunken`."""
+    usable = [verdict for verdict in report.verdicts if verdict.error is None]
+    needs = [
+        dataclasses.astuple(processor.needs(v.size, text, v.box, reasoning=reasoning))
+        for v in usable
+        for text in v.row.expressions
+    ]
+    windows, prompt, answer = map(max, zip(*needs, strict=True))
+    canvas = [
+        min(max(sides), processor.sam_size) for sides in zip(*(v.size for v in usable), strict=True)
+    ]
     return {
         "windows": [windows],
         "prompt_tokens": [-(-prompt // 64) * 64],
         "answer_tokens": [-(-answer // 32) * 32],
-        "canvas": [[min(height, side), min(width, side)]],
+        "canvas": [canvas],
     }
+
+
+def shrunken(report: Report, canvas: tuple[int, int]) -> int:
+    """Usable rows whose mask is larger than a canvas (height, width), as training counts them."""
+    return sum(v.error is None and images.is_shrunken(v.size, canvas) for v in report.verdicts)
 
 
 def page(report: Report, thumbnails: int) -> str:
@@ -197,7 +195,7 @@ def _judge(data_dir: Path, row: Row) -> Verdict:
         for kind, text in _remarks(data_dir, row, sample)
     ]
     size = (sample.mask.shape[0], sample.mask.shape[1])
-    return Verdict(row, None, notes, not sample.mask.any(), picture, target, size)
+    return Verdict(row, None, notes, not sample.mask.any(), picture, target, size, sample.box)
 
 
 def _remarks(data_dir: Path, row: Row, sample: Sample) -> Iterable[tuple[str, str]]:
@@ -301,7 +299,7 @@ def _count(split: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "usable": len(usable),
         "unusable": len(verdicts) - len(usable),
         "no target": sum(verdict.no_target for verdict in usable),
-        "sentences": sum(len(verdict.row.expressions) for verdict in usable),
+        "samples": sum(len(verdict.row.expressions) for verdict in usable),
         "pictures": len({verdict.picture for verdict in usable}),
     }
 
@@ -318,24 +316,7 @@ def _tally(rows: Iterable[Sequence[Note]]) -> list[tuple[str, int, str]]:
 def _thumbnail(data_dir: Path, row: Row) -> str:
     """The picture with mask and box as a data URI."""
     sample = read_row(data_dir, row)
-    height, width = sample.mask.shape
-    scale = min(1.0, SIDE / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    pixels = np.asarray(Image.fromarray(sample.image).resize(size), np.float32)
-    grey = Image.fromarray(sample.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
-    share = np.asarray(grey, np.float32)[..., None] / 255 * 0.55
-    pixels = (pixels * (1 - share) + TINT * share).astype(np.uint8)
-    if sample.box is not None:
-        x0, y0, x1, y1 = np.round(sample.box * scale).astype(int)
-        x0, x1 = np.clip([x0, max(x0 + 1, x1) - 1], 0, size[0] - 1)
-        y0, y1 = np.clip([y0, max(y0 + 1, y1) - 1], 0, size[1] - 1)
-        for edge in (np.s_[y0, x0 : x1 + 1], np.s_[y1, x0 : x1 + 1]):
-            pixels[edge] = TINT
-        for edge in (np.s_[y0 : y1 + 1, x0], np.s_[y0 : y1 + 1, x1]):
-            pixels[edge] = TINT
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return drawing.data_uri(drawing.overlay(sample.image, sample.box, sample.mask, side=SIDE))
 
 
 def _box_iou(a: np.ndarray, b: np.ndarray) -> float:

@@ -171,10 +171,15 @@ def arrange_windows(
     return arranged, mask
 
 
+def is_shrunken(size: tuple[int, ...], canvas: tuple[int, int]) -> bool:
+    """Whether `fit_mask` makes a mask of `size` smaller; both are (height, width)."""
+    return size[0] > canvas[0] or size[1] > canvas[1]
+
+
 def fit_mask(mask: Bool[np.ndarray, "H W"], canvas: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
     """The mask itself if it fits on the canvas (height, width), else shrunken to fit, nearest."""
     height, width = mask.shape
-    if height <= canvas[0] and width <= canvas[1]:
+    if not is_shrunken(mask.shape, canvas):
         return mask
     scale = min(canvas[0] / height, canvas[1] / width)
     h, w = max(1, int(height * scale)), max(1, int(width * scale))

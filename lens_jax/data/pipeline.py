@@ -50,6 +50,11 @@ class Buckets:
     def largest_canvas(self) -> tuple[int, int]:
         return max(self.canvas, key=lambda canvas: canvas[0] * canvas[1])
 
+    def shrink(self, mask_size: tuple[int, ...]) -> bool:
+        """Whether a mask of this (height, width) is larger than every canvas: it is not refused,
+        but trains at a lower resolution."""
+        return images.is_shrunken(mask_size, self.largest_canvas)
+
     def largest(self) -> "Buckets":
         """Only the largest of each: one shape, whatever the samples."""
         return Buckets(
@@ -77,6 +82,20 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
+class Needs:
+    """What an example takes of the buckets of the same names."""
+
+    windows: int
+    prompt_tokens: int
+    answer_tokens: int
+
+    def check(self, buckets: Buckets) -> None:
+        """Raises ValueError, which names the bucket, if none holds it."""
+        for what, needed in dataclasses.asdict(self).items():
+            _bucket(getattr(buckets, what), needed, what)
+
+
+@dataclasses.dataclass(frozen=True)
 class Example:
     """A prompt with its truth, before padding."""
 
@@ -84,6 +103,11 @@ class Example:
     box: Float[np.ndarray, "4"]  # as the text writes it; zeros if the sample has none
     mask: Bool[np.ndarray, "H W"]
     answer: Int[np.ndarray, "T"]
+
+    @property
+    def needs(self) -> Needs:
+        prompt = self.prompt
+        return Needs(len(prompt.patches), len(prompt.tokens), len(self.answer))
 
 
 class Processor:
@@ -171,9 +195,8 @@ class Processor:
         picture = image
         if longest_side is not None:
             picture = images.resize(image, images.longest_side(*image_size, longest_side))
-        size = images.smart_resize(*picture.shape[:2], self.min_pixels, self.max_pixels)
+        size, (source, patch_positions, slots) = self._layout(picture.shape[:2])
         patches, grid = images.patchify(images.resize(picture, size), self.mean, self.std)
-        source, patch_positions, slots = images.window_layout(grid, self.window_units)
         arranged, patch_mask = images.arrange_windows(patches, source)
         units = (grid[0] // 2, grid[1] // 2)
         tokens, start = self.encoder.prompt(expression, len(slots), reasoning)
@@ -202,15 +225,51 @@ class Processor:
             longest_side=sample.longest_side,
             antialias=sample.antialias,
         )
-        box = None
-        if sample.box is not None:
-            box = prompts.box_to_text(sample.box, prompt.image_size, prompt.coordinate_scale)
+        box, answer = self._answer(
+            expression, sample.box, prompt.image_size, prompt.coordinate_scale
+        )
         return Example(
             prompt=prompt,
             box=np.array(box or (0, 0, 0, 0), np.float32),
             mask=sample.mask,
-            answer=self.encoder.answer(expression, box),
+            answer=answer,
         )
+
+    def needs(
+        self,
+        image_size: tuple[int, int],
+        expression: str,
+        box: Float[np.ndarray, "4"] | None,
+        *,
+        reasoning: bool = False,
+        longest_side: int | None = None,
+    ) -> Needs:
+        """`Example.needs` of a picture of this (height, width), without its pixels."""
+        picture = image_size
+        if longest_side is not None:
+            picture = images.longest_side(*image_size, longest_side)
+        size, (source, _, slots) = self._layout(picture)
+        tokens, _ = self.encoder.prompt(expression, len(slots), reasoning)
+        scale = prompts.coordinate_scale(size, self.coordinates)
+        _, answer = self._answer(expression, box, image_size, scale)
+        return Needs(len(source), len(tokens), len(answer))
+
+    def _layout(self, picture: tuple[int, ...]) -> tuple[tuple[int, int], tuple[np.ndarray, ...]]:
+        """The size that the language model's picture is resized to, and its `window_layout`."""
+        size = images.smart_resize(*picture, self.min_pixels, self.max_pixels)
+        grid = (size[0] * 2 // images.FACTOR, size[1] * 2 // images.FACTOR)
+        return size, images.window_layout(grid, self.window_units)
+
+    def _answer(
+        self,
+        expression: str,
+        box: Float[np.ndarray, "4"] | None,
+        image_size: tuple[int, int],
+        scale: tuple[int, int],
+    ) -> tuple[Sequence[int] | None, Int[np.ndarray, "T"]]:
+        """A box as the text writes it, and the tokens of stage 1's answer."""
+        written = None if box is None else prompts.box_to_text(box, image_size, scale)
+        return written, self.encoder.answer(expression, written)
 
     def prompts(
         self,
@@ -448,7 +507,7 @@ class Pipeline:
                 sample = self.source[index]
                 expression = sample.expressions[int(rng.integers(len(sample.expressions)))]
                 example = self.processor.example(sample, expression, reasoning=self.reasoning)
-                check_fits(example, self.buckets)
+                example.needs.check(self.buckets)
                 return number, example, attempt > 0
             except (SampleError, ValueError) as error:
                 last = error
@@ -462,17 +521,9 @@ class Pipeline:
     def _stack(self, rows: Sequence[tuple[int, Example, bool]]) -> tuple[Batch, int, int]:
         numbers, examples, bad = zip(*rows, strict=True)
         batch = stack(examples, numbers, self.buckets)
-        largest = self.buckets.largest_canvas
-        shrunken = [e.mask.shape[0] > largest[0] or e.mask.shape[1] > largest[1] for e in examples]
+        shrunken = [self.buckets.shrink(example.mask.shape) for example in examples]
         counted = self._rows.counted
         return batch, int(np.sum(counted & bad)), int(np.sum(counted & shrunken))
-
-
-def check_fits(example: Example, buckets: Buckets) -> None:
-    """Raises ValueError, which names the bucket, for an example that no bucket holds."""
-    _bucket(buckets.windows, len(example.prompt.patches), "windows")
-    _bucket(buckets.prompt_tokens, len(example.prompt.tokens), "prompt_tokens")
-    _bucket(buckets.answer_tokens, len(example.answer), "answer_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -565,7 +616,7 @@ class Evaluation:
             sample, expression = samples[item], samples[item].expressions[sentence]
             try:
                 example = self.processor.example(sample, expression, reasoning=self.reasoning)
-                check_fits(example, self.buckets)
+                example.needs.check(self.buckets)
                 limits.append(self._limit(sample, example.prompt))
             except ValueError as error:
                 where = f"{sample.image_path}, expression {expression[:60]!r}"

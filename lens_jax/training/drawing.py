@@ -4,10 +4,14 @@ A sample is one PNG, to which every evaluation adds a panel. Its text and geomet
 file, as JSON under the PNG text key `lens`, so that report.py can show it without other files.
 """
 
+import base64
 import dataclasses
 import functools
+import io
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ PREDICTED = (0, 214, 255)  # a colour that none of the generated shapes has
 TRUE, HALO = (255, 255, 255), (20, 20, 24)
 TITLE, BODY = 19, 16  # font sizes
 COMPLETION_LINES = 4
-LEGEND = "blue: answer · white: truth"
+LEGEND = "light blue: answer · white: truth"
 KEY = "lens"
 
 
@@ -51,26 +55,33 @@ def overlay(
     side: int = PANEL,
 ) -> Image.Image:
     """The image, its longer side `side` pixels: predicted mask tinted and outlined with its box in
-    one colour, the truth as a thin and a dashed white line."""
+    one colour, the truth as a thin and a dashed white line.
+
+    Every line has a dark one beside it: one of the two is seen on any colour. Lines grow with the
+    square root of `side`, so that they are seen on a large picture that is shown small.
+    """
     h, w = image.shape[:2]
     scale = side / max(h, w)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
+    line = max(1, round(math.sqrt(side / PANEL)))
     canvas = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-    mask = _enlarge(answer_mask, size)
+    mask = _resize(answer_mask, size)
     canvas[mask] = (canvas[mask] + np.array(PREDICTED, np.uint16)) // 2
-    canvas[_edge(mask, 3)] = PREDICTED
+    canvas[_edge(~mask, 2 * line)] = HALO
+    canvas[_edge(mask, 3 * line)] = PREDICTED
     if true_mask is not None:
-        truth = _enlarge(true_mask, size)
-        canvas[_edge(truth, 4)] = HALO
-        canvas[_edge(truth, 2)] = TRUE
+        truth = _resize(true_mask, size)
+        canvas[_edge(truth, 4 * line)] = HALO
+        canvas[_edge(truth, 2 * line)] = TRUE
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
     if _is_box(answer_box):
         x0, y0, x1, y1 = _on_canvas(answer_box, scale, size)
-        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=HALO, width=5)
-        draw.rectangle((x0, y0, x1, y1), outline=PREDICTED, width=3)
+        outer = (x0 - line, y0 - line, x1 + line, y1 + line)
+        draw.rectangle(outer, outline=HALO, width=5 * line)
+        draw.rectangle((x0, y0, x1, y1), outline=PREDICTED, width=3 * line)
     if true_box is not None:
-        _dashed(draw, _on_canvas(true_box, scale, size))
+        _dashed(draw, _on_canvas(true_box, scale, size), line)
     return picture
 
 
@@ -121,10 +132,17 @@ def read_info(file: str | os.PathLike[str]) -> dict[str, Any]:
 
 def scores(panel: Mapping[str, Any]) -> str:
     """A panel's IoUs in words."""
+    mask = f"mask IoU {panel['mask_iou']:.2f}"
     if panel["box"] is None:
-        return f"no box · mask IoU {panel['mask_iou']:.2f}"
-    box = "" if panel["box_iou"] is None else f"box {panel['box_iou']:.2f} · "
-    return f"IoU: {box}mask {panel['mask_iou']:.2f}"
+        return f"no box · {mask}"
+    return mask if panel["box_iou"] is None else f"box IoU {panel['box_iou']:.2f} · {mask}"
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture as a JPEG inside a page."""
+    data = io.BytesIO()
+    picture.convert("RGB").save(data, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def _compose(
@@ -166,10 +184,12 @@ def _compose(
     unfinished.replace(file)
 
 
-def _enlarge(mask: Bool[np.ndarray, "H W"], size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Smoothly: staircases of single pixels become slopes."""
-    grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
-    return np.asarray(grey) > 127
+def _resize(mask: Bool[np.ndarray, "H W"], size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    """Larger smoothly: staircases of single pixels become slopes. Smaller so that none is lost."""
+    grey = Image.fromarray(mask.astype(np.uint8) * 255)
+    if size[0] < mask.shape[1]:
+        return np.asarray(grey.resize(size, Image.Resampling.BOX)) > 0
+    return np.asarray(grey.resize(size, Image.Resampling.BICUBIC)) > 127
 
 
 def _edge(mask: Bool[np.ndarray, "H W"], width: int) -> Bool[np.ndarray, "H W"]:
@@ -194,9 +214,10 @@ def _on_canvas(
     return round(x0), round(y0), round(x1), round(y1)
 
 
-def _dashed(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], dash: int = 9) -> None:
+def _dashed(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], line: int) -> None:
     x0, y0, x1, y1 = box
-    for color, width in ((HALO, 4), (TRUE, 2)):
+    dash = 9 * line
+    for color, width in ((HALO, 4 * line), (TRUE, 2 * line)):
         for x in range(x0, x1, 2 * dash):
             for y in (y0, y1):
                 draw.line((x, y, min(x + dash, x1), y), fill=color, width=width)
@@ -223,10 +244,10 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> li
             continue
         if wrapped[-1]:
             wrapped.append("")
-        for character in word:
-            if font.getlength(wrapped[-1] + character) > width:
+        for part in re.findall(r"\d{1,9}|\D", word):  # a number is not broken
+            if font.getlength(wrapped[-1] + part) > width:
                 wrapped.append("")
-            wrapped[-1] += character
+            wrapped[-1] += part
         if len(wrapped) > lines:
             break
     if len(wrapped) > lines:

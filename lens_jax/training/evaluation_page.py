@@ -17,6 +17,8 @@ from lens_jax.training import drawing, report
 
 SHOWN = 8  # samples of each kind
 BINS = 20  # of the histogram of IoUs
+# Columns of the page's table, of which those of a group of samples hold the first four.
+SHOWN_SCORES = ("samples", "ciou", "giou", "box_iou", "precision_at_0.5", "format_rate")
 # Upper bounds, exclusive, of the groups that scores are split into.
 SIZES = ((0.01, "under 1 %"), (0.05, "1 to 5 %"), (0.2, "5 to 20 %"), (2.0, "over 20 %"))
 WORDS = ((3, "1 or 2"), (6, "3 to 5"), (11, "6 to 10"), (10**9, "11 and more"))
@@ -77,7 +79,12 @@ def section(
 def write(file: Path, checkpoint: str, sections: Sequence[Section]) -> Path:
     """Writes one self-contained page."""
     page = report.render(
-        "evaluation_page.html", checkpoint=checkpoint, sections=sections, bins=BINS
+        "evaluation_page.html",
+        checkpoint=checkpoint,
+        sections=sections,
+        bins=BINS,
+        scores=report.SCORES,
+        shown=SHOWN_SCORES,
     )
     return files.write_text(file, page)
 
@@ -89,7 +96,7 @@ def histogram(ious: Sequence[float]) -> list[tuple[float, float, str]]:
         (
             float(edges[i]),
             float(n / max(1, counts.max())),
-            f"IoU {edges[i]:.2f} to {edges[i + 1]:.2f}: {n:,} expressions",
+            f"IoU {edges[i]:.2f} to {edges[i + 1]:.2f}: {n:,} samples",
         )
         for i, n in enumerate(counts)
     ]
@@ -113,7 +120,7 @@ def _picture(row: Row, collected: Collector, data: Evaluation) -> dict[str, Any]
     drawn = drawing.overlay(sample.image, box, mask, sample.box, sample.mask == 1)
     panel = {"box": box, "box_iou": row.box_iou, "mask_iou": row.iou}
     return {
-        "uri": report.data_uri(drawn),
+        "uri": drawing.data_uri(drawn),
         "size": drawn.size,
         "expression": row.expression,
         "completion": row.completion,

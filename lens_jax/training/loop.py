@@ -58,7 +58,6 @@ from lens_jax.training.state import TrainState
 
 # What a converted start/ depends on.
 CONVERTED = {"model.mllm", "model.sam", "model.num_queries", "seed"}
-POINTS = {"before": "before", "after_alignment": "after stage 1", "after_grpo": "after stage 2"}
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
@@ -548,7 +547,7 @@ def score(job: Run, point: str) -> None:
     def batches(data):
         for batch in tqdm(
             data,
-            desc=f"evaluating {POINTS[point]}",
+            desc=f"evaluating {report.EVALUATIONS[point]}",
             unit="batch",
             disable=not processes.is_main(),
         ):
@@ -583,9 +582,9 @@ def score(job: Run, point: str) -> None:
         files.write_text(file, json.dumps(scores, indent=2) + "\n")
     boxes = scores[point]["box_iou"]
     _say(
-        f"{POINTS[point]}: {'' if boxes is None else f'box IoU {boxes:.3f}, '}"
+        f"{report.EVALUATIONS[point]}: {'' if boxes is None else f'box IoU {boxes:.3f}, '}"
         f"gIoU {scores[point]['giou']:.3f}, cIoU {scores[point]['ciou']:.3f} "
-        f"on {len(rows)} held-out expressions"
+        f"on {len(rows)} held-out samples"
     )
 
 
@@ -595,7 +594,9 @@ def _show(job: Run, point: str, row: Row, box: list[float] | None, mask: str) ->
     size = sample.image.shape[:2]
     bits = np.frombuffer(base64.b64decode(mask), np.uint8)
     mask = np.unpackbits(bits, count=math.prod(size)).reshape(size).astype(bool)
-    answer = drawing.Answer(POINTS[point], row.completion, box, mask, row.box_iou, row.iou)
+    answer = drawing.Answer(
+        report.EVALUATIONS[point], row.completion, box, mask, row.box_iou, row.iou
+    )
     drawing.add_panel(
         job.directory / "samples" / f"{row.number:05d}.png",
         sample.image,

@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from lens_jax import files
 
-STAGES = ("alignment", "grpo")
+# Names in files and flags -> what a person reads.
+STAGE_TITLES = {"alignment": "alignment (stage 1)", "grpo": "GRPO (stage 2)"}
+STAGES = tuple(STAGE_TITLES)
 METRICS = (
     "loss",
     "reward",
@@ -161,7 +163,7 @@ class StageLog:
         self._bar = tqdm(
             total=steps,
             initial=step,
-            desc=stage,
+            desc=STAGE_TITLES[stage],
             unit="step",
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10.0,

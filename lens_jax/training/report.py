@@ -1,70 +1,77 @@
 """report.html: one self-contained page about a run, from the files in its directory alone."""
 
-import base64
 import dataclasses
-import io
 import math
 import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jinja2
-import yaml
 from PIL import Image
 
 from lens_jax import files
 from lens_jax.training import drawing, metrics
 
+
+class Score(NamedTuple):
+    """How a key of evaluation.json is shown."""
+
+    label: str
+    meaning: str
+    is_fraction: bool = True  # whose rise is progress
+
+
 # Evaluations in the order they happen, with their headings.
 EVALUATIONS = {
     "before": "before",
-    "after_alignment": "after alignment",
-    "after_grpo": "after GRPO",
+    "after_alignment": f"after {metrics.STAGE_TITLES['alignment']}",
+    "after_grpo": f"after {metrics.STAGE_TITLES['grpo']}",
 }
-# Keys of evaluation.json -> label, and whether the value is a fraction whose rise is progress.
 SCORES = {
-    "box_iou": ("box IoU", True),
-    "giou": ("gIoU", True),
-    "ciou": ("cIoU", True),
-    "precision_at_0.5": ("mask IoU > 0.5", True),
-    "format_rate": ("in format", True),
-    "samples": ("expressions", False),
-    "seconds": ("seconds", False),
+    "box_iou": Score("box IoU", "IoU of the written and the true box, mean over samples"),
+    "giou": Score("gIoU", "IoU of the two masks, mean over samples"),
+    "ciou": Score("cIoU", "all intersections of masks over all unions"),
+    "precision_at_0.5": Score("precision_at_0.5", "samples with a mask IoU above 0.5"),
+    "format_rate": Score("format_rate", "completions of the form that the prompt asks for"),
+    "samples": Score("samples", "a picture with one expression each", False),
+    "seconds": Score("seconds", "of decoding and scoring", False),
 }
 # Title, what it means, keys of metrics.jsonl -> label; `reward/` stands for all channels.
 CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    (
-        "Reward",
-        "weighted sum and channels, mean over completions",
-        {"reward": "total", "reward/": ""},
-    ),
-    ("IoU", "training batches", {"box_iou": "box", "mask_iou": "mask"}),
+    ("Reward", "weighted sum (total) and its channels", {"reward": "total", "reward/": ""}),
+    ("IoU", "of training batches", {"box_iou": "box", "mask_iou": "mask"}),
     ("Loss", "of the stage", {"loss": "loss"}),
-    ("KL", "k3 to the frozen reference, nats a token", {"kl": "KL"}),
+    ("KL", "to the frozen reference, nats a token", {"kl": "KL"}),
     ("Entropy", "of the policy, nats a token", {"entropy": "entropy"}),
     ("Completion length", "tokens", {"completion_length": "tokens"}),
     ("Truncated", "fraction of completions without an end", {"truncated_fraction": "truncated"}),
-    ("Rollout gap", "sampling against scoring log-probs", {"rollout_gap": "gap"}),
+    ("Rollout gap", "between log p when sampled and scored", {"rollout_gap": "gap"}),
     ("Gradient norm", "before clipping", {"grad_norm": "norm"}),
-    ("Learning rate", "", {"learning_rate": "learning rate"}),
+    ("Learning rate", "of each update", {"learning_rate": "learning rate"}),
     ("Speed", "tokens a second", {"tokens_per_second": "tokens/s"}),
     ("Seconds", "a step", {"rollout_seconds": "rollout", "update_seconds": "update"}),
 )
+EXACT = {"learning_rate"}  # what is set, not measured: no mean is taken of it
 WIDTH, HEIGHT = 440, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 24  # margins of a chart's plot
-POINTS = 300  # a line is averaged down to at most so many
+PLOT = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
+POINTS = 300  # a line is averaged down to at most about so many
 SMOOTHING = 0.9  # of the exponential mean drawn over the raw line
+
+# (step, value) of each stage; None where a step has none.
+Series = Sequence[Sequence[tuple[float, float | None]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
     label: str
     raw: str  # SVG path
-    smooth: str
-    last: str
+    last: str  # the last step's value
+    smooth: str | None = None  # path of the exponential mean
+    smoothed: str | None = None  # where it ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +95,10 @@ def write(run_dir: str | os.PathLike[str]) -> Path:
         "report.html",
         name=run_dir.resolve().name,
         headline=headline(evaluation),
-        stages=[(s, sum(r["stage"] == s for r in rows)) for s in metrics.STAGES],
+        stages=[
+            (title, sum(row["stage"] == stage for row in rows))
+            for stage, title in metrics.STAGE_TITLES.items()
+        ],
         columns=[title for key, title in EVALUATIONS.items() if key in evaluation],
         table=table(evaluation),
         charts=charts(rows),
@@ -96,75 +106,10 @@ def write(run_dir: str | os.PathLike[str]) -> Path:
         config=config.read_text() if config.is_file() else "",
         hardware=hardware(),
         size=(WIDTH, HEIGHT),
-        plot=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
+        points=POINTS,
+        plot=PLOT,
     )
     return files.write_text(run_dir / "report.html", page)
-
-
-def compare(run_dirs: Sequence[str | os.PathLike[str]], file: str | os.PathLike[str]) -> Path:
-    """Writes one page over several runs: a chart for each number of each stage with a line for each
-    run, the last scores, and the keys in which configurations differ. Returns the file."""
-    directories = [Path(run) for run in run_dirs]
-    names = [str(run) for run in directories]
-    rows = dict(zip(names, map(metrics.read, directories), strict=True))
-    measured = []
-    for run in directories:
-        evaluation = metrics.read_scores(run / "evaluation.json")
-        measured.append(next((evaluation[k] for k in reversed(EVALUATIONS) if k in evaluation), {}))
-    scores = [
-        (label, ["–" if m.get(key) is None else f"{m[key]:.3f}" for m in measured])
-        for key, (label, is_fraction) in SCORES.items()
-        if is_fraction and any(m.get(key) is not None for m in measured)
-    ]
-    page = render(
-        "compare.html",
-        runs=names,
-        scores=scores,
-        differences=_differences(directories),
-        stages=[(stage, _overlaid(rows, stage)) for stage in metrics.STAGES],
-        size=(WIDTH, HEIGHT),
-        plot=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
-    )
-    return files.write_text(Path(file), page)
-
-
-def _overlaid(runs: dict[str, list[dict[str, Any]]], stage: str) -> list[Chart]:
-    """A chart for each number that CHARTS names, with a line for each run that has it."""
-    rows = {name: [r for r in part if r["stage"] == stage] for name, part in runs.items()}
-    channels = sorted({k for part in rows.values() for r in part for k in r if "reward/" in k})
-    drawn = []
-    for title, meaning, keys in CHARTS:
-        for key in [c for k in keys for c in (channels if k == "reward/" else [k])]:
-            series = {
-                name: [(r["step"], r[key]) for r in part if r.get(key) is not None]
-                for name, part in rows.items()
-            }
-            series = {name: _thin(points) for name, points in series.items() if points}
-            if series:
-                label = title if len(keys) == 1 else f"{title}: {key}"
-                drawn.append(_chart(label, meaning if len(keys) == 1 else "", series, 0))
-    return drawn
-
-
-def _differences(directories: Sequence[Path]) -> list[tuple[str, list[str]]]:
-    """Keys that are not the same in all configurations, with their values."""
-    flat = []
-    for run in directories:
-        file = run / "config.yaml"
-        try:
-            flat.append(_flat(yaml.safe_load(file.read_bytes())) if file.is_file() else {})
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise metrics.RunError(f"{file} cannot be read: {reason}") from error
-    keys = dict.fromkeys(key for values in flat for key in values)
-    table = [(key, [str(values.get(key, "–")) for values in flat]) for key in keys]
-    return [(key, values) for key, values in table if len(set(values)) > 1]
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix.rstrip("."): tree}
-    return {k: v for key, part in tree.items() for k, v in _flat(part, f"{prefix}{key}.").items()}
 
 
 def render(template: str, **values: Any) -> str:
@@ -191,46 +136,47 @@ def headline(evaluation: dict[str, Any]) -> list[tuple[str, float, float]]:
     ]
 
 
-def table(evaluation: dict[str, Any]) -> list[tuple[str, list[str], str, bool]]:
-    """Rows of the before/after table: label, cells, change, whether that is progress."""
+def table(evaluation: dict[str, Any]) -> list[tuple[Score, list[str], str, bool]]:
+    """Rows of the before/after table: score, cells, change, whether that is progress."""
     measured = [evaluation[key] for key in EVALUATIONS if key in evaluation]
     rows = []
-    for key, (label, is_fraction) in SCORES.items():
+    for key, score in SCORES.items():
         values = [scores.get(key) for scores in measured]
         if all(value is None for value in values):
             continue
-        digits = 3 if is_fraction else 0
+        digits = 3 if score.is_fraction else 0
         cells = ["–" if v is None else f"{v:,.{digits}f}" for v in values]
         change, rises = "", False
-        if is_fraction and len(values) > 1 and None not in (values[0], values[-1]):
+        if score.is_fraction and len(values) > 1 and None not in (values[0], values[-1]):
             change, rises = f"{values[-1] - values[0]:+.3f}", values[-1] > values[0]
-        rows.append((label, cells, change, rises))
+        rows.append((score, cells, change, rises))
     return rows
 
 
 def charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
     """One chart for each entry of CHARTS that has values, over the steps of both stages."""
-    first_stage = [r["step"] for r in rows if r["stage"] == metrics.STAGES[0]]
-    offset = max(first_stage, default=0)
-    steps = [r["step"] + (offset if r["stage"] == metrics.STAGES[1] else 0) for r in rows]
-    channels = sorted({k for r in rows for k in r if k.startswith("reward/")})
+    stages = [[row for row in rows if row["stage"] == stage] for stage in metrics.STAGES]
+    border = max((row["step"] for row in stages[0]), default=0)
     drawn = []
     for title, meaning, keys in CHARTS:
-        named = {
-            key: label
-            for k, l in keys.items()
-            for key, label in (
-                [(c, c.removeprefix("reward/")) for c in channels] if k == "reward/" else [(k, l)]
-            )
-        }
         series = {
-            label: [(s, r[k]) for s, r in zip(steps, rows, strict=True) if r.get(k) is not None]
-            for k, label in named.items()
+            label: [
+                [(row["step"] + offset, row.get(key)) for row in part]
+                for part, offset in zip(stages, (0, border), strict=True)
+            ]
+            for key, label in expand(keys, rows).items()
         }
-        series = {label: _thin(points) for label, points in series.items() if points}
-        if series:
-            drawn.append(_chart(title, meaning, series, offset))
-    return drawn
+        drawn.append(chart(title, meaning, series, border, exact=bool(EXACT & keys.keys())))
+    return [one for one in drawn if one is not None]
+
+
+def expand(keys: dict[str, str], rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Keys with labels, and in the place of `reward/` every channel that `rows` have."""
+    channels = sorted({key for row in rows for key in row if key.startswith("reward/")})
+    named: dict[str, str] = {}
+    for key, label in keys.items():
+        named |= {c: c.removeprefix(key) for c in channels} if key == "reward/" else {key: label}
+    return named
 
 
 def hardware() -> list[tuple[str, str]]:
@@ -245,11 +191,18 @@ def hardware() -> list[tuple[str, str]]:
     ]
 
 
-def _thin(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
-    """Means over consecutive points, so that there are at most POINTS."""
-    size = math.ceil(len(points) / POINTS)
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+def _thin(parts: Series, exact: bool) -> list[list[tuple[float, float]]]:
+    """Of each stage that has any, its values, so that there are about POINTS in all: means over
+    consecutive steps, or, of what is exact, one of them and always the last."""
+    known = [[(x, y) for x, y in part if y is not None] for part in parts]
+    size = math.ceil(sum(map(len, known)) / POINTS) or 1
+
+    def mean(group: list[tuple[float, float]]) -> tuple[float, float]:
+        if exact:
+            return group[-1]
+        return sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)
+
+    return [[mean(part[i : i + size]) for i in range(0, len(part), size)] for part in known if part]
 
 
 def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -262,11 +215,19 @@ def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return smoothed
 
 
-def _chart(
-    title: str, meaning: str, series: dict[str, list[tuple[float, float]]], offset: int
-) -> Chart:
-    xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points]
+def chart(
+    title: str, meaning: str, series: dict[str, Series], border: int, *, exact: bool = False
+) -> Chart | None:
+    """Lines over steps, where `border` is the first stage's last one; None without any value.
+
+    Args:
+        exact: of values that are no measurement no mean is taken.
+    """
+    drawn = {label: thin for label, parts in series.items() if (thin := _thin(parts, exact))}
+    if not drawn:
+        return None
+    points = [point for parts in drawn.values() for part in parts for point in part]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
     x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
     x0, x1 = min(xs), max(max(xs), min(xs) + 1)
     y0, y1 = min(*ys, *y_ticks), max(*ys, *y_ticks)
@@ -284,18 +245,25 @@ def _chart(
         )
 
     lines = []
-    for label, points in series.items():
-        stages = [[p for p in points if p[0] <= offset], [p for p in points if p[0] > offset]]
-        stages = [points for points in stages if points]
-        smooth = [_smooth(points) for points in stages]
-        lines.append(Line(label, path(stages), path(smooth), _short(smooth[-1][-1][1])))
+    for label, parts in drawn.items():
+        last = [part for part in series[label] if any(y is not None for _, y in part)][-1][-1][1]
+        smooth = [] if exact else [_smooth(part) for part in parts]
+        lines.append(
+            Line(
+                label,
+                path(parts),
+                "–" if last is None else _short(last),
+                path(smooth) if smooth else None,
+                _short(smooth[-1][-1][1]) if smooth else None,
+            )
+        )
     return Chart(
         title,
         meaning,
         lines,
         [(at(x, y0)[0], _short(x)) for x in x_ticks],
         [(at(x0, y)[1], _short(y)) for y in y_ticks],
-        at(offset + 0.5, y0)[0] if x0 <= offset < x1 else None,
+        at(border + 0.5, y0)[0] if x0 <= border < x1 else None,
     )
 
 
@@ -324,13 +292,6 @@ def _sample(file: Path) -> dict[str, Any]:
     with Image.open(file) as picture:
         for panel in info["panels"]:
             x, y, w, h = panel["at"]
-            uri = data_uri(picture.crop((x, y, x + w, y + h)))
+            uri = drawing.data_uri(picture.crop((x, y, x + w, y + h)))
             panels.append(panel | {"uri": uri, "scores": drawing.scores(panel), "size": (w, h)})
     return {"expression": info["expression"], "panels": panels}
-
-
-def data_uri(picture: Image.Image) -> str:
-    """A picture as a JPEG inside the page."""
-    data = io.BytesIO()
-    picture.convert("RGB").save(data, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

@@ -67,7 +67,7 @@ def test_counts_add_up(pictures):
     report = check(pictures)
     *splits, total = report.counts()
     assert [c["split"] for c in splits] == ["?", "train", "val"]
-    for key in ("rows", "usable", "unusable", "no target", "sentences"):
+    for key in ("rows", "usable", "unusable", "no target", "samples"):
         assert total[key] == sum(c[key] for c in splits)
     assert total["rows"] == 7 and total["usable"] == 2 and report.unusable == 5
     assert all(c["rows"] == c["usable"] + c["unusable"] for c in report.counts())
@@ -211,11 +211,11 @@ def test_the_page_shows_masks_and_escapes_text(pictures):
     shown = {}
     for image in images:
         picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB"), int)
-        assert picture.shape == (30, 40, 3)
-        shown[int(picture[25, 30, 0]) // 50] = picture
-    tinted = shown[0][9, 12] - shown[0][25, 30]
+        assert picture.shape == (195, 260, 3)  # enlarged, so that thin lines are thin
+        shown[int(picture[160, 200, 0]) // 50] = picture
+    tinted = shown[0][58, 78] - shown[0][160, 200]
     assert tinted[0] < -10 and tinted[2] > 50  # the mask of a.png
-    assert np.abs(shown[1] - shown[1][25, 30]).max() < 12  # no target
+    assert np.abs(shown[1] - shown[1][160, 200]).max() < 12  # no target
     assert page(check(pictures), thumbnails=1).count("data:image") == 1
     assert page(check(pictures), thumbnails=0).count("data:image") == 0
 

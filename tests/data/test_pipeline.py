@@ -8,11 +8,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from lens_jax.data import images
+from lens_jax.data import checking, images
 from lens_jax.data.pipeline import Buckets, Evaluation, Order, Pipeline, Processor
 from lens_jax.data.sample import Sample, SampleError
 from lens_jax.data.sources import Joined
+from lens_jax.data.sources.folder import Folder
 from lens_jax.data.sources.refcoco import RefCoco
 from lens_jax.models.inputs import Share
 from tests.data.conftest import TINY
@@ -165,6 +167,30 @@ def test_what_several_processes_hold_is_counted_once(processor):
     first, second = count(Share((0,), 2), Share((0, 1), 2, repeated=(0,)))
     assert (first[0] + second[0], first[1] + second[1]) == (8, 40) and first[0] and second[0]
     assert count(Share(), Share(repeated=(0,))) == [(8, 40), (0, 0)]
+
+
+def test_the_check_counts_what_training_counts(processor, tmp_path):
+    """Of pictures of many sizes: masks larger than the canvas, and rows that fit no bucket."""
+    sizes = [(56, 56), (112, 140), (112, 141), (113, 140), (140, 112), (168, 168), (30, 300)]
+    for i, (height, width) in enumerate(sizes):
+        Image.new("RGB", (width, height), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    boxes = [[1, 1, 9, 9]] * 4 + [None] * 3  # no target: an empty mask of the picture's size
+    rows = [
+        {"image": f"{i}.png", "expressions": [f"it {i}"], "box": box} for i, box in enumerate(boxes)
+    ]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source, report = Folder(tmp_path, "train"), checking.check(tmp_path)
+    pipeline = make(processor, source, batch_size=7, shuffle=False)
+    next(pipeline)
+    assert pipeline.shrunken_masks == checking.shrunken(report, BUCKETS.largest_canvas) == 5
+    needs = [processor.needs(v.size, v.row.expressions[0], v.box) for v in report.verdicts]
+    assert needs == [processor.example(s, s.expressions[0]).needs for s in source]
+    assert pipeline.bad_samples == 0
+    small = dataclasses.replace(BUCKETS, windows=(4,))
+    misfits = sum(n.windows > 4 for n in needs)
+    pipeline = Pipeline(source, processor, 7, 0, buckets=small, shuffle=False)
+    next(pipeline)
+    assert pipeline.bad_samples == misfits > 0
 
 
 def test_nothing_readable_is_an_error(processor):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from launch import data, evaluate
-from lens_jax.data.pipeline import Buckets, Processor, check_fits
+from lens_jax.data.pipeline import Buckets, Pipeline, Processor
 from lens_jax.data.sources.folder import Folder
 
 ROW = {"image": "a.png", "expressions": ["it"], "box": [4, 3, 20, 15]}
@@ -30,7 +30,7 @@ def test_check_prints_counts_and_writes_a_page(folder, tmp_path, capsys):
     directory = folder(ROW, ROW | {"split": "val"}, ROW | {"image": "b.png"}, 3)
     assert data.main(["check", "--data_dir", directory]) == 2
     out = capsys.readouterr().out
-    assert re.search(r"^split +rows +usable +unusable +no target +sentences +pictures$", out, re.M)
+    assert re.search(r"^split +rows +usable +unusable +no target +samples +pictures$", out, re.M)
     assert re.search(r"^train +2 +1 +1 +0 +1 +1$", out, re.M)
     assert re.search(r"^all +4 +2 +2 +0 +2 +1$", out, re.M)
     assert re.search(r"^unreadable picture +1 +manifest\.jsonl, line 3: .*b\.png", out, re.M)
@@ -59,12 +59,17 @@ def test_check_says_what_training_needs(folder, tmp_path, checkpoint, capsys):
         for text in sample.expressions
     ]
     for example in examples:
-        check_fits(example, Buckets(**needed))
+        example.needs.check(Buckets(**needed))
     assert needed["windows"] == [max(len(e.prompt.patches) for e in examples)]
     longest = max(len(e.prompt.tokens) for e in examples)
     assert longest <= needed["prompt_tokens"][0] < longest + 64
     side = processor.sam_size
     assert needed["canvas"] == [[min(500, side), min(700, side)]]
+    # What the check says of masks is what training counts: large.png's, once of two rows.
+    assert "\n1 of them with a mask shrunken to that canvas" in out
+    epoch = Pipeline(Folder(directory), processor, 2, 0, buckets=Buckets(**needed))
+    next(epoch)
+    assert (epoch.bad_samples, epoch.shrunken_masks) == (0, 1)
 
 
 def test_convert(tmp_path, capsys):

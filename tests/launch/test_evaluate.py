@@ -48,17 +48,24 @@ def test_scores_rows_and_table(asked, tmp_path, capsys, flags):
     assert scores["ciou"] == pytest.approx(inner / union)
     assert scores["giou"] == pytest.approx(sum(row["iou"] for row in rows) / 5, abs=1e-5)
     assert scores["box_iou"] == pytest.approx(sum(row["box_iou"] for row in rows) / 5)
-    heading, line, *cut = capsys.readouterr().out.splitlines()
+    table = capsys.readouterr().out.splitlines()
+    table, cut = table[: len(evaluate.COLUMNS)], table[len(evaluate.COLUMNS) :]
     said = f"{scores['truncated']} of 5 completions were cut off before their end: --max_length 768"
     assert len(cut) == bool(scores["truncated"]) and all(said in text for text in cut)
-    assert heading.split()[-2:] == ["format", "seconds"]
-    assert line.startswith("refcoco ") and f"{scores['giou']:.3f}" in line.split()
+    assert [line.split()[-2] for line in table[-3:]] == [
+        "precision_at_0.5",
+        "format_rate",
+        "seconds",
+    ]
+    assert table[0].split() == ["data", "set", "refcoco"]
+    assert f"gIoU {scores['giou']:.3f}".split() in [line.split() for line in table]
 
 
 def test_a_score_that_is_not_there():
     scores = dict.fromkeys(evaluate.COLUMNS, 0.5) | {"samples": 12345, "box_iou": None}
-    line = evaluate.table([scores]).splitlines()[1]
-    assert "12,345" in line and "–" in line
+    heading, line, _ = evaluate.table([scores, scores]).splitlines()
+    assert "12,345" in line and "–" in line and "precision_at_0.5  format_rate" in heading
+    assert ["box", "IoU", "–"] in [line.split() for line in evaluate.table([scores]).splitlines()]
 
 
 def test_only_the_official_data_sets_have_the_official_limit():

@@ -144,5 +144,5 @@ def test_the_bar_shows_what_matters(tmp_path, capsys):
             2, {"reward": 1.2345, "box_iou": 0.5, "mask_iou": 0.75, "tokens_per_second": 812.4}
         )
     bar = capsys.readouterr().err
-    assert "grpo" in bar and "2/4" in bar
+    assert "GRPO (stage 2)" in bar and "2/4" in bar
     assert "reward 1.234, box IoU 0.500, mask IoU 0.750, tokens/s 812" in bar

@@ -45,7 +45,7 @@ def run(tmp_path, scene):
     after = scores | {"giou": 0.75, "box_iou": None, "ciou": 0.1}
     (run_dir / "evaluation.json").write_text(json.dumps({"before": scores, "after_grpo": after}))
     (run_dir / "config.yaml").write_text(f"run_dir: '{NASTY}'\n")
-    for title in ("before", "after GRPO"):
+    for title in ("before", report.EVALUATIONS["after_grpo"]):
         drawn = answer(scene, title, f"{title} {NASTY}")
         add_panel(run_dir / "samples" / "00.png", image, NASTY, box, mask, drawn)
     return run_dir
@@ -85,7 +85,7 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(run):
     page = Page(text)
     assert page.all("script") == [] and page.all("link") == []
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "url(" not in text
-    assert f"after GRPO {NASTY}" in page.text  # the completion, as text
+    assert f"after GRPO (stage 2) {NASTY}" in page.text  # the completion, as text
     assert f"“{NASTY}”" in page.text  # the expression
     assert f"run_dir: '{NASTY}'" in page.text  # the configuration
     assert "short <run>" in page.text
@@ -95,7 +95,7 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(run):
 def test_samples_are_shown_with_every_panel(run):
     page = Page(report.write(run).read_text())
     images = page.all("img")
-    assert [i["alt"].split(":")[0] for i in images] == ["before", "after GRPO"]
+    assert [i["alt"].split(":")[0] for i in images] == ["before", "after GRPO (stage 2)"]
     assert all(i["src"].startswith("data:image/jpeg;base64,") for i in images)
     assert {(i["width"], i["height"]) for i in images} == {("400", "300")}
 
@@ -113,7 +113,7 @@ def test_every_metric_that_has_values_has_a_chart(run):
 
 
 def test_lines_keep_to_the_plot():
-    chart = report._chart("t", "", {"a": [(1.0, -3.0), (2.0, 1e-9), (3.0, 7.5)]}, 0)
+    chart = report.chart("t", "", {"a": [[(1.0, -3.0), (2.0, 1e-9), (3.0, 7.5)]]}, 0)
     numbers = [float(v) for v in re.findall(r"-?[\d.]+", chart.lines[0].raw)]
     xs, ys = numbers[::2], numbers[1::2]
     assert min(xs) == report.LEFT and max(xs) == report.WIDTH - report.RIGHT
@@ -123,7 +123,7 @@ def test_lines_keep_to_the_plot():
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.0, 1e-12, 3e7])
 def test_a_constant_has_a_chart_too(value):
-    chart = report._chart("t", "", {"a": [(1.0, value)]}, 0)
+    chart = report.chart("t", "", {"a": [[(1.0, value)]]}, 0)
     assert "nan" not in chart.lines[0].raw
     labels = [float(label) for _, label in chart.y_ticks]
     assert min(labels) <= value <= max(labels) and len(labels) < 12
@@ -131,12 +131,44 @@ def test_a_constant_has_a_chart_too(value):
 
 def test_the_table_compares_first_and_last(run):
     evaluation = json.loads((run / "evaluation.json").read_text())
-    rows = {label: rest for label, *rest in report.table(evaluation)}
+    rows = {score.label: rest for score, *rest in report.table(evaluation)}
     assert rows["gIoU"] == [["0.250", "0.750"], "+0.500", True]
     assert rows["cIoU"] == [["0.200", "0.100"], "-0.100", False]
     assert rows["box IoU"] == [["0.300", "–"], "", False]
-    assert rows["expressions"] == [["100", "100"], "", False]
+    assert rows["samples"] == [["100", "100"], "", False]
     assert report.headline(evaluation) == [("gIoU", 0.25, 0.75)]
+
+
+def test_final_numbers_are_the_last_rows(run):
+    """Beside them, so called, where the smoothed line ends."""
+    text = " ".join(Page(report.write(run).read_text()).text.split())
+    assert "total 5 smoothed 4.82" in text  # of 500 steps, rising to 5
+    assert "mask 0.8 smoothed 0.632" in text  # the first stage's, which ends at its own last row
+    (chart,) = report.charts(
+        [{"stage": "grpo", "step": s, "loss": v} for s, v in ((1, 2.0), (2, None))]
+    )
+    assert (chart.lines[0].last, chart.lines[0].smoothed) == ("–", "2")
+
+
+def test_the_learning_rate_is_never_smoothed():
+    """Nor averaged, where lines are thinned; nor are two stages drawn into one mean."""
+    rows = [
+        {"stage": stage, "step": s, "learning_rate": float(s % 3 == 0), "loss": loss}
+        for stage, loss in (("alignment", 1.0), ("grpo", 9.0))
+        for s in range(1, 1001)
+    ]
+    loss, rate = report.charts(rows)
+    assert rate.lines[0].smooth is None and rate.lines[0].last == "0"
+    for chart in (loss, rate):
+        assert len(set(re.findall(r" ([\d.]+)", chart.lines[0].raw))) == 2
+
+
+def test_scores_are_explained_and_have_one_name(run):
+    page = Page(report.write(run).read_text())
+    for key in ("box_iou", "giou", "ciou", "samples"):
+        assert report.SCORES[key].meaning in page.text
+    assert "intersection over union" in page.text and "expressions" not in page.text
+    assert "alignment (stage 1)" in page.text and "40 steps" in page.text
 
 
 def test_an_empty_run_has_a_report(tmp_path):
@@ -172,8 +204,31 @@ def test_the_overlay_marks_answer_and_truth(scene):
     assert tuple(picture[120, 60]) == (45, 152, 172)  # inside the answer: half its colour
     assert tuple(picture[120, 160]) == (90, 90, 90)  # the truth is not filled
     assert (picture[120] == drawing.TRUE).all(-1).any()
+    # Beside the light outline lies a dark one: one of the two is seen on any colour.
+    assert (picture[120, 18:21] == drawing.PREDICTED).all(-1).any()
+    assert (picture[120, 14:21] == drawing.HALO).all(-1).any()
     boxed = np.asarray(drawing.overlay(image, box, np.zeros_like(mask), side=320))
     assert tuple(boxed[80, 160]) == drawing.PREDICTED and tuple(boxed[120, 160]) == (90, 90, 90)
+
+
+@pytest.mark.parametrize("color", [(48, 84, 222), (148, 52, 186), drawing.PREDICTED, drawing.HALO])
+def test_a_mask_is_seen_on_any_colour(color):
+    """Its outline differs much from what lies beside it, inside or outside."""
+    image = np.full((60, 80, 3), color, np.uint8)
+    mask = np.zeros((60, 80), bool)
+    mask[20:40, 30:50] = True
+    row = np.asarray(drawing.overlay(image, None, mask, side=320), int)[120, 100:160]
+    contrast = np.abs(row - np.array(color)).sum(-1)
+    assert (contrast > 150).sum() >= 2
+
+
+def test_small_things_of_large_pictures_are_drawn():
+    image, mask = np.zeros((3000, 4000, 3), np.uint8), np.zeros((3000, 4000), bool)
+    mask[1500, 2000] = True
+    assert (np.asarray(drawing.overlay(image, None, mask)) == drawing.PREDICTED).all(-1).any()
+    mask[500:2500, 1000:3000] = True
+    row = np.asarray(drawing.overlay(image, None, mask, side=4000))[1500]
+    assert (row == drawing.PREDICTED).all(-1).sum() == 2 * 9 and (row == drawing.HALO).all(-1).any()
 
 
 def test_the_tint_is_half_its_colour_rounded_down():
@@ -192,6 +247,13 @@ def test_any_box_a_model_writes_can_be_drawn(box, scene, tmp_path):
     add_panel(tmp_path / "a.png", image, "x", true_box, mask, answer(scene, box=box))
     (panel,) = drawing.read_info(tmp_path / "a.png")["panels"]
     assert (panel["box"] is None) == (not np.isfinite(box).all())
+
+
+def test_numbers_are_not_broken():
+    font = drawing._font(16)
+    lines = drawing._wrap("circle.(1234,5678),(1234,5678)", font, 70, 9)
+    assert "".join(lines) == "circle.(1234,5678),(1234,5678)" and len(lines) > 3
+    assert all(line.count("1234") + line.count("5678") for line in lines[1:])
 
 
 def test_long_text_is_cut(scene, tmp_path):

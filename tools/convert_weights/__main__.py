@@ -31,7 +31,8 @@ def _printed(
                 lines = [f"dropped {name}" for name in result.dropped]
                 if options["mllm"] and not options["context"]:
                     lines.append(
-                        "note: the context module is drawn fresh: masks mean nothing before stage 1"
+                        "note: the context module is drawn fresh: masks mean nothing before "
+                        "alignment (stage 1)"
                     )
                 lines.append(
                     f"{options['output']}: {result.tensors} tensors, {result.unused} carried along "
