@@ -1,6 +1,7 @@
 """Trains LENS: `python launch/train.py --help`."""
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -36,6 +37,20 @@ def main(argv: list[str] | None = None) -> int:
         return stopping.code
 
 
+def quiet() -> None:
+    """Keeps tracebacks off the terminal that are of no use there: of errors that orbax logs and
+    raises as well, of its callbacks after a write has failed, and of an interrupt in a callback."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def show(it: "sys.UnraisableHookArgs") -> None:
+        closed = isinstance(it.exc_value, RuntimeError) and "loop is closed" in f"{it.exc_value}"
+        if not (closed or isinstance(it.exc_value, KeyboardInterrupt)):
+            hook(it)
+
+    sys.unraisablehook = show
+
+
 def train(argv: list[str] | None, stopping: "Stopping") -> int:
     from lens_jax import cli
     from lens_jax import config as configuration
@@ -68,15 +83,19 @@ def train(argv: list[str] | None, stopping: "Stopping") -> int:
         if processes.is_main():
             stopping.report(f"{stop}")
         return stopping.code
+    except CheckpointError as error:
+        if FULL in f"{error}":
+            error = CheckpointError(f"{error}; make room, and start the same command again")
+        return processes.leave(cli.complain(error))
     except (
-        configuration.ConfigError, CheckpointError, SampleError, WeightsError,
+        configuration.ConfigError, SampleError, WeightsError,
         loop.NotFinite, metrics.RunError, processes.RemoteError,
     ) as error:  # fmt: skip
         return processes.leave(cli.complain(error))
     except Exception as error:
         if stopping.raised:
             raise
-        if reason := no_room(error):
+        if reason := no_room(error, config.run_dir):
             begin = f"{reason}; {stopping.where}"
             return processes.leave(cli.complain(OSError(begin)))
         if isinstance(error, OSError):
@@ -97,10 +116,10 @@ def train(argv: list[str] | None, stopping: "Stopping") -> int:
     return 0
 
 
-def no_room(error: Exception) -> str | None:
+def no_room(error: Exception, run_dir: str) -> str | None:
     """What to say of an error that a full disk or full memory caused; None of any other."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL in f"{error}":
-        where = getattr(error, "filename", None) or "where the run writes"
+        where = getattr(error, "filename", None) or run_dir
         return f"the disk is full ({where}): make room, and start the same command again"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in f"{error}":
         said = " ".join(f"{error}".split())[:200]
@@ -163,4 +182,5 @@ def convert(config, output: Path, stopping: "Stopping") -> None:
 
 
 if __name__ == "__main__":
+    quiet()
     sys.exit(main())

@@ -127,7 +127,7 @@ class Stopping:
         self.asked = True
 
     def _tell(self, text: str) -> None:
-        """Writes a line in place of a progress bar; past all locks that the main thread may hold."""
+        """Writes a line in place of a progress bar, past locks that the main thread may hold."""
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{clear}{text}\n".encode())

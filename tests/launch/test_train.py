@@ -245,7 +245,9 @@ def test_the_disk_is_full(checkpoint, data_dir, tmp_path, monkeypatch, refused):
 def test_ctrl_c_before_the_first_step(checkpoint, data_dir, tmp_path):
     """Of a real process, wherever it is; one line, and nothing that the next start trips over."""
     run, logs = tmp_path / "run", tmp_path / "log"
-    (process,) = start([("launch/train.py", *arguments(checkpoint, data_dir, run))], logs, devices=1)
+    (process,) = start(
+        [("launch/train.py", *arguments(checkpoint, data_dir, run))], logs, devices=1
+    )
     try:
         while not (run / "config.yaml").exists():
             assert process.poll() is None, log_of(logs, 0).read_text()
