@@ -13,7 +13,8 @@ import pytest
 from launch import train
 from lens_jax import checkpoints, config
 from lens_jax.training import loop, metrics
-from tests.launch.runs import arguments, log_of, start
+from tests.launch import runs
+from tests.launch.runs import arguments
 from tools import export_checkpoint, kill_test
 
 
@@ -245,18 +246,17 @@ def test_the_disk_is_full(checkpoint, data_dir, tmp_path, monkeypatch, refused):
 def test_ctrl_c_before_the_first_step(checkpoint, data_dir, tmp_path):
     """Of a real process, wherever it is; one line, and nothing that the next start trips over."""
     run, logs = tmp_path / "run", tmp_path / "log"
-    (process,) = start(
-        [("launch/train.py", *arguments(checkpoint, data_dir, run))], logs, devices=1
-    )
+    command = ("launch/train.py", *arguments(checkpoint, data_dir, run))
+    (process,) = runs.start([command], logs, devices=1)
     try:
         while not (run / "config.yaml").exists():
-            assert process.poll() is None, log_of(logs, 0).read_text()
+            assert process.poll() is None, runs.log_of(logs, 0).read_text()
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
     finally:
         process.kill()
-    lines = log_of(logs, 0).read_text().splitlines()
+    lines = runs.log_of(logs, 0).read_text().splitlines()
     assert lines[-1].startswith("stopped: nothing had been trained")
     assert not any("Traceback" in line or "Interrupt" in line for line in lines), lines
 
@@ -281,7 +281,7 @@ def test_a_refused_start_leaves_nothing(checkpoint, data_dir, tmp_path, refused)
     """And the command put right is no other run."""
     run = tmp_path / "runs" / "run"
     (tmp_path / "other").mkdir()
-    for start, flags, says in [
+    for weights, flags, says in [
         (tmp_path / "nothing", {}, "nothing is not a directory"),
         (tmp_path / "other", {}, "holds no lens_config.json"),
         (checkpoint, {"attention": "splash"}, "attention: splash runs on TPU, not on cpu"),
@@ -291,7 +291,7 @@ def test_a_refused_start_leaves_nothing(checkpoint, data_dir, tmp_path, refused)
         (checkpoint, {"data.eval_split": "vall"}, "vall"),
         (checkpoint, {"data.data_dir": data_dir, "data.shapes.train_scenes": 9}, "other scenes"),
     ]:
-        assert says in refused(train.main, *arguments(start, data_dir, run, **flags))
+        assert says in refused(train.main, *arguments(weights, data_dir, run, **flags))
         assert not run.parent.exists()
     for flag, folder in (("mllm", "sam2"), ("sam", "nothing"), ("mllm", "nothing")):
         argv = ["--run_dir", run, f"--model.{flag}", f"checkpoints/tiny/{folder}"]
@@ -312,5 +312,5 @@ def test_begun_anew_before_the_first_update(tmp_path):
     assert not (tmp_path / "start").exists() and not (tmp_path / "evaluation.json").exists()
     assert config.read_yaml(tmp_path / "config.yaml") == new
     (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics.row("alignment", 1, {})) + "\n")
-    with pytest.raises(config.ConfigError, match="another configuration .seed."):
+    with pytest.raises(config.ConfigError, match=r"another configuration \(seed\)"):
         loop._inspect(tmp_path, old)
