@@ -1,17 +1,57 @@
 """Trains LENS: `python launch/train.py --help`."""
 
+import errno
+import logging
 import os
 import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lens_jax.training.stopping import Stopping
+
+FULL = os.strerror(errno.ENOSPC)  # what libraries put into errors of their own
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
 def main(argv: list[str] | None = None) -> int:
+    from lens_jax.training.stopping import Stopping
+
+    with Stopping() as stopping:  # before all else is imported, which takes seconds
+        try:
+            code = train(argv, stopping)
+        except KeyboardInterrupt:
+            if not stopping.asked:
+                raise
+        except Exception:
+            if not stopping.raised:  # else it comes of the interruption
+                raise
+        else:
+            return code
+        stopping.report(f"stopped: {stopping.where}")
+        return stopping.code
+
+
+def quiet() -> None:
+    """Keeps tracebacks off the terminal that are of no use there: of errors that orbax logs and
+    raises as well, of its callbacks after a write has failed, and of an interrupt in a callback."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def show(it: "sys.UnraisableHookArgs") -> None:
+        closed = isinstance(it.exc_value, RuntimeError) and "loop is closed" in f"{it.exc_value}"
+        if not (closed or isinstance(it.exc_value, KeyboardInterrupt)):
+            hook(it)
+
+    sys.unraisablehook = show
+
+
+def train(argv: list[str] | None, stopping: "Stopping") -> int:
     from lens_jax import cli
     from lens_jax import config as configuration
 
@@ -26,26 +66,40 @@ def main(argv: list[str] | None = None) -> int:
     from lens_jax.training import loop, metrics
     from tools.convert_weights import WeightsError
 
-    def start() -> Path:
-        """The checkpoint to start from; Hugging Face weights are converted first."""
+    converted = Path(config.run_dir) / "start"
+
+    def make() -> Path:
         if config.model.checkpoint:
             return Path(config.model.checkpoint)
-        converted = Path(config.run_dir) / "start"
-        processes.by_main(lambda: convert(config, converted))
+        processes.by_main(lambda: convert(config, converted, stopping))
         return converted
 
+    start = loop.Start(lambda holds: check(config, converted if holds else None), make)
     try:
         processes.start(config.distributed)
-        loop.run(config, start)
+        stopping.alone = jax.process_count() == 1
+        loop.run(config, start, stopping)
     except loop.Stopped as stop:
         if processes.is_main():
-            print(stop)
+            stopping.report(f"{stop}")
+        return stopping.code
+    except CheckpointError as error:
+        if FULL in f"{error}":
+            error = CheckpointError(f"{error}; make room, and start the same command again")
+        return processes.leave(cli.complain(error))
     except (
-        configuration.ConfigError, CheckpointError, SampleError, WeightsError, OSError,
+        configuration.ConfigError, SampleError, WeightsError,
         loop.NotFinite, metrics.RunError, processes.RemoteError,
     ) as error:  # fmt: skip
         return processes.leave(cli.complain(error))
     except Exception as error:
+        if stopping.raised:
+            raise
+        if reason := no_room(error, config.run_dir):
+            begin = f"{reason}; {stopping.where}"
+            return processes.leave(cli.complain(OSError(begin)))
+        if isinstance(error, OSError):
+            return processes.leave(cli.complain(error))
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
@@ -62,7 +116,45 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def convert(config, output: Path) -> None:
+def no_room(error: Exception, run_dir: str) -> str | None:
+    """What to say of an error that a full disk or full memory caused; None of any other."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL in f"{error}":
+        where = getattr(error, "filename", None) or run_dir
+        return f"the disk is full ({where}): make room, and start the same command again"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in f"{error}":
+        said = " ".join(f"{error}".split())[:200]
+        return (
+            "there is not enough memory: try, in this order, --remat full, a smaller "
+            "per_device_batch_size of the stage, more devices with --mesh.fsdp, --precision "
+            f"bfloat16 ({said})"
+        )
+    return None
+
+
+def check(config, converted: Path | None) -> dict[str, Any]:
+    """lens_config.json of the checkpoint a run starts from, seen to be one as far as that is quick.
+
+    Args:
+        converted: where an earlier start has put it, if that still holds.
+    """
+    from lens_jax import checkpoints
+    from lens_jax.data.pipeline import Processor
+    from lens_jax.inference import Generation
+    from tools.convert_weights import check_torch
+
+    model = config.model
+    start = Path(model.checkpoint) if model.checkpoint else converted
+    if start is None or not (model.checkpoint or start.exists()):
+        return check_torch(Path(model.mllm), Path(model.sam), model.num_queries, config.seed)
+    found = checkpoints.read_config(start)
+    checkpoints.model_shapes(start, found)
+    checkpoints.check_sizes(start)
+    Processor.from_pretrained(start)
+    Generation.from_pretrained(start)
+    return found
+
+
+def convert(config, output: Path, stopping: "Stopping") -> None:
     """Hugging Face weights to a checkpoint, unless there is one."""
     import jax
 
@@ -84,9 +176,11 @@ def convert(config, output: Path) -> None:
     command = [sys.executable, "-m", "tools.convert_weights", "from_torch"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    if subprocess.run(command, env=environment).returncode:
+    failed = subprocess.run(command, env=environment).returncode
+    if failed and not stopping.asked:  # Ctrl-C reaches it, too; the processes then stop together
         raise WeightsError([f"{model.mllm} and {model.sam} could not be converted, as said above"])
 
 
 if __name__ == "__main__":
+    quiet()
     sys.exit(main())

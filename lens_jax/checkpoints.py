@@ -92,7 +92,7 @@ def check_manifest(directory: str | os.PathLike[str]) -> str | None:
         return f"it cannot be read: {error}"
 
 
-def _trouble(directory: epath.Path) -> str | None:
+def _trouble(directory: epath.Path, *, content: bool = True) -> str | None:
     manifest = directory / MANIFEST
     if not manifest.exists():
         return f"it has no {MANIFEST}: it was not written to its end"
@@ -109,6 +109,8 @@ def _trouble(directory: epath.Path) -> str | None:
             return f"{name} is missing"
         if file.stat().length != size:
             return f"{name} has {file.stat().length} bytes instead of {size}"
+    if not content:
+        return None
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda name: _sha256(directory / name), expected)
         for (name, (_, sha256)), digest in zip(expected.items(), digests, strict=True):
@@ -529,6 +531,12 @@ def model_shapes(directory: str | os.PathLike[str], config: Mapping[str, Any]) -
         return LensConfig.from_dict(config)
 
 
+def check_sizes(directory: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError where a file of a pretrained checkpoint is missing, or is of another
+    size than was written: quicker than reading them all."""
+    _damaged(directory, _trouble(_path(directory), content=False))
+
+
 def iterate_params(directory: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a pretrained checkpoint as written: (name, host array), in portions."""
     yield from read_params(directory, saved_params(directory))
@@ -612,13 +620,16 @@ def _write_params(directory: Path, items: Iterable[tuple[str, Any]]) -> None:
 def _verified(directory: str | os.PathLike[str]) -> Path:
     directory = Path(directory).absolute()
     read_config(directory)
-    trouble = check_manifest(directory)
+    _damaged(directory, check_manifest(directory))
+    return directory
+
+
+def _damaged(directory: str | os.PathLike[str], trouble: str | None) -> None:
     if trouble is not None:
         raise CheckpointError(
             f"{directory} is damaged: {trouble}. Write it again"
             f" (a file changed on purpose: delete its entry in {MANIFEST})"
         )
-    return directory
 
 
 def _saved(directory: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jsonargparse
+import numpy as np
 import yaml
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -41,6 +42,9 @@ Dataset = Literal[
     "folder",
 ]
 Part = Literal["visual", "language", "context", "sam_encoder", "sam_decoder"]
+
+
+MOST_STEPS = 10**7  # of a stage: what it needs of each step, such as its temperature, is in memory
 
 
 class ConfigError(Exception):
@@ -509,6 +513,7 @@ def validate(config: RunConfig) -> None:
             f"run_dir {config.run_dir}: a run needs a directory of a file system that all hosts "
             "see; its checkpoints alone may lie in a bucket: checkpoint.directory"
         )
+    _validate_numbers(config)
     _validate_data(config.data)
     if config.data.data_dir is None and not config.data.generated:
         raise ConfigError(
@@ -524,6 +529,18 @@ def validate(config: RunConfig) -> None:
         if not getattr(config.data, key):
             raise ConfigError(f"data.{key} is empty: give at least one bucket")
     _validate_distributed(config.distributed)
+
+
+def _validate_numbers(config: RunConfig) -> None:
+    """Numbers that no run can have: NaN and infinity, and whole numbers too large to count with."""
+    for key, value in leaves(config).items():
+        last = key.split(".")[-1]
+        most = {"seed": 2**32 - 1, "steps": MOST_STEPS}.get(last, 2**31 - 1)
+        for number in np.ravel(np.array(value, object)):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{key}: expected a finite number, got {number}")
+            if isinstance(number, int) and number > most:
+                raise ConfigError(f"{key}: expected a number of at most {most}, got {number}")
 
 
 def _validate_data(data: DataConfig) -> None:

@@ -21,6 +21,17 @@ def blaming(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: {error}") from None
 
 
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """An OSError that names no file, as one of a full disk does not, is about this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(file)
+        raise
+
+
 def printable(text: object) -> str:
     """A text that terminals and pages show: names of files may hold control characters, and bytes
     that are no Unicode."""
@@ -36,6 +47,7 @@ def write_text(file: Path, text: str) -> Path:
     Bytes of file names that are no Unicode, half characters, are written as JSON escapes them.
     """
     unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
-    unfinished.replace(file)
+    with naming(file):
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
+        unfinished.replace(file)
     return file

@@ -92,6 +92,12 @@ def processes(coordinator, count, number):
         (["--grpo.steps", "many"], "grpo.steps: expected a whole number of at least 0, got many"),
         (["--grpo.steps", "3.5"], "grpo.steps: expected a whole number of at least 0, got 3.5"),
         (["--mesh.data", "0"], "mesh.data: expected a whole number of at least 1, got 0"),
+        (["--seed", str(2**70)], "seed: expected a number of at most 4294967295, got 118"),
+        (["--data.shapes.seed", str(2**32)], "data.shapes.seed: expected a number of at most 42"),
+        (["--grpo.steps", str(10**12)], "grpo.steps: expected a number of at most 10000000"),
+        (["--data.canvas", f"[[112, {2**40}]]"], "data.canvas: expected a number of at most"),
+        (["--grpo.learning_rate", "inf"], "grpo.learning_rate: expected a finite number, got inf"),
+        (["--grpo.entropy_weight", ".nan"], "grpo.entropy_weight: expected a finite number"),
         (["--max_skipped", "0"], "max_skipped: expected a whole number of at least 1"),
         (["--checkpoint.best_by", "speed"], "checkpoint.best_by: expected one of reward, box_iou"),
         (

@@ -153,3 +153,19 @@ def test_own_data_and_quickstart_as_printed(tmp_path):
     assert len(list((tmp_path / "predictions").iterdir())) == 3 * (30 + 1)
     assert len(list((tmp_path / "masks").iterdir())) == 3 * 2
     assert (tmp_path / "scores.html").is_file()
+
+
+def test_what_documented_commands_write_is_ignored_by_git():
+    """A clone stays clean after the README has been tried."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    flags = r"--(?:output|page|rows|run_dir|local-dir)[ =]([\w.-][\w./-]*)"
+    named = {name.rstrip(".") for name in re.findall(flags, text) if name.islower()}
+    named |= {"predictions/a.json", "runs/.scenes/0", ".scenes/0", "LENS-3B/a"}
+    assert {"scores.html", "my_data", "lens"} <= named
+    shown = [name if "." in name else f"{name}/a" for name in sorted(named)]
+    command = ["git", "check-ignore", "--no-index", "--verbose", "--non-matching", *shown]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if said.returncode > 1:
+        pytest.skip("not in a git repository")
+    missed = [line for line in said.stdout.splitlines() if line.startswith("::")]
+    assert not missed

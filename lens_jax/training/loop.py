@@ -12,8 +12,6 @@ import json
 import logging
 import math
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,13 +46,14 @@ from lens_jax.data.sources import Joined, folder, open_source, shapes
 from lens_jax.evaluation import Row, evaluate
 from lens_jax.inference import Generation, Lens
 from lens_jax.models.inputs import Batch
-from lens_jax.models.lens import LensModel
+from lens_jax.models.lens import LensConfig, LensModel
 from lens_jax.rewards import text_rewards
-from lens_jax.training import drawing, programs, report
+from lens_jax.training import drawing, programs, report, scenes
 from lens_jax.training.bad_samples import too_many
 from lens_jax.training.compilations import Compilations
-from lens_jax.training.metrics import METRICS_FILE, StageLog, last_step, read_scores
+from lens_jax.training.metrics import STAGES, StageLog, last_step, read_scores
 from lens_jax.training.state import TrainState
+from lens_jax.training.stopping import INTERRUPTED, Stopping
 
 # What a converted start/ depends on.
 CONVERTED = {"model.mllm", "model.sam", "model.num_queries", "seed"}
@@ -70,6 +69,20 @@ class Stopped(Exception):
 
 class NotFinite(Exception):
     """Too many updates in a row were left out; the text says what was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The weights that a run starts from.
+
+    Attributes:
+        check: lens_config.json of the checkpoint that `make` gives, from files alone: it writes
+            nothing. Told whether what an earlier start has converted still holds.
+        make: the pretrained checkpoint; official weights are converted first.
+    """
+
+    check: Callable[[bool], dict[str, Any]]
+    make: Callable[[], Path]
 
 
 @dataclasses.dataclass
@@ -89,7 +102,7 @@ class Run:
     held_out: Evaluation
     lens: Lens
     compilations: Compilations
-    stopping: threading.Event
+    stopping: Stopping
 
     def shapes(self) -> LensModel:
         """The model without its parameters."""
@@ -107,28 +120,28 @@ class Run:
         return params
 
 
-def run(config: RunConfig, start: Callable[[], Path]) -> None:
+def run(config: RunConfig, start: Start, stopping: Stopping) -> None:
     """Trains as `config` says.
-
-    Args:
-        start: gives the pretrained checkpoint to start from; called only if there is work to do.
 
     Raises:
         ConfigError: the directory holds another run, or the configuration does not fit.
-        Stopped: after SIGTERM, with everything saved.
+        Stopped, KeyboardInterrupt: as `stopping` was asked to, with everything saved.
         NotFinite: after `max_skipped` updates in a row that were left out, with everything saved.
         CheckpointError: the last checkpoint of a stage or before a stop could not be written.
     """
     directory = Path(config.run_dir)
     _agree(config)
-    programs.check_rewards(config)
-    if not processes.by_main(lambda: _claim(directory, config)):
+    found = processes.by_main(lambda: _inspect(directory, config))
+    if found["finished"]:
         _say(f"{directory} is finished: see {directory / 'report.html'}")
         return
-    stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    if found["begun"]:
+        stopping.where = f"{directory} goes on at its last checkpoint"
     with programs.precision(config), Compilations() as compilations:
-        job = _prepare(config, directory, start(), compilations, stopping)
+        checked = _check(config, directory, start, converted=not found["reconvert"])
+        _stop_if_asked(stopping)
+        processes.by_main(lambda: _claim(directory, config, found))
+        job = _prepare(config, directory, start.make(), checked, compilations, stopping)
         score(job, "before")
         if config.alignment.steps:
             align(job)
@@ -138,6 +151,19 @@ def run(config: RunConfig, start: Callable[[], Path]) -> None:
             score(job, "after_grpo")
         finish(job)
     _say(compilations)
+
+
+def _asked(stopping: Stopping) -> bool:
+    """Whether any process was asked to stop; all then end with the same exit code."""
+    asked, interrupted = processes.total(stopping.asked, stopping.code == INTERRUPTED)
+    if interrupted:
+        stopping.code = INTERRUPTED
+    return bool(asked)
+
+
+def _stop_if_asked(stopping: Stopping) -> None:
+    if _asked(stopping):
+        raise Stopped(f"stopped: {stopping.where}")
 
 
 def _say(text: Any) -> None:
@@ -244,12 +270,29 @@ def _train(
     )
     key, done = jax.random.key(config.seed), store.latest() or 0
     at = {"position": first_sample, "bad_samples": 0, "skipped_in_row": 0}
+    taken = {s: processes.by_main(partial(last_step, job.directory, s)) for s in STAGES}
+    if done > settings.steps:
+        raise ConfigError(
+            f"{store.directory / str(done)} is past {stage}.steps {settings.steps}: give as many "
+            "steps or more, or another run_dir"
+        )
     if not done:
         every = config.checkpoint.every
         processes.by_main(lambda: _refuse_to_forget(job.directory, stage, store.directory, every))
+        if taken[stage]:
+            _say(
+                f"{job.directory}: begins {stage} again at step 1 of {settings.steps}; no "
+                f"checkpoint holds the {taken[stage]} steps it has logged"
+            )
     else:
         saved = store.restore(done, {"state": vacate(state), "key": key} | at)
         state, at = saved["state"], {name: int(saved[name]) for name in at}
+        if not any(taken[later] for later in STAGES[STAGES.index(stage) + 1 :]):
+            _say(
+                f"{job.directory}: goes on at {stage} step {done} of {settings.steps}, from "
+                f"{store.directory / str(done)}"
+            )
+    job.stopping.where = f"{job.directory} goes on at {stage} step {done} of {settings.steps}"
     if done == settings.steps:
         return state
     pipeline = Pipeline(
@@ -295,6 +338,7 @@ def _train(
             # What a step needs is on device already: a hidden transfer would be a mistake.
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, batch)
+            job.stopping.hold()
             bad, shrunken = processes.total(bad, shrunken)
             rate = schedule(index - skipped)  # an update left out is no step of the optimizer
             in_row = at["skipped_in_row"] + 1 if metrics["skipped_updates"] > skipped else 0
@@ -324,7 +368,7 @@ def _train(
                     f"more than data.max_bad {config.data.max_bad} allows; the log names them: "
                     "mend them, or raise --data.max_bad"
                 )
-            (stopping,) = processes.total(job.stopping.is_set())
+            stopping = _asked(job.stopping)
             hopeless = in_row >= config.max_skipped
             if hopeless:
                 at["skipped_in_row"] = 0  # so that whoever goes on has as many tries
@@ -339,7 +383,13 @@ def _train(
                     f"{store.directory / str(index + 1)}"
                 )
             if stopping:
-                raise Stopped(f"stopped after {stage} step {index + 1}; saved in {store.directory}")
+                raise Stopped(
+                    f"stopped after {stage} step {index + 1} of {settings.steps}; saved in "
+                    f"{store.directory / str(index + 1)}, where the same command goes on"
+                )
+    end = f"{stage} step {settings.steps} of {settings.steps}"
+    job.stopping.where = f"{job.directory} goes on at {end}"
+    job.stopping.release()
     return state
 
 
@@ -418,83 +468,198 @@ def _agree(config: RunConfig) -> None:
             )
 
 
-def _claim(directory: Path, config: RunConfig) -> bool:
-    """Takes the run directory; False if the run in it is finished.
+def _inspect(directory: Path, config: RunConfig) -> dict[str, Any]:
+    """What a run directory holds; changes nothing.
 
-    One that ended before it had its data and its model, as over a name that was mistyped, may begin
-    anew with another configuration.
+    Returns: finished: there is nothing left to do; begun: a step was taken; changed: keys that the
+        run in it has other values for; reconvert: other weights are to be converted than were.
+
+    Raises:
+        ConfigError: another run is in it.
     """
-    file, start = directory / "config.yaml", directory / "start"
-    if file.exists():
-        begun = any((directory / name).exists() for name in (METRICS_FILE, "checkpoints"))
-        if config.resume == "never" and begun:
-            raise ConfigError(f"{directory} holds a run already, and resume is never")
-        changed = differences(read_yaml(file), config)
-        if changed and begun:
+    file = directory / "config.yaml"
+    if not file.exists():
+        return {"finished": False, "begun": False, "changed": [], "reconvert": False}
+    before = read_yaml(file)
+    taken = {stage: last_step(directory, stage) for stage in STAGES}
+    begun = any(taken.values()) or (directory / "checkpoints").exists()
+    if config.resume == "never" and begun:
+        raise ConfigError(f"{directory} holds a run already, and resume is never")
+    changed = differences(before, config)
+    longer = [key for key in changed if key in [f"{stage}.steps" for stage in STAGES]]
+    if begun and changed:
+        if changed != longer[:1]:
             raise ConfigError(
                 f"{directory} holds a run with another configuration ({', '.join(changed)}); "
                 "name another run_dir or remove it"
             )
-        for name in ("start", "final"):  # what a killed process was writing
-            for unfinished in directory.glob(f".{name}.*"):
-                shutil.rmtree(unfinished)
-        if CONVERTED.intersection(changed) and start.exists():
-            shutil.rmtree(start)
-        if (directory / "report.html").exists():
-            return False
+        _check_steps(directory, before, config, changed[0].partition(".")[0], taken)
+    return {
+        "finished": (directory / "report.html").exists() and not changed,
+        "begun": begun,
+        "changed": changed,
+        "reconvert": bool(CONVERTED.intersection(changed)),
+    }
+
+
+def _check_steps(
+    directory: Path, before: RunConfig, config: RunConfig, stage: str, taken: dict[str, int]
+) -> None:
+    """Raises ConfigError unless a run that has begun can go on to another number of steps."""
+    old, new = (getattr(x, stage) for x in (before, config))
+    key, final = f"{stage}.steps", directory / "final"
+    if new.steps < taken[stage]:
+        raise ConfigError(
+            f"{directory} has taken {taken[stage]} steps of {stage}, more than {key} {new.steps}: "
+            "name another run_dir, or give as many or more"
+        )
+    if not taken[stage] and not taken["grpo"]:
+        return
+    rollout = config.rollout
+    if stage == "alignment" and taken["grpo"]:
+        reason = f"stage 2 has begun after {old.steps} steps of stage 1"
+    elif new.schedule != "constant":
+        reason = f"{stage}.schedule is {new.schedule}, which ends at step {old.steps}"
+    elif stage == "grpo" and rollout.final_temperature not in (None, rollout.temperature):
+        reason = f"rollout.final_temperature is reached at step {old.steps}"
+    else:
+        return
+    done = (directory / "report.html").exists()
+    raise ConfigError(
+        f"{directory} cannot go on to {key} {new.steps}: {reason}. To train longer, "
+        f"{'' if done else f'end it with --{key} {old.steps}, then '}start from {final}: "
+        f"--model.checkpoint {final} --run_dir ANOTHER"
+        f"{' --alignment.steps 0' if stage == 'grpo' else ''} --{key} "
+        f"{max(1, new.steps - old.steps)}"
+    )
+
+
+def _claim(directory: Path, config: RunConfig, found: dict[str, Any]) -> None:
+    """Takes the run directory, and removes what no longer holds."""
     directory.mkdir(parents=True, exist_ok=True)
-    files.write_text(file, dump_yaml(config))
-    return True
+    for name in ("start", "final", "data"):  # what a killed process was writing
+        for unfinished in directory.glob(f".{name}.*"):
+            shutil.rmtree(unfinished)
+    if found["reconvert"]:
+        shutil.rmtree(directory / "start", ignore_errors=True)
+    # A finished run that goes on keeps final/ until the next one is ready.
+    (directory / "report.html").unlink(missing_ok=True)
+    if found["changed"]:
+        ended = [f"after_{key.partition('.')[0]}" for key in found["changed"]]
+        _forget_scores(directory, ended if found["begun"] else list(POINTS))
+    # Last: until then a start that was killed finds its configuration changed.
+    files.write_text(directory / "config.yaml", dump_yaml(config))
+
+
+def _forget_scores(directory: Path, points: list[str]) -> None:
+    """Removes evaluations of what is trained on or was another run's."""
+    file = directory / "evaluation.json"
+    if kept := {k: v for k, v in read_scores(file).items() if k not in points}:
+        files.write_text(file, json.dumps(kept, indent=2) + "\n")
+    else:
+        file.unlink(missing_ok=True)
+        shutil.rmtree(directory / "samples", ignore_errors=True)
+    for point in points:
+        (directory / "evaluation" / f"{point}.jsonl").unlink(missing_ok=True)
+
+
+@dataclasses.dataclass
+class Checked:
+    """What a run needs and could be had without writing. The sources of generated data are None:
+    they are drawn first."""
+
+    mesh: jax.sharding.Mesh
+    start_config: dict[str, Any]
+    lens_config: LensConfig
+    model: LensModel
+    sources: tuple[Source, Source] | None
+
+
+def _check(config: RunConfig, directory: Path, start: Start, *, converted: bool) -> Checked:
+    """Whatever can be checked before anything is written, converted or drawn."""
+    mesh = sharding.make_mesh(config.mesh, rows=batch_rows(config))
+    check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
+    start_config = config.lens_config(processes.by_main(lambda: start.check(converted)))
+    lens_config = checkpoints.model_shapes(directory / "start", start_config)
+    model = programs.abstract_model(config, lens_config, mesh)
+    sources = None
+    if not config.data.generated:
+        sources = _sources(config.data, Path(config.data.data_dir))
+    elif config.data.data_dir is not None:
+        _check_drawn(config.data)
+    programs.check_rewards(config)
+    return Checked(mesh, start_config, lens_config, model, sources)
+
+
+def _scenes(data: DataConfig) -> dict[str, int]:
+    return {"train": data.shapes.train_scenes, data.eval_split: data.shapes.eval_scenes}
+
+
+def _check_drawn(data: DataConfig) -> None:
+    """Raises ConfigError where scenes cannot be drawn into the folder that is named for them."""
+    data_dir = Path(data.data_dir)
+    if (data_dir / folder.FILE).exists():
+        raise ConfigError(
+            f"data.data_dir: {data_dir} holds {folder.FILE}, and no scenes are drawn into a "
+            "folder of one's own: set data.dataset to folder, or data.shapes.train_scenes to 0"
+        )
+    try:
+        found = shapes.drawn_in(data_dir)
+    except ValueError as error:
+        raise ConfigError(f"data.data_dir: {error}") from error
+    if found and (found["scenes"], found["seed"]) != (_scenes(data), data.shapes.seed):
+        raise ConfigError(
+            f"data.data_dir: {data_dir} holds other scenes than data.shapes asks for: set "
+            "data.shapes.train_scenes to 0 to use them, or name another data.data_dir"
+        )
+
+
+def _sources(data: DataConfig, data_dir: Path) -> tuple[Source, Source]:
+    """What is trained on, and what is held out."""
+    try:
+        train = _train_source(data, data_dir)
+        return train, open_source(data.dataset, data.eval_split, data_dir, evaluation=True)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _prepare(
     config: RunConfig,
     directory: Path,
     start: Path,
+    checked: Checked,
     compilations: Compilations,
-    stopping: threading.Event,
+    stopping: Stopping,
 ) -> Run:
-    """Mesh, data and model."""
-    mesh = sharding.make_mesh(config.mesh, rows=batch_rows(config))
-    check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
+    """Data and model."""
+    _stop_if_asked(stopping)
+    mesh, data = checked.mesh, config.data
     # Before the data and the weights, which take longer: a broken checkpoint is said at once.
-    start_config = config.lens_config(checkpoints.read_config(start))
-    lens_config = checkpoints.model_shapes(start, start_config)
     processor = Processor.from_pretrained(start)
     generation = dataclasses.replace(
         Generation.from_pretrained(start), max_new_tokens=config.rollout.max_new_tokens
     )
-    data = config.data
-    data_dir = Path(data.data_dir or directory / "data")
     if data.generated:
-        if (data_dir / folder.FILE).exists():
-            raise ConfigError(
-                f"data.data_dir: {data_dir} holds {folder.FILE}, and no scenes are drawn into a "
-                "folder of one's own: set data.dataset to folder, or data.shapes.train_scenes to 0"
-            )
-        scenes = {"train": data.shapes.train_scenes, data.eval_split: data.shapes.eval_scenes}
-        processes.by_main(lambda: shapes.write_refcoco(data_dir, scenes, data.shapes.seed))
+        _say(processes.by_main(lambda: _draw(directory, data)))
+        _stop_if_asked(stopping)
+    train_source, held_out = checked.sources or _sources(
+        data, Path(data.data_dir or directory / "data")
+    )
     buckets = Buckets(data.prompt_tokens, data.windows, data.canvas, data.answer_tokens)
-    try:
-        train_source = _train_source(data, data_dir)
-        held_out = open_source(data.dataset, data.eval_split, data_dir, evaluation=True)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
-    definition, state = nnx.split(programs.abstract_model(config, lens_config, mesh))
-    place = partial(sharding.place, mesh=mesh, kv_heads=lens_config.mllm.num_kv_heads)
+    definition, state = nnx.split(checked.model)
+    kv_heads = checked.lens_config.mllm.num_kv_heads
+    place = partial(sharding.place, mesh=mesh, kv_heads=kv_heads)
     _, params = checkpoints.load_pretrained(start, dtype=jnp.float32, sharding=place)
     params.pop("unused", None)
     nnx.replace_by_pure_dict(state, params)
-
-    # From here on the directory is this run's (see _claim).
-    processes.by_main(lambda: (directory / METRICS_FILE).touch())
+    _stop_if_asked(stopping)
     return Run(
         config=config,
         directory=directory,
         mesh=mesh,
         start=start,
-        start_config=start_config,
+        start_config=checked.start_config,
         model=definition,
         params=state,
         processor=processor,
@@ -513,6 +678,14 @@ def _prepare(
         compilations=compilations,
         stopping=stopping,
     )
+
+
+def _draw(directory: Path, data: DataConfig) -> str:
+    """The generated scenes, and in words where they are from."""
+    if data.data_dir is None:
+        return scenes.provide(directory, _scenes(data), data.shapes.seed)
+    shapes.write_refcoco(data.data_dir, _scenes(data), data.shapes.seed)
+    return f"scenes: those in {data.data_dir}"
 
 
 def _train_source(data: DataConfig, data_dir: Path) -> Source:
@@ -551,8 +724,7 @@ def score(job: Run, point: str) -> None:
             unit="batch",
             disable=not processes.is_main(),
         ):
-            if processes.total(job.stopping.is_set())[0]:
-                raise Stopped(f"stopped while evaluating; {job.directory} goes on from there")
+            _stop_if_asked(job.stopping)
             yield batch
 
     def show(row: Row, asked: EvaluationRow, mask: np.ndarray) -> None:
@@ -610,13 +782,14 @@ def _show(job: Run, point: str, row: Row, box: list[float] | None, mask: str) ->
 def finish(job: Run) -> None:
     """Writes the trained model as a pretrained checkpoint, and the report."""
     final = job.directory / "final"
-    if not processes.by_main(final.exists):
 
-        def params():
-            yield from checkpoints.unstack(nnx.to_pure_dict(job.params))
-            unused = [n for n in checkpoints.saved_params(job.start) if n.startswith("unused/")]
-            yield from checkpoints.read_params(job.start, unused)
+    def params():
+        yield from checkpoints.unstack(nnx.to_pure_dict(job.params))
+        unused = [n for n in checkpoints.saved_params(job.start) if n.startswith("unused/")]
+        yield from checkpoints.read_params(job.start, unused)
 
-        checkpoints.save_pretrained(final, params(), job.start_config, files_from=job.start)
+    # What is there may be what a shorter training ended with.
+    processes.by_main(lambda: shutil.rmtree(final, ignore_errors=True))
+    checkpoints.save_pretrained(final, params(), job.start_config, files_from=job.start)
     processes.by_main(lambda: str(report.write(job.directory)))
     _say(f"{final}: the trained model\n{job.directory / 'report.html'}: the report")

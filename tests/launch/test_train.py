@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from launch import train
 from lens_jax import checkpoints, config
 from lens_jax.training import loop, metrics
+from tests.launch import runs
 from tests.launch.runs import arguments
 from tools import export_checkpoint, kill_test
 
@@ -104,9 +106,9 @@ def test_options_of_stage_2(checkpoint, data_dir, tmp_path):
     assert any(name.startswith("language/") for name in moved)
 
 
-def test_a_stopped_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, monkeypatch, capfd):
     """Stopped in an evaluation, and after the first step of each stage, by the signal that
-    clusters send."""
+    clusters send and by Ctrl-C."""
     directory = tmp_path / "stopped"
     write, evaluate = metrics.StageLog.write, loop.evaluate
 
@@ -119,22 +121,33 @@ def test_a_stopped_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, mo
     assert not (directory / "evaluation.json").exists() and not metrics.read(directory)
     monkeypatch.setattr(loop, "evaluate", evaluate)
 
+    sent = {"alignment": (signal.SIGTERM, 0, 2), "grpo": (signal.SIGINT, 130, 3)}
+
     def write_and_stop(self, step, values):
         if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent[self.stage][0])
         return write(self, step, values)
 
-    for stage in ("alignment", "grpo"):
+    capfd.readouterr()
+    for stage, (_, code, steps) in sent.items():
         monkeypatch.setattr(metrics.StageLog, "write", write_and_stop)
-        assert train.main(arguments(checkpoint, data_dir, directory)) == 0
+        assert train.main(arguments(checkpoint, data_dir, directory)) == code
         assert metrics.read(directory)[-1]["stage"] == stage
         assert not (directory / "final").exists()
+        place = directory / "checkpoints" / stage / "1"
+        out, err = capfd.readouterr()
+        stop = f"stopped after {stage} step 1 of {steps}; saved in {place}, where the same command"
+        assert out.splitlines()[-1].startswith(stop)
+        assert ("stopping after this step; Ctrl-C" in err) == (code == 130)
+        assert "Traceback" not in err
     # A row that a killed process wrote after its last checkpoint is written anew.
     (directory / "metrics.jsonl").open("a").write('{"stage": "grpo", "step": 2}\n')
     monkeypatch.setattr(metrics.StageLog, "write", write)
     replaced, vacate = [], loop.vacate
     monkeypatch.setattr(loop, "vacate", lambda state: [replaced.append(state), vacate(state)][1])
     assert train.main(arguments(checkpoint, data_dir, directory)) == 0
+    goes_on = f"{directory}: goes on at grpo step 1 of 3, from {place}"
+    assert [x for x in capfd.readouterr().out.splitlines() if "goes on" in x] == [goes_on]
     # The state that each stage had begun with does not lie beside the restored one.
     assert len(replaced) == 2 and all(x.is_deleted() for x in jax.tree.leaves(replaced))
 
@@ -192,7 +205,8 @@ def test_a_full_disk(checkpoint, data_dir, tmp_path, monkeypatch, capfd, caplog)
         write(directory, *score)
 
     monkeypatch.setattr(checkpoints, "write_manifest", write_manifest)
-    argv = arguments(checkpoint, data_dir, tmp_path, **STAGE_1 | {"alignment.steps": 3})
+    flags = STAGE_1 | {"alignment.steps": 3, "alignment.schedule": "constant"}
+    argv = arguments(checkpoint, data_dir, tmp_path, **flags)
     assert train.main(argv) == 2
     assert "alignment/1 could not be written, there is none yet" in caplog.text
     assert "No space left on device" in caplog.text and "Training goes on." in caplog.text
@@ -202,10 +216,57 @@ def test_a_full_disk(checkpoint, data_dir, tmp_path, monkeypatch, capfd, caplog)
     full.clear()
     assert train.main(argv) == 0
 
+    # Nothing depends on how many steps there are: the finished run is trained longer.
+    shorter = dict(checkpoints.iterate_params(tmp_path / "final"))
+    scores = json.loads((tmp_path / "evaluation.json").read_text())
+    flags |= {"alignment.steps": 4}
+    assert train.main(arguments(checkpoint, data_dir, tmp_path, **flags)) == 0
+    assert "goes on at alignment step 3 of 4" in capfd.readouterr().out
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3, 4]
+    longer = dict(checkpoints.iterate_params(tmp_path / "final"))
+    assert any(not np.array_equal(longer[name], shorter[name]) for name in longer)
+    again = json.loads((tmp_path / "evaluation.json").read_text())
+    assert again.keys() == scores.keys() and again["before"] == scores["before"]
+    assert again["after_alignment"] != scores["after_alignment"]
+    assert (tmp_path / "report.html").exists()
 
-def test_finished_run(whole, checkpoint, data_dir, capsys):
+
+def test_the_disk_is_full(checkpoint, data_dir, tmp_path, monkeypatch, refused):
+    """Elsewhere than in a checkpoint: one line, with the file and what to do."""
+
+    def write(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.write_text", write)
+    said = refused(train.main, *arguments(checkpoint, data_dir, tmp_path / "run"))
+    assert "error: the disk is full" in said and "config.yaml" in said
+    assert "make room, and start the same command again; nothing had been trained" in said
+
+
+def test_ctrl_c_before_the_first_step(checkpoint, data_dir, tmp_path):
+    """Of a real process, wherever it is; one line, and nothing that the next start trips over."""
+    run, logs = tmp_path / "run", tmp_path / "log"
+    command = ("launch/train.py", *arguments(checkpoint, data_dir, run))
+    (process,) = runs.start([command], logs, devices=1)
+    try:
+        while not (run / "config.yaml").exists():
+            assert process.poll() is None, runs.log_of(logs, 0).read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    lines = runs.log_of(logs, 0).read_text().splitlines()
+    assert lines[-1].startswith("stopped: nothing had been trained")
+    assert not any("Traceback" in line or "Interrupt" in line for line in lines), lines
+
+
+def test_finished_run(whole, checkpoint, data_dir, capsys, refused):
     assert train.main(arguments(checkpoint, data_dir, whole)) == 0
     assert "is finished" in capsys.readouterr().out
+    said = refused(train.main, *arguments(checkpoint, data_dir, whole, **{"grpo.steps": 9}))
+    assert f"To train longer, start from {whole / 'final'}: --model.checkpoint" in said
+    assert (whole / "report.html").exists() and (whole / "final").exists()
 
 
 def test_another_configuration_is_refused(whole, checkpoint, data_dir, refused):
@@ -216,23 +277,40 @@ def test_another_configuration_is_refused(whole, checkpoint, data_dir, refused):
     )
 
 
-def test_missing_checkpoint(data_dir, tmp_path, refused):
-    """The command put right is no other run."""
-    run = tmp_path / "run"
-    argv = arguments(tmp_path / "nothing", data_dir, run)
-    assert "nothing" in refused(lambda a: train.main(a), *argv)
-    (run / "start").mkdir()
-    argv = arguments(tmp_path / "another", data_dir, run, resume="never")
-    assert "another" in refused(lambda a: train.main(a), *argv)
-    assert config.read_yaml(run / "config.yaml").model.checkpoint.endswith("another")
-    assert (run / "start").exists()
-    # Converted from what was not meant.
-    assert "another" in refused(lambda a: train.main(a), *argv, "--model.sam", "sam9.pt")
-    assert not (run / "start").exists()
-    (run / "checkpoints").mkdir()
-    assert "model.sam" in refused(lambda a: train.main(a), *argv[:-2], "--resume", "auto")
+def test_a_refused_start_leaves_nothing(checkpoint, data_dir, tmp_path, refused):
+    """And the command put right is no other run."""
+    run = tmp_path / "runs" / "run"
+    (tmp_path / "other").mkdir()
+    for weights, flags, says in [
+        (tmp_path / "nothing", {}, "nothing is not a directory"),
+        (tmp_path / "other", {}, "holds no lens_config.json"),
+        (checkpoint, {"attention": "splash"}, "attention: splash runs on TPU, not on cpu"),
+        (checkpoint, {"attention": "cudnn"}, "attention: cudnn runs on NVIDIA GPUs, not on cpu"),
+        (checkpoint, {"mesh.data": 999}, "mesh.data 999"),
+        (checkpoint, {"data.data_dir": tmp_path / "no_data"}, "no_data"),
+        (checkpoint, {"data.eval_split": "vall"}, "vall"),
+        (checkpoint, {"data.data_dir": data_dir, "data.shapes.train_scenes": 9}, "other scenes"),
+    ]:
+        assert says in refused(train.main, *arguments(weights, data_dir, run, **flags))
+        assert not run.parent.exists()
+    for flag, folder in (("mllm", "sam2"), ("sam", "nothing"), ("mllm", "nothing")):
+        argv = ["--run_dir", run, f"--model.{flag}", f"checkpoints/tiny/{folder}"]
+        assert folder in refused(train.main, *argv)
+        assert not run.parent.exists()
 
 
-def test_a_kernel_of_another_platform(checkpoint, data_dir, tmp_path, refused):
-    argv = arguments(checkpoint, data_dir, tmp_path / "run", attention="splash")
-    assert "attention: splash runs on TPU, not on cpu" in refused(lambda a: train.main(a), *argv)
+def test_begun_anew_before_the_first_update(tmp_path):
+    """With other flags: what they replace is removed, and what a step has trained is not."""
+    old, new = (config.load(["--run_dir", str(tmp_path), "--seed", x]) for x in "12")
+    loop._claim(tmp_path, old, loop._inspect(tmp_path, old))
+    (tmp_path / "start").mkdir()
+    (tmp_path / "evaluation.json").write_text('{"before": {"giou": 1}}')
+    found = loop._inspect(tmp_path, new)
+    assert found == {"finished": False, "begun": False, "changed": ["seed"], "reconvert": True}
+    assert (tmp_path / "start").exists()
+    loop._claim(tmp_path, new, found)
+    assert not (tmp_path / "start").exists() and not (tmp_path / "evaluation.json").exists()
+    assert config.read_yaml(tmp_path / "config.yaml") == new
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics.row("alignment", 1, {})) + "\n")
+    with pytest.raises(config.ConfigError, match=r"another configuration \(seed\)"):
+        loop._inspect(tmp_path, old)

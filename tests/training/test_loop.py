@@ -1,6 +1,6 @@
 """The loop around updates, with updates that compute nothing."""
 
-import threading
+import json
 from types import SimpleNamespace
 
 import jax
@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from lens_jax import checkpoints, sharding
+from lens_jax import config as configs
+from lens_jax import sharding
 from lens_jax.config import AlignmentConfig, CheckpointConfig, ConfigError, DataConfig, RunConfig
 from lens_jax.data.pipeline import Buckets, Processor
 from lens_jax.data.sample import Sample, SampleError
 from lens_jax.training import loop, metrics
 from lens_jax.training.state import TrainState
+from lens_jax.training.stopping import Stopping
 from tests.training.stages import TOKENIZER
 
 BATCH = 8
@@ -50,7 +52,7 @@ def train(processor, directory, source, steps, **data):
         processor=processor,
         buckets=Buckets((64,), (4,), ((56, 56),), (40,)),
         compilations=SimpleNamespace(count=0),
-        stopping=threading.Event(),
+        stopping=Stopping(),
     )
     state = TrainState(jnp.int32(0), {"w": jnp.zeros(1)}, {"w": jnp.zeros(1)}, jnp.int32(0))
 
@@ -98,12 +100,63 @@ def test_four_of_five_may_be_bad(run):
     assert len(run(Photos(200, good=5), 60, max_bad=1.0)) == 60
 
 
-def test_a_broken_start_is_said_before_data_are_drawn(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(loop.shapes, "write_refcoco", lambda *_: drawn.append(1))
-    (tmp_path / "start").mkdir()
-    (tmp_path / "start" / "lens_config.json").write_text("{")
-    config = RunConfig(run_dir=str(tmp_path / "run"))
-    with pytest.raises(checkpoints.CheckpointError, match=r"lens_config\.json"):
-        loop._prepare(config, tmp_path / "run", tmp_path / "start", None, threading.Event())
-    assert not drawn
+def test_a_stage_begun_again_says_so(run, tmp_path, capsys):
+    """What it had logged lay in no checkpoint."""
+    run(Photos(40, good=1), 1)
+    for file in (tmp_path / "checkpoints" / "alignment").glob("*/manifest.json"):
+        file.unlink()
+    run(Photos(40, good=1), 1)
+    out = capsys.readouterr().out
+    assert "begins alignment again at step 1 of 1; no checkpoint holds the 1 steps" in out
+    with pytest.raises(ConfigError, match=r"give as many steps or more"):
+        run(Photos(40, good=1), 0)
+
+
+LONGER = {"alignment.steps": 5, "grpo.steps": 6}
+
+
+@pytest.mark.parametrize(
+    "taken, asked, says",
+    [
+        ({"alignment": 5, "grpo": 6}, {"grpo.steps": 9}, None),
+        ({"alignment": 5, "grpo": 4}, {"grpo.steps": 4}, None),
+        ({"alignment": 5, "grpo": 6}, {"grpo.steps": 3}, r"has taken 6 steps of grpo"),
+        ({"alignment": 5, "grpo": 1}, {"alignment.steps": 9}, r"stage 2 has begun .* start from"),
+        ({"alignment": 3}, {"alignment.steps": 9}, r"alignment\.schedule is cosine"),
+        ({"alignment": 3}, {"grpo.steps": 9}, None),
+        (
+            {"alignment": 5, "grpo": 6},
+            {"grpo.steps": 9, "grpo.schedule": "linear"},
+            r"grpo\.schedule is linear, which ends at step 6\. To train longer, end it with "
+            r"--grpo\.steps 6, then start from .*/final: --model\.checkpoint .*/final --run_dir "
+            r"ANOTHER --alignment\.steps 0 --grpo\.steps 3$",
+        ),
+        (
+            {"alignment": 5, "grpo": 6},
+            {"grpo.steps": 9, "rollout.final_temperature": 0.5},
+            r"rollout\.final_temperature is reached at step 6",
+        ),
+        ({"alignment": 1}, {"grpo.steps": 9, "seed": 1}, r"another configuration \(seed, grpo"),
+        ({}, {"grpo.steps": 9, "seed": 1, "grpo.beta": 0.5}, None),
+    ],
+)
+def test_other_steps(taken, asked, says, tmp_path):
+    """A run goes on to them where nothing that it did depends on how many there are."""
+    fixed = {k: v for k, v in asked.items() if k in ("grpo.schedule", "rollout.final_temperature")}
+    flags = {"grpo.schedule": "constant", "run_dir": tmp_path} | LONGER | fixed
+
+    def config(**more):
+        argv = [str(x) for key, value in (flags | more).items() for x in (f"--{key}", value)]
+        return configs.load(argv)
+
+    (tmp_path / "config.yaml").write_text(configs.dump_yaml(config()))
+    rows = [metrics.row(stage, n, {}) for stage, n in taken.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if says:
+        with pytest.raises(ConfigError, match=says) as error:
+            loop._inspect(tmp_path, config(**asked))
+        assert "\n" not in str(error.value)
+    else:
+        found = loop._inspect(tmp_path, config(**asked))
+        assert not found["finished"] and found["begun"] == bool(taken)
+        assert set(found["changed"]) == asked.keys() - fixed.keys()

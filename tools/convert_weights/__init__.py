@@ -2,6 +2,7 @@
 
 from tools.convert_weights.convert import (
     Conversion,
+    check_torch,
     from_torch,
     lens_table,
     load_lens_state,
@@ -14,6 +15,7 @@ from tools.convert_weights.verify import verify
 __all__ = [
     "Conversion",
     "WeightsError",
+    "check_torch",
     "from_torch",
     "lens_table",
     "load_lens_state",

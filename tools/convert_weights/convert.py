@@ -120,9 +120,7 @@ def from_torch(
             file,
             output,
         )
-    _check_files(Path(mllm or lens), official.config)
-    model = shapes_from(Path(mllm or lens), lambda: LensConfig.from_dict(official.config))
-    plans = _plan(official.parts, parameter_shapes(model))
+    plans = _checked(Path(mllm or lens), official)
     checkpoints.save_pretrained(
         output,
         _tensors(official.parts, plans, dtype),
@@ -133,6 +131,20 @@ def from_torch(
     unused = sum(entry.target.startswith(UNUSED) for entry in entries)
     dropped = official.left_out + tuple(name for plan in plans for name in plan.junk)
     return Conversion(len(entries) - unused, unused, dropped)
+
+
+def check_torch(mllm: Path, sam: Path, num_queries: int, seed: int) -> dict[str, Any]:
+    """The lens_config.json that `from_torch` would write, if it would; itself it writes nothing."""
+    official = open_official(mllm, None, sam, None, num_queries, seed)
+    _checked(mllm, official)
+    return official.config
+
+
+def _checked(directory: Path, official: Official) -> list[Plan]:
+    """The plans that account for every tensor. Raises WeightsError and CheckpointError."""
+    _check_files(directory, official.config)
+    model = shapes_from(directory, lambda: LensConfig.from_dict(official.config))
+    return _plan(official.parts, parameter_shapes(model))
 
 
 def _check_files(directory: Path, config: Mapping[str, Any]) -> None:

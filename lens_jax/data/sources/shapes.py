@@ -259,6 +259,31 @@ def _coverage(shape: str, side: int) -> np.ndarray:
 # --- on disk, in RefCOCO's layout -----------------------------------------------------------------
 
 SPLITS = ("train", "val", "testA", "testB")
+DESCRIPTION = "generated shapes"
+
+
+def drawn_in(directory: str | Path) -> dict[str, Any] | None:
+    """What generated scenes a directory holds, `{"description", "scenes", "seed"}`; {} if they are
+    not complete, None without any.
+
+    Raises:
+        ValueError: it holds a RefCOCO that was not generated.
+    """
+    folder = Path(directory) / "refer_seg" / "refcoco"
+    instances, complete = folder / "instances.json", (folder / "refs(unc).p").is_file()
+    if not instances.is_file():
+        return None
+    try:
+        content = json.loads(instances.read_text())
+        info = content["info"] if content["info"]["description"] == DESCRIPTION else None
+    except (ValueError, KeyError, TypeError):
+        info = None if complete else {}  # else it was being written
+    if info is None:
+        raise ValueError(
+            f"{folder} holds a RefCOCO that was not generated, and no scenes are drawn over it: "
+            "set data.shapes.train_scenes to 0 to use it, or name another data.data_dir"
+        )
+    return info if complete else {}
 
 
 def write_refcoco(out_dir: str | Path, num_scenes: Mapping[str, int], seed: int) -> None:
@@ -272,19 +297,23 @@ def write_refcoco(out_dir: str | Path, num_scenes: Mapping[str, int], seed: int)
     encoded in runs, the others as polygons.
 
     Does nothing if OUT_DIR holds this very data set already; the refs file, written last, tells.
+    Other generated scenes there are replaced.
 
     Args:
         num_scenes: scenes of each split: train, val, testA, testB.
         seed: of everything; a scene depends on (seed, split, its number in the split) alone.
+
+    Raises:
+        ValueError: an unknown split, or OUT_DIR holds a RefCOCO that was not generated.
     """
     unknown = set(num_scenes) - set(SPLITS)
     if unknown:
         raise ValueError(f"num_scenes: unknown split {sorted(unknown)[0]!r}, not in {SPLITS}")
     root = Path(out_dir) / "refer_seg"
     images = root / "images" / "mscoco" / "images" / "train2014"
-    info = {"description": "generated shapes", "scenes": dict(num_scenes), "seed": seed}
+    info = {"description": DESCRIPTION, "scenes": dict(num_scenes), "seed": seed}
     instances_file, refs_file = root / "refcoco/instances.json", root / "refcoco/refs(unc).p"
-    if refs_file.is_file() and json.loads(instances_file.read_text())["info"] == info:
+    if drawn_in(out_dir) == info:
         return
     refs_file.unlink(missing_ok=True)
     images.mkdir(parents=True, exist_ok=True)
