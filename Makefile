@@ -1,5 +1,3 @@
-# make train | test | lint; ARGS="..." goes to the command, PYTHON=python3.12 names an interpreter;
-# CONSTRAINTS= installs the newest versions instead of those that were tested.
 PYTHON ?= python3
 ARGS ?=
 CONSTRAINTS ?= constraints.txt
@@ -7,7 +5,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
   $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: train test lint
+.PHONY: help train test lint
+
+help:
+	@echo 'make train  trains and evaluates the tiny model (configs/tiny.yaml, 8 minutes): runs/tiny/report.html'
+	@echo 'make test   runs the tests'
+	@echo 'make lint   checks style'
+	@echo
+	@echo 'Each installs what it needs into .venv first. ARGS="--grpo.steps 3" goes on to the command;'
+	@echo 'PYTHON=python3.12 names another Python; CONSTRAINTS= takes the newest packages, not the tested.'
 
 train: .venv/.train
 	$(BIN)/python launch/train.py $(ARGS)

@@ -16,6 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lens_jax import interpreter  # noqa: F401
+
+# isort: split
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding

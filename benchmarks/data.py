@@ -19,6 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lens_jax import interpreter  # noqa: F401
+
+# isort: split
 import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLImageProcessor

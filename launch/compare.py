@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import cli
 from lens_jax.files import printable
+from lens_jax.flags import Flags
 
 EXAMPLE = """\
 example:
@@ -15,7 +16,7 @@ example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Flags(
+    parser = Flags(
         prog="launch/compare.py",
         description=(
             "Writes one page with the curves, scores and differing keys of several runs.\n"
@@ -23,12 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         epilog=EXAMPLE,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    parser.add_argument("--output", type=Path, help="the page to write; has to be given")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Run directories.")
+    parser.add_argument("--output", type=Path, required=True, help="The page to write.")
     try:
         options = parser.parse_args(argv)
-        if options.output is None:
-            raise cli.UsageError("give --output, the page to write")
         from lens_jax.training import comparison, metrics
 
         for run in options.runs:

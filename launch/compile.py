@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import cli
+from lens_jax.flags import Flags, PositiveInt
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,10 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if flag not in known:
                 raise UsageError(f"unknown: {flag} " + cli.nearest(flag, known))
         files = [options.config] if options.config else sorted((ROOT / "configs").glob("lens_*"))
-        if bool(options.topology) == bool(options.suggest):
-            raise UsageError("give one of --topology and --suggest")
-        if options.slices < 1:
-            raise UsageError(f"--slices {options.slices}: at least 1")
         if options.topology and not options.config:
             raise UsageError("give --config, the run to compile")
         stages = [options.stage] if options.stage else ["alignment", "grpo", "evaluation"]
@@ -77,29 +74,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if report["fits"] else 1
 
 
-def _flags() -> cli.Flags:
-    flags = cli.Flags(
+def _flags() -> Flags:
+    flags = Flags(
         prog="launch/compile.py",
         description="Compiles the programs of a run for a TPU slice, without one, and says whether "
         "they fit.",
         epilog=_EXAMPLE,
     )
-    flags.add_argument("--config", type=Path, help="The run's YAML file.")
-    flags.add_argument("--topology", help="The slice: v5e:4x4, v5p:2x2x4, v6e:8x8, ...")
+    flags.add_argument("--config", type=Path, help="The run's YAML file; --topology needs it.")
+    slices = flags.add_mutually_exclusive_group(required=True)
+    slices.add_argument("--topology", help="The slice: v5e:4x4, v5p:2x2x4, v6e:8x8, ...")
+    slices.add_argument(
+        "--suggest",
+        metavar="CHIPS",
+        help="Prints the smallest slice of each of these chips that fits, as v5e,v5p,v6e; without "
+        "--config, for every recipe in configs/.",
+    )
     flags.add_argument(
-        "--slices", type=int, default=1, help="How many of it; mesh.data goes over them."
+        "--slices", type=PositiveInt, default=1, help="How many of it; mesh.data goes over them."
     )
     flags.add_argument("--output", type=Path, help="Where the report is written as JSON.")
     flags.add_argument(
         "--stage",
         choices=("alignment", "grpo", "evaluation"),
-        help="Default: the stages that run, and evaluation.",
-    )
-    flags.add_argument(
-        "--suggest",
-        metavar="CHIPS",
-        help="v5e,v5p,v6e: the smallest slice of each that fits; without --config, for every "
-        "recipe in configs/.",
+        help="Only this one; if not given, the stages that run, and evaluation.",
     )
     flags.add_argument(
         "--program", default="", help="Only programs whose name begins so, as grpo.rollout."

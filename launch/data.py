@@ -6,12 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeInt
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import cli
+
+# isort: split
+from tqdm import tqdm
+
+from lens_jax.flags import NonNegativeInt
 
 DESCRIPTION = """\
 A data set of your own is a folder with manifest.jsonl, one object a line (docs/own_data.md):

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import PositiveInt
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import cli
+from lens_jax.flags import PositiveInt
 
 EXAMPLE = """\
   python launch/demo.py --checkpoint runs/tiny/final

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jsonargparse.typing import PositiveInt
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import cli
 from lens_jax.config import Dataset
+from lens_jax.flags import PositiveInt
 
 EXAMPLE = """\
   python launch/evaluate.py --checkpoint runs/tiny/final --dataset refcoco --split val \\

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import cli
+
+# isort: split
+from tqdm import tqdm
+
 from lens_jax.files import printable
 
 if TYPE_CHECKING:

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 FULL = os.strerror(errno.ENOSPC)  # what libraries put into errors of their own
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lens_jax import interpreter  # noqa: F401
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 
 def main(argv: list[str] | None = None) -> int:

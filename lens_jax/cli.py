@@ -1,68 +1,19 @@
 """What the commands share: flags from a function's signature, and mistakes as one line."""
 
-import argparse
-import difflib
 import inspect
 import os
-import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jsonargparse
+from lens_jax import interpreter  # noqa: F401, the first of all imports that may fail
+
+# isort: split
 from tqdm import tqdm
 
 from lens_jax.files import printable
-
-# What jsonargparse calls a type -> what it asks for.
-_TYPES = {
-    "PositiveInt": "a whole number of at least 1",
-    "<class 'bool'>": "true or false",
-}
-
-
-class UsageError(Exception):
-    """A command that cannot be carried out as given; one line that says what to change.
-
-    `errors` holds several such lines where all of them are known at once.
-    """
-
-    @property
-    def errors(self) -> list[str]:
-        return [str(self)]
-
-
-class Formatter(jsonargparse.DefaultHelpFormatter):
-    """Keeps the line breaks of descriptions and examples."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "".join(indent + line for line in text.splitlines(keepends=True))
-
-
-class Parser(jsonargparse.ArgumentParser):
-    """Raises UsageError, one line, where argparse would print its usage and exit."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(
-            _explain(message, [f"--{key.rstrip('_')}" for key in vars(self.get_defaults())])
-        )
-
-
-class Flags(argparse.ArgumentParser):
-    """argparse's own, for flags that no function's signature describes; fails as `Parser` does."""
-
-    def __init__(self, **options):
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
-        )
-
-    @property
-    def names(self) -> Iterable[str]:
-        return self._option_string_actions.keys()
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(_explain(message, self.names))
+from lens_jax.flags import Parser, UsageError, nearest
 
 
 def run(
@@ -76,8 +27,6 @@ def run(
         prog=prog,
         description=inspect.getdoc(command).partition("Args:")[0].rstrip(),
         epilog=f"example:\n{example}",
-        formatter_class=Formatter,
-        allow_abbrev=False,
     )
     parser.add_function_arguments(command, as_group=False, as_positional=False)
     for action in list(parser._actions):  # a parameter from_ is the flag --from
@@ -123,6 +72,7 @@ def run_one_of(
         print(f"usage: {prog} COMMAND ...\n\n{description}\n\ncommands (COMMAND --help says more):")
         for name, (command, _) in commands.items():
             print(f"  {name:<12} {inspect.getdoc(command).splitlines()[0]}")
+        print("\nexample:\n" + "\n".join(example for _, example in commands.values()))
         return 0
     if name not in commands:
         what = f"unknown command {name} " if name else "give a command "
@@ -151,28 +101,6 @@ def complain(error: Exception) -> int:
     return 2
 
 
-def _explain(message: str, flags: Iterable[str]) -> str:
-    """jsonargparse's message as one line that names the flag and what it should be."""
-    message = " ".join(message.split())
-    if required := re.search(r"arguments are required: (.+)", message):
-        names = (name.strip("-_") for name in required[1].split(", "))
-        return "give " + ", ".join(f"--{name}" if name.islower() else name for name in names)
-    if unknown := re.search(r"unrecognized arguments: (.+)", message):
-        return f"unknown: {unknown[1]} " + nearest(unknown[1].split()[0].split("=")[0], flags)
-    wrong = re.search(r'key "(?P<key>\w+)": (?P<why>.+)', message)
-    if not wrong:
-        return message
-    key, why = wrong["key"].rstrip("_"), wrong["why"]
-    value: Any = re.search(r"(?:Got value|Given value): (.+)", why)
-    given = f", got {value[1]}" if value else ""
-    if choices := re.search(r"typing\.Literal\[(.+?)\]", why):
-        return f"--{key}: expected one of {choices[1].replace(chr(39), '')}{given}"
-    for name, expected in _TYPES.items():
-        if name in why:
-            return f"--{key}: expected {expected}{given}"
-    return f"--{key}: {why}"
-
-
 def table(lines: Sequence[Sequence[Any]], left: Collection[int] = (0,)) -> str:
     """Aligned text, the columns `left` to the left and all others to the right."""
     text = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in line] for line in lines]
@@ -184,9 +112,3 @@ def table(lines: Sequence[Sequence[Any]], left: Collection[int] = (0,)) -> str:
         ).rstrip()
         for line in text
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What a mistyped name may have meant, in brackets."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"(did you mean {near[0]}?)" if near else "(--help lists what there is)"

@@ -4,26 +4,31 @@ The defaults are the published recipe for RefCOCO (paper arXiv 2508.14153); `con
 the run that fits a laptop.
 """
 
+import argparse
 import dataclasses
 import difflib
 import importlib
+import inspect
 import itertools
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jsonargparse
 import numpy as np
 import yaml
-from jsonargparse.typing import (
+
+from lens_jax import flags
+from lens_jax.flags import (
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
     OpenUnitInterval,
+    Place,
     PositiveFloat,
     PositiveInt,
 )
@@ -55,11 +60,11 @@ class ConfigError(Exception):
 class ModelConfig:
     """Which weights a run starts from: `checkpoint`, or `mllm` and `sam`, which are converted."""
 
-    checkpoint: str | None = None
+    checkpoint: Place | None = None
     """A pretrained checkpoint (lens_config.json, params/)."""
-    mllm: str | None = None
+    mllm: Place | None = None
     """Hugging Face directory of Qwen2(.5)-VL, converted first when there is no checkpoint."""
-    sam: str | None = None
+    sam: Place | None = None
     """A SAM 2 or SAM 1 file or directory, converted together with mllm."""
     num_queries: PositiveInt = 64
     """Context queries of the fresh context module when mllm and sam are converted."""
@@ -87,7 +92,7 @@ class DataConfig:
     dataset: Dataset = "refcoco"
     """Data set, in its original layout: refcoco, refcoco+, refcocog, refclef, reason_seg,
     grounding_suite or tfds_ref_coco; or folder, one of your own (docs/own_data.md)."""
-    data_dir: str | None = None
+    data_dir: Place | None = None
     """The folder that holds refer_seg/, reason_seg/ReasonSeg/, GroundingSuite-Eval.jsonl, ref_coco/
     or manifest.jsonl; null: the generated set's place inside the run."""
     split: str = "train"
@@ -96,7 +101,7 @@ class DataConfig:
     """Data sets to train on together, `dataset` among them, which is evaluated on."""
     mixture_weights: tuple[PositiveFloat, ...] = ()
     """How often each data set of `mixture` is drawn from, up to a factor; empty: by its size."""
-    curriculum: str | None = None
+    curriculum: Place | None = None
     """File in each trained data set's folder (refer_seg/refcoco/) with ref_id and total_reward of
     its refs, such as the rows of launch/evaluate.py: trains on refs between 0.2 and 1.8 alone, the
     easy ones first."""
@@ -300,7 +305,7 @@ class CheckpointConfig:
     best_by: Literal["reward", "box_iou", "mask_iou", "loss"] = "reward"
     """Number of metrics.jsonl, averaged since the checkpoint before; of loss the lowest is best.
     A stage without it (alignment has mask_iou and loss) keeps none by it."""
-    directory: str | None = None
+    directory: Place | None = None
     """Where they go, DIRECTORY/<stage>/<step>/, gs://BUCKET/NAME for example; null:
     RUN_DIR/checkpoints."""
 
@@ -309,11 +314,12 @@ class CheckpointConfig:
 class RunConfig:
     """Everything that a run depends on."""
 
-    run_dir: str | None = None
+    run_dir: Place | None = None
     """Where it writes; null: runs/<name of the config file>."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue what run_dir holds; never: refuse a run_dir that holds a run."""
     seed: NonNegativeInt = 0
+    """Of fresh weights, of the order of samples, and of what is sampled."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Of matrix products; parameters, norms, losses and rewards are float32 in both."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
@@ -370,30 +376,17 @@ the file, the file over the defaults; --print_config shows the result. A run wri
 RUN_DIR/config.yaml; --config RUN_DIR/config.yaml --run_dir ANOTHER repeats it."""
 
 
-# What jsonargparse calls a type -> what it asks for.
-_TYPES = {
-    "PositiveInt": "a whole number of at least 1",
-    "NonNegativeInt": "a whole number of at least 0",
-    "PositiveFloat": "a number above 0",
-    "NonNegativeFloat": "a number of at least 0",
-    "ClosedUnitInterval": "a number from 0 to 1",
-    "OpenUnitInterval": "a number between 0 and 1",
-    "<class 'bool'>": "true or false",
-    "<class 'str'>": "a string",
-}
-
-
 _NOT_READ = "no configuration can be read from it"  # begins what is wrong with a whole file
 
 
-class _Parser(jsonargparse.ArgumentParser):
+class _Parser(flags.Parser):
     """Raises ConfigError, one line, where argparse would print its usage and exit."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(_explain(message))
+        raise ConfigError(_explain(message, self))
 
 
-def _explain(message: str) -> str:
+def _explain(message: str, parser: argparse.ArgumentParser) -> str:
     """jsonargparse's message as one line that names the key and what it should be."""
     message = " ".join(message.split())
     if message.startswith("Unexpected config:"):
@@ -411,23 +404,14 @@ def _explain(message: str) -> str:
     if unknown:
         name = unknown["flag"] or unknown["top"] or f"{unknown['group']}.{unknown['member']}"
         known = [*key_names(), *(["config", "print_config"] if unknown["flag"] else [])]
+        if name in dict(_sections(RunConfig)):
+            return f"{name} is a section: give its keys, --{name}.KEY VALUE"
         near = difflib.get_close_matches(name, known, n=1)
         return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "")
-    wrong = re.search(r'key "(?P<key>[\w.]+)": (?P<why>.+)', message)
-    if not wrong:
-        return message
-    key, why = wrong["key"], wrong["why"]
-    choices = re.search(r"typing\.Literal(\[.+?\])", why)
-    names = [words for name, words in _TYPES.items() if name in why]
-    if choices:
-        expected = "one of " + choices[1].strip("[]").replace("'", "")
-    elif names and "elements" not in why:
-        expected = names[0]
-    else:
-        return f"{key}: {why}"
-    given = re.search(r"(?:Got value|Given value): (.+)|: (True|False|\S+) not a|: '(.*)'$", why)
-    value = next((g for g in given.groups() if g), None) if given else None
-    return f"{key}: expected {expected}" + (f", got {value}" if value else "")
+    if message.startswith("unrecognized arguments: "):
+        given = message.removeprefix("unrecognized arguments: ")
+        return f"unknown: {given}; a key is given as --KEY VALUE, a file as --config FILE.yaml"
+    return flags.explain(message, parser, name="{}".format)
 
 
 def load(argv: Sequence[str] | None = None, default_config: Path = DEFAULT_CONFIG) -> RunConfig:
@@ -437,22 +421,36 @@ def load(argv: Sequence[str] | None = None, default_config: Path = DEFAULT_CONFI
     `default_config` is read when no --config is given.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
-        argv = ["--config", str(default_config), *argv]
+    files = config_files(argv, default_config)
+    if not _config_files(argv):
+        argv = ["--config", *files, *argv]
     try:
+        if {"-h", "--help"} & set(argv):
+            print(_help(files), end="")
+            sys.exit(0)
         parsed = _parser().parse_args(argv)
         config = _build(RunConfig, parsed.as_dict())
+        if parsed.print_config:
+            print(dump_yaml(config), end="")
+            sys.exit(0)
         validate(config)
     except (ConfigError, UnicodeDecodeError, OSError) as error:
         reason = _reason(error)
         if reason.startswith(_NOT_READ):
-            reason = f"{_config_files(argv)}: {reason}"
+            reason = f"{', '.join(files)}: {reason}"
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
     if config.run_dir is None:
         name = Path(str(parsed.config[-1])).stem
         config = dataclasses.replace(config, run_dir=str(Path("runs") / name))
     return config
+
+
+def config_files(argv: Sequence[str], default_config: Path = DEFAULT_CONFIG) -> list[str]:
+    """The files that a command line reads, in its order."""
+    if default_config.is_relative_to(Path.cwd()):
+        default_config = default_config.relative_to(Path.cwd())
+    return _config_files(argv) or [str(default_config)]
 
 
 def read_yaml(file: str | os.PathLike[str]) -> RunConfig:
@@ -470,11 +468,13 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _config_files(argv: Sequence[str]) -> str:
+def _config_files(argv: Sequence[str]) -> list[str]:
     """The values of --config on a command line."""
-    files = [after for flag, after in itertools.pairwise(argv) if flag == "--config"]
-    files += [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
-    return ", ".join(files)
+    files = []
+    for arg, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        if arg == "--config" or arg.startswith("--config="):
+            files.append(arg.partition("=")[2] or after)
+    return files
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -676,16 +676,49 @@ def _parser() -> _Parser:
         usage="launch/train.py [--config FILE.yaml] [--SECTION.KEY VALUE ...] [--print_config]",
         description="Trains LENS: alignment (stage 1), then GRPO (stage 2).",
         epilog=_EPILOG,
-        formatter_class=_Formatter,
     )
-    parser.add_argument("--config", action="config", help="A YAML file (configs/tiny.yaml).")
+    parser.add_argument(
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="A YAML file; without it configs/tiny.yaml.",
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="Prints what file and flags make together."
+    )
     parser.add_class_arguments(RunConfig)
+    for name, section in _sections(RunConfig):
+        action = next(action for action in parser._actions if action.dest == name)
+        action.help = argparse.SUPPRESS  # a file for the section alone
+        del parser._option_string_actions[action.option_strings[0]]
+        group = parser.groups[name]
+        group.title, group.description = f"{name}.*", inspect.getdoc(section)
     return parser
 
 
-class _Formatter(jsonargparse.DefaultHelpFormatter):
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "".join(indent + line for line in text.splitlines(keepends=True))
+def _sections(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
+    """The dotted names of the sections, each with its class."""
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            name = f"{path}{field.name}"
+            yield name, field.type
+            yield from _sections(field.type, f"{name}.")
+
+
+def _help(files: Sequence[str]) -> str:
+    """What --help prints: the defaults are those that hold with these files."""
+    parser = _parser()
+    parsed = parser.parse_args([f"--config={file}" for file in files])
+    values = leaves(_build(RunConfig, parsed.as_dict()))
+    named = {
+        key: f", from {file}"
+        for file in files
+        for key in _leaves(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+    }
+    for action in parser._actions:
+        if action.dest in values:
+            action.default, action.source = values[action.dest], named.get(action.dest, "")
+    return parser.format_help()
 
 
 def _build(cls: type, values: Any, section: str = "") -> Any:

@@ -1,0 +1,1 @@
+from lens_jax import interpreter  # noqa: F401

@@ -18,14 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lens_jax import interpreter  # noqa: F401
+
+# isort: split
+from lens_jax import checkpoints, cli
+from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt
+from lens_jax.training import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from lens_jax import checkpoints, cli  # noqa: E402
-from lens_jax.training import metrics  # noqa: E402
-
 # The tiny run, made short; a checkpoint every other step.
 SHORT = {
     "data.shapes.train_scenes": 60,
