@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import common
+from lens_jax.flags import PositiveInt
 from lens_jax.models.attention import Attention
 
 
@@ -69,16 +70,8 @@ def compile_one(attention: Attention, method, shape, gradients: bool, rows: int,
     return jax.jit(pull).lower(*parts, valid, parts[0]).compile()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flags.add_argument("--size", choices=common.SIZES, default="3b", help="Default: 3b.")
-    flags.add_argument("--chip", choices=common.CHIPS, default="v5e", help="Default: v5e.")
-    flags.add_argument("--rows", type=int, default=4, help="Prompts a chip (default 4).")
-    flags.add_argument("--json", type=Path, help="File for {name: {ours, theirs, ratio, unit}}.")
-    options = flags.parse_args(argv)
-    device = common.chip(options.chip)
+def benchmark(options: argparse.Namespace) -> None:
+    device = common.chip(options.chip, options.size)
     rows = {}
     for name, *case in cases(common.SIZES[options.size]):
         ours, theirs = (
@@ -93,7 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows[f"{name}: {what}"] = common.Comparison(a, b, b / max(a, 1e-6), "MB")
     title = f"splash (ours) against XLA (theirs), {options.rows} rows, one layer, {options.chip}"
     common.report(title, rows, options.json)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = common.flags(__doc__)
+    flags.add_argument("--size", choices=common.SIZES, default="3b", help="Of the model.")
+    flags.add_argument("--chip", choices=common.CHIPS, default="v5e", help="Compiled for this TPU.")
+    flags.add_argument("--rows", type=PositiveInt, default=4, help="Prompts on a chip.")
+    return common.run(benchmark, flags, argv)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ from flax import nnx
 from jax.experimental import topologies
 from jaxtyping import Float
 
+from lens_jax import cli
 from lens_jax.data.images import arrange_windows, window_layout
 from lens_jax.data.prompts import rope_positions
+from lens_jax.flags import Flags, PositiveInt, UsageError, from_doc
 from lens_jax.models.inputs import Prompts, Targets
 from lens_jax.models.lens import LensConfig, LensModel, abstract
 from lens_jax.models.qwen_vl.config import QwenVLConfig
@@ -204,29 +206,56 @@ class Inputs:
     targets: Targets
 
 
-def parser(description: str, *, repeats: int) -> argparse.ArgumentParser:
-    """The flags of every benchmark: --size, --device, --repeats, --json."""
-    flags = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flags.add_argument("--size", choices=SIZES, default="small", help="Default: small.")
-    flags.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="Default: cpu.")
-    flags.add_argument(
-        "--repeats", type=int, default=repeats, help=f"Rounds of both sides (default {repeats})."
-    )
-    flags.add_argument("--json", type=Path, help="File for {name: {ours, theirs, ratio, unit}}.")
-    return flags
+def flags(doc: str) -> Flags:
+    """The parser of a benchmark with this docstring, with the flag that all have: --json."""
+    parser = Flags(**from_doc(doc))
+    parser.add_argument("--json", type=Path, help="File for {name: {ours, theirs, ratio, unit}}.")
+    return parser
 
 
-def use(device: Device) -> None:
-    """Chooses JAX's platform; before anything is computed."""
+def parser(doc: str, *, repeats: int) -> Flags:
+    """The flags of most benchmarks: --size, --device, --repeats, --json."""
+    parser = flags(doc)
+    parser.add_argument("--size", choices=SIZES, default="small", help="Of model and inputs.")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="Where ours runs.")
+    parser.add_argument(
+        "--repeats", type=PositiveInt, default=repeats, help="Rounds of both sides."
+    )
+    return parser
+
+
+def run(
+    benchmark: Callable[[argparse.Namespace], None], parser: Flags, argv: Sequence[str] | None
+) -> int:
+    """Calls a benchmark with its flags; returns the exit code, 2 after a mistake."""
+
+    def checked(options: argparse.Namespace) -> None:
+        if options.json is not None:  # before minutes are spent on what could not be written
+            cli.check_writable(options.json)
+        try:
+            benchmark(options)
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"{error.name} is not installed, which this benchmark needs: pip install -e "
+                '".[test]" has it'
+            ) from error
+
+    return cli.run_flags(checked, parser, argv)
+
+
+def use(device: Device, size: SizeName) -> None:
+    """Chooses JAX's platform, before anything is computed, and says so."""
     # Otherwise an installed libtpu looks for its chips first.
     jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
+    try:
+        cli.announce(f"size {size}", jnp.dtype(SIZES[size].dtype).name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {device}: JAX finds none: {error}") from error
 
 
-def chip(name: str) -> jax.Device:
+def chip(name: str, size: SizeName) -> jax.Device:
     """A TPU of this kind to compile for. None need be there, only libtpu."""
-    use("cpu")
+    use("cpu", size)
     # libtpu reads these when it is loaded: nothing to ask about, and not the only process.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",

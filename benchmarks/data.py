@@ -8,6 +8,7 @@ runs on one core, without threads.
     python benchmarks/data.py --size small --json data.json
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -24,7 +25,6 @@ from lens_jax import interpreter  # noqa: F401
 # isort: split
 import numpy as np
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
 from benchmarks import common
 from lens_jax.data import images
@@ -68,6 +68,8 @@ class OfficialDataset:
 
     def __init__(self, source: Source, tokenizer: Any, sam_size: int):
         self.source, self.tokenizer, self.sam_size = source, tokenizer, sam_size
+        from transformers import Qwen2VLImageProcessor
+
         self.processor = Qwen2VLImageProcessor.from_pretrained(QWEN, max_pixels=images.MAX_PIXELS)
         self.templates = Templates()
 
@@ -131,6 +133,8 @@ def one_core() -> Iterator[None]:
 
 def sides(size: common.Size, directory: Path) -> dict[str, Callable[[], None]]:
     """What prepares SAMPLES samples, ours in batches."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(QWEN)
     source = open_source("refcoco", "train", directory)
     processor = Processor(tokenizer, sam_size=size.sam.image_size)
@@ -153,8 +157,7 @@ def sides(size: common.Size, directory: Path) -> dict[str, Callable[[], None]]:
     return {"ours": ours, "theirs": theirs}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = common.parser(__doc__, repeats=7).parse_args(argv)
+def benchmark(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as directory, one_core():
         write_pictures(Path(directory))
         seconds = common.interleaved(
@@ -166,7 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     title = f"preparing samples, {WIDTH} x {HEIGHT} pixels, size {options.size}"
     common.report(title, {"pipeline": rate}, options.json)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.run(benchmark, common.parser(__doc__, repeats=7), argv)
 
 
 if __name__ == "__main__":

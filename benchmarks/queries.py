@@ -6,6 +6,7 @@ picture, prompt and completion once more, as every scheme but `mrope` has to.
     python benchmarks/queries.py --size small --device cpu --json queries.json
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,9 +80,8 @@ def agree(ours: jax.Array, theirs: jax.Array, exact: bool) -> None:
         raise SystemExit("error: the sides read different things; nothing is timed")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = common.parser(__doc__, repeats=5).parse_args(argv)
-    common.use(options.device)
+def benchmark(options: argparse.Namespace) -> None:
+    common.use(options.device, options.size)
     size = common.SIZES[options.size]
     exact = size.dtype == jnp.float32
     model = common.random_model(size)
@@ -98,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     precision = jnp.dtype(size.dtype).name
     title = f"queries after a rollout, size {options.size}, {precision}, {options.device}"
     common.report(title, rows, options.json)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.run(benchmark, common.parser(__doc__, repeats=5), argv)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ timed, but the bytes that they move are counted.
     python benchmarks/rewards.py --chip v5e
 """
 
+import argparse
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -28,11 +29,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Int
-from transformers import AutoTokenizer
 
 from benchmarks import common, update
 from benchmarks.official_text import expected
 from lens_jax import hlo
+from lens_jax.data.processor_files import read_tokenizer
 from lens_jax.data.sources.shapes import all_sentences
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import abstract, split_policy
@@ -119,7 +120,7 @@ def one_update(size: common.Size) -> Callable[[], Any]:
 
 def measure(size: common.SizeName, repeats: int) -> dict[str, common.Comparison]:
     """Rows of the table."""
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = read_tokenizer(TOKENIZER)[0]
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -147,10 +148,11 @@ def measure(size: common.SizeName, repeats: int) -> dict[str, common.Comparison]
     return rows | {share: common.faster(**seconds)}
 
 
-def compiled(chip: str, count: int, tokens: int) -> None:
+def compiled(chip: str, size: common.SizeName) -> None:
     """Prints what the rewards move on a TPU of this kind."""
-    score = text_rewards(AutoTokenizer.from_pretrained(TOKENIZER))
-    place = SingleDeviceSharding(common.chip(chip))
+    count, tokens = SHAPES[size]
+    score = text_rewards(read_tokenizer(TOKENIZER)[0])
+    place = SingleDeviceSharding(common.chip(chip, size))
     shapes = (
         jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
         for shape in [(count, tokens), (count,)]
@@ -164,21 +166,22 @@ def compiled(chip: str, count: int, tokens: int) -> None:
     print(f"  if every token counts: {most:8.2f} bytes a token, the most there can be")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    flags = common.parser(__doc__, repeats=9)
-    flags.add_argument("--chip", choices=common.CHIPS, help="Compile for this TPU instead.")
-    options = flags.parse_args(argv)
+def benchmark(options: argparse.Namespace) -> None:
     if options.chip:
-        compiled(options.chip, *SHAPES[options.size])
-        return 0
-    common.use(options.device)
+        return compiled(options.chip, options.size)
+    common.use(options.device, options.size)
     rows = measure(options.size, options.repeats)
     common.report(
         f"text rewards on the device (ours) and on the host, size {options.size}, {options.device}",
         rows,
         options.json,
     )
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = common.parser(__doc__, repeats=9)
+    flags.add_argument("--chip", choices=common.CHIPS, help="Compile for this TPU instead.")
+    return common.run(benchmark, flags, argv)
 
 
 if __name__ == "__main__":

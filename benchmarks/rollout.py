@@ -7,6 +7,7 @@ no end token shortens either side.
     python benchmarks/rollout.py --size small --device cpu --json rollout.json
 """
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -147,11 +148,10 @@ def agree(ours: Int[np.ndarray, "B G T"], theirs: Int[np.ndarray, "N T"], exact:
         raise SystemExit("error: the sides write different tokens; nothing is timed")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = common.parser(__doc__, repeats=5).parse_args(argv)
+def benchmark(options: argparse.Namespace) -> None:
     # PyTorch shares the device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    common.use(options.device)
+    common.use(options.device, options.size)
     size = common.SIZES[options.size]
     exact = size.dtype == jnp.float32
     model = common.random_model(size, dtype=size.dtype)
@@ -166,7 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     precision = jnp.dtype(size.dtype).name
     title = f"rollout against transformers, size {options.size}, {precision}, {options.device}"
     common.report(title, rows, options.json)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.run(benchmark, common.parser(__doc__, repeats=5), argv)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ sides must agree before anything is timed.
     python benchmarks/update.py --size small --device cpu --json update.json
 """
 
+import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from benchmarks.official import OfficialLayout
 from lens_jax import flops
 from lens_jax.config import GRPOConfig, RunConfig
 from lens_jax.data.images import window_layout
+from lens_jax.flags import PositiveInt
 from lens_jax.models.inputs import Batch, Prompts, Targets
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
 from lens_jax.rewards.unified import Rewards
@@ -312,35 +314,39 @@ def agree(first: dict[str, tuple[float, float]], tolerance: float) -> None:
             raise SystemExit(f"error: {name} computes something else than ours; nothing is timed")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = common.parser(__doc__, repeats=5)
-    parser.add_argument(
-        "--completion", type=int, help="Tokens of a completion (default: the size's, 40 at small)."
-    )
-    parser.add_argument(
-        "--attention", choices=("sdpa", "eager"), default="sdpa", help="PyTorch's (default sdpa)."
-    )
-    arguments = parser.parse_args(argv)
+def benchmark(options: argparse.Namespace) -> None:
     # PyTorch shares the device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    common.use(arguments.device)
-    size = common.SIZES[arguments.size]
-    completion = arguments.completion or size.completion
+    common.use(options.device, options.size)
+    size = common.SIZES[options.size]
+    completion = options.completion or size.completion
     title = (
-        f"update, size {arguments.size}, {size.groups} groups of {size.group}, prompt "
-        f"{size.prompt}, completion {completion}, {jnp.dtype(size.dtype).name}, {arguments.device}"
+        f"update, size {options.size}, {size.groups} groups of {size.group}, prompt "
+        f"{size.prompt}, completion {completion}, {jnp.dtype(size.dtype).name}, {options.device}"
     )
     precision = "highest" if size.dtype == jnp.float32 else "default"
     with jax.default_matmul_precision(precision):
         rows = measure(
             size,
             completion,
-            device=arguments.device,
-            repeats=arguments.repeats,
-            attention=arguments.attention,
+            device=options.device,
+            repeats=options.repeats,
+            attention=options.attention,
         )
-    common.report(title, rows, arguments.json)
-    return 0
+    common.report(title, rows, options.json)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = common.parser(__doc__, repeats=5)
+    flags.add_argument(
+        "--completion",
+        type=PositiveInt,
+        help="Tokens of a completion; if not given, the size's, 40 at small.",
+    )
+    flags.add_argument(
+        "--attention", choices=("sdpa", "eager"), default="sdpa", help="PyTorch's kernel."
+    )
+    return common.run(benchmark, flags, argv)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.suggest:
             if options.output or options.program or options.hlo_dir or options.slices > 1:
                 raise UsageError("--suggest prints; beside it --config and --stage alone count")
+            cli.announce(f"for {options.suggest}", *files)
             found = []
             for file in files:
                 config = configuration.load(["--config", str(file), *overrides])
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     found.append(suggest(file, config, family, stages))
             return 0 if all(found) else 1
         config = configuration.load(["--config", str(options.config), *overrides])
+        if options.output:  # before minutes are spent on what could not be written
+            cli.check_writable(options.output)
+        cli.announce(f"for {options.topology}", options.config, config.precision)
         report = compile_run(
             config,
             options.topology,

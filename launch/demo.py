@@ -50,6 +50,7 @@ def demo(
         precision: Of matrix products; float32 on CPU and bfloat16 elsewhere if not given.
     """
     from lens_jax import checkpoints, inference
+    from lens_jax.models import precision as precisions
 
     checkpoints.read_config(checkpoint)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -59,6 +60,8 @@ def demo(
         raise cli.UsageError(
             'the page needs Gradio: run pip install "lens-jax[demo]" or pip install gradio'
         ) from None
+    precision = precision or precisions.default()
+    cli.announce(checkpoint, precision)
     lens = inference.Lens.from_pretrained(checkpoint, precision=precision)
     with tempfile.TemporaryDirectory(prefix="lens-demo-") as folder:
         page = build(lens, checkpoint.resolve().parent.name, Path(folder))

@@ -108,6 +108,7 @@ def evaluate(
     from lens_jax.config import ConfigError, MeshConfig
     from lens_jax.data.pipeline import Evaluation
     from lens_jax.data.sources import open_source
+    from lens_jax.models import precision as precisions
     from lens_jax.training import evaluation_page
 
     checkpoints.read_config(checkpoint)
@@ -125,6 +126,9 @@ def evaluate(
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
 
+    precision = precision or precisions.default()
+    asked = suite or f"{dataset} {split}"
+    cli.announce(checkpoint, asked, precision, devices=mesh.devices.flat)
     lens = inference.Lens.from_pretrained(checkpoint, mesh=mesh, precision=precision)
     together = batch_size * sharding.num_parts(mesh)
     results, lines, sections = [], [], []

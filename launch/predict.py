@@ -111,6 +111,7 @@ def predict(
     precision = precision or precisions.default()
     identity = answers.identify(checkpoint, reasoning=reasoning, precision=precision)
     work = Work(output, identity, Processor.from_pretrained(checkpoint), reasoning)
+    cli.announce(checkpoint, precision)
     lens = None
     with tqdm(
         total=len(asked), unit="picture", dynamic_ncols=True, disable=len(asked) == 1

@@ -58,6 +58,7 @@ def train(argv: list[str] | None, stopping: "Stopping") -> int:
     from lens_jax import cli
     from lens_jax import config as configuration
 
+    argv = sys.argv[1:] if argv is None else argv
     config = configuration.load(argv)
 
     cli.prepare_jax()
@@ -72,6 +73,8 @@ def train(argv: list[str] | None, stopping: "Stopping") -> int:
     converted = Path(config.run_dir) / "start"
 
     def make() -> Path:
+        if processes.is_main():
+            cli.announce(*configuration.config_files(argv), config.run_dir, config.precision)
         if config.model.checkpoint:
             return Path(config.model.checkpoint)
         processes.by_main(lambda: convert(config, converted, stopping))

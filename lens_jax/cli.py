@@ -1,11 +1,13 @@
 """What the commands share: flags from a function's signature, and mistakes as one line."""
 
+import argparse
+import errno
 import inspect
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lens_jax import interpreter  # noqa: F401, the first of all imports that may fail
 
@@ -13,7 +15,9 @@ from lens_jax import interpreter  # noqa: F401, the first of all imports that ma
 from tqdm import tqdm
 
 from lens_jax.files import printable
-from lens_jax.flags import Parser, UsageError, nearest
+from lens_jax.flags import Flags, Parser, UsageError, from_doc, nearest, plain
+
+T = TypeVar("T")
 
 
 def run(
@@ -51,6 +55,31 @@ def run(
         return command(**options) or 0
     except (UsageError, CheckpointError, SampleError, OSError) as error:
         return complain(error)
+
+
+def run_flags(
+    command: Callable[[argparse.Namespace], int | None], flags: Flags, argv: Sequence[str] | None
+) -> int:
+    """`run` for flags that no signature describes."""
+    try:
+        return command(flags.parse_args(argv)) or 0
+    except (UsageError, OSError) as error:
+        return complain(error)
+
+
+def parse(settings: type[T], argv: Sequence[str] | None, doc: str) -> T:
+    """A dataclass whose fields are the flags of a command; ends with 2 after a mistake.
+
+    Args:
+        doc: the module's docstring (`flags.from_doc`).
+    """
+    parser = Parser(**from_doc(doc))
+    parser.add_class_arguments(settings)
+    try:
+        options = parser.parse_args(argv).as_dict()
+    except UsageError as error:
+        sys.exit(complain(error))
+    return settings(**{name: plain(value) for name, value in options.items()})
 
 
 def run_one_of(
@@ -94,9 +123,59 @@ def prepare_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
+def announce(*facts: object, devices: Iterable[Any] | None = None) -> None:
+    """Says on stderr, in a line, on what a command computes (all devices if not given), and how."""
+    import jax
+
+    devices = list(jax.devices() if devices is None else devices)
+    where = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        where += f" ({cores} cores)"
+    if len(devices) > 1:
+        where = f"{len(devices)} x {where}"
+    if jax.process_count() > 1:
+        where += f" in {jax.process_count()} processes"
+    said = " · ".join([where, *map(str, facts)])
+    print(f"lens-jax: {printable(said)}", file=sys.stderr, flush=True)
+
+
+def check_writable(file: Path) -> None:
+    """Raises OSError where a file could not be written later; makes the folder for it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    existed = file.exists()
+    file.open("a").close()
+    if not existed:
+        file.unlink()
+
+
+# What a system call complains of -> what to do.
+_ADVICE = {
+    errno.ENOENT: "does not exist",
+    errno.EEXIST: "exists already: name another one",
+    errno.EISDIR: "is a folder: name a file",
+    errno.ENOTDIR: "has a file where a folder is needed: name another place",
+    errno.EACCES: "may not be read or written: change its permissions, or name another place",
+    errno.EPERM: "may not be changed: change its permissions, or name another place",
+    errno.EROFS: "cannot be written, the file system is read-only: name another place",
+    errno.ENAMETOOLONG: "is too long a name: give a shorter one",
+    errno.ENOSPC: "no space is left: make room, or name a place on another disk",
+}
+
+
+def _lines(error: Exception) -> list[str]:
+    if isinstance(error, UsageError):
+        return error.errors
+    if isinstance(error, OSError) and error.errno in _ADVICE:
+        said = [error.filename, error.filename2] if error.filename else [error.strerror]
+        named = " -> ".join(os.fsdecode(name) for name in said if isinstance(name, str | bytes))
+        return [f"{named}: {_ADVICE[error.errno]}"]
+    return [str(error)]
+
+
 def complain(error: Exception) -> int:
     """Prints an error, a line for each, clear of progress bars; returns the exit code for it."""
-    for line in error.errors if isinstance(error, UsageError) else [str(error)]:
+    for line in _lines(error):
         tqdm.write(f"error: {printable(' '.join(line.split()))}", file=sys.stderr)
     return 2
 

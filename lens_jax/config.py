@@ -730,18 +730,8 @@ def _build(cls: type, values: Any, section: str = "") -> Any:
         value = values[field.name]
         if dataclasses.is_dataclass(field.type):
             value = _build(field.type, value, f"{section}.{field.name}".lstrip("."))
-        members[field.name] = _builtin(value)
+        members[field.name] = flags.plain(value)
     return cls(**members)
-
-
-def _builtin(value: Any) -> Any:
-    """Of jsonargparse's restricted numbers, which are subclasses, what JAX and YAML know."""
-    if isinstance(value, tuple | list):
-        return tuple(_builtin(v) for v in value)
-    for kind in (int, float):
-        if isinstance(value, kind) and not isinstance(value, bool):
-            return kind(value)
-    return value
 
 
 def _plain(value: Any) -> Any:

@@ -72,6 +72,28 @@ def with_article(said: str) -> str:
     return f"a {said}" if re.match("whole|number|path|list", said) else said
 
 
+def plain(value: Any) -> Any:
+    """Of jsonargparse's restricted numbers, which are subclasses, what JAX and YAML know."""
+    if isinstance(value, tuple | list):
+        return tuple(map(plain, value))
+    for kind in (int, float):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value
+
+
+def from_doc(doc: str) -> dict[str, str]:
+    """What a parser shows of a module's docstring: its indented lines are commands, the example."""
+    lines = doc.splitlines()
+    example = "\n".join(line[2:] for line in lines if line.startswith("    "))
+    text = "\n".join(line for line in lines if not line.startswith("    "))
+    return {
+        "prog": re.search(r"python ((?:-m )?\S+)", example)[1].replace("-m", "python -m"),
+        "description": re.sub(r"\n{3,}", "\n\n", text).strip(),
+        "epilog": f"example:\n{example}",
+    }
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """What a mistyped name may have meant, in brackets."""
     near = difflib.get_close_matches(name, known, n=1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lens_jax import checkpoints, cli
 from lens_jax.config import ConfigError, RunConfig, read_yaml
-from lens_jax.training import metrics
+from lens_jax.flags import NonNegativeInt
 
 EXAMPLE = "  python -m tools.export_checkpoint --run_dir runs/tiny --step best --output best"
 
@@ -21,7 +21,7 @@ def export_checkpoint(
     run_dir: Path,
     output: Path,
     stage: Literal["alignment", "grpo"] = "grpo",
-    step: int | Literal["last", "best"] = "last",
+    step: NonNegativeInt | Literal["last", "best"] = "last",
 ) -> None:
     """Writes parameters that a run has saved as a pretrained checkpoint.
 
@@ -31,6 +31,8 @@ def export_checkpoint(
         stage: whose checkpoint.
         step: which one; best: by checkpoint.best_by, of those that are kept.
     """
+    from lens_jax.training import metrics
+
     config = _config(run_dir)
     start = Path(config.model.checkpoint or run_dir / "start")
     settings = config.lens_config(checkpoints.read_config(start))
@@ -103,7 +105,9 @@ def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(export_checkpoint, argv, prog="tools.export_checkpoint", example=EXAMPLE)
+    return cli.run(
+        export_checkpoint, argv, prog="python -m tools.export_checkpoint", example=EXAMPLE
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from lens_jax import interpreter  # noqa: F401
 # isort: split
 from lens_jax import checkpoints, cli
 from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt
-from lens_jax.training import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 # The tiny run, made short; a checkpoint every other step.
@@ -93,7 +92,7 @@ class Victim:
         stages = self.directory / "checkpoints"
         complete = {
             stage: [int(file.parent.name) for file in stages.glob(f"{stage}/*/manifest.json")]
-            for stage in metrics.STAGES
+            for stage in ("alignment", "grpo")
         }
         return sum(max(steps, default=0) for steps in complete.values())
 
@@ -139,11 +138,11 @@ def kill_test(
     """Proves that a run survives being killed.
 
     Args:
-        work_dir: where both runs and kills.jsonl go; called again, it goes on with what is there.
-        kills: how often the run is killed.
-        seed: of the moments.
-        minutes: stop after so many; the same command goes on.
-        flags: of launch/train.py, instead of a short form of configs/tiny.yaml.
+        work_dir: Where both runs and kills.jsonl go; called again, it goes on with what is there.
+        kills: How often the run is killed.
+        seed: Of the moments.
+        minutes: Stop after so many; the same command goes on.
+        flags: Of launch/train.py, instead of a short form of configs/tiny.yaml.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     if flags is None:
@@ -193,6 +192,8 @@ def compare(ours: Path, theirs: Path) -> list[str]:
         for name in mine.keys() & other.keys()
         if mine[name].tobytes() != other[name].tobytes()
     ]
+    from lens_jax.training import metrics
+
     rows = [[_lasting(row) for row in metrics.read(run)] for run in (ours, theirs)]
     if len(rows[0]) != len(rows[1]):
         differences.append(f"metrics.jsonl: {len(rows[0])} and {len(rows[1])} rows")
@@ -217,6 +218,8 @@ def _rows(run: Path, name: str) -> str:
 
 
 def _lasting(row: dict[str, Any]) -> dict[str, Any]:
+    from lens_jax.training import metrics
+
     return {key: value for key, value in row.items() if key not in metrics.TIMINGS}
 
 

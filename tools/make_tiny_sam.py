@@ -29,7 +29,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jsonargparse
 import numpy as np
 import optax
 from flax import nnx, struct
@@ -39,7 +38,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from lens_jax import cli
 from lens_jax.data.sources import shapes
+from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.mask_decoder import SamMasks
 from lens_jax.models.sam.sam2 import Sam2
@@ -97,14 +98,14 @@ class Settings:
     """
 
     output: Path = Path("checkpoints/tiny/sam2")
-    dense_steps: int = 300
-    steps: int = 1000
-    loose_steps: int = 150
-    margin: int = 2
-    images: int = 8
-    learning_rate: float = 2e-3
-    evaluation_scenes: int = 256
-    seed: int = 0
+    dense_steps: PositiveInt = 300
+    steps: PositiveInt = 1000
+    loose_steps: NonNegativeInt = 150
+    margin: NonNegativeInt = 2
+    images: PositiveInt = 8
+    learning_rate: PositiveFloat = 2e-3
+    evaluation_scenes: PositiveInt = 256
+    seed: NonNegativeInt = 0
 
 
 @struct.dataclass
@@ -354,7 +355,7 @@ def optimize(
     model: Pretraining,
     objective: Callable[[Pretraining, Batch], tuple[Array, dict[str, Array]]],
     schedule: optax.Schedule,
-    steps: int,
+    steps: PositiveInt,
     draw: Callable[[], Batch],
     name: str,
     trained: Callable[[tuple, Any], bool] = lambda path, _: True,
@@ -472,9 +473,8 @@ def save(sam: Sam2, directory: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = jsonargparse.ArgumentParser(description=__doc__)
-    parser.add_class_arguments(Settings)
-    settings = Settings(**vars(parser.parse_args(arguments)))
+    settings = cli.parse(Settings, arguments, __doc__)
+    cli.announce(settings.output, "float32")
     start = time.perf_counter()
     sam, losses = train(settings)
     seconds = time.perf_counter() - start

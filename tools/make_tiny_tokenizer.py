@@ -6,8 +6,9 @@ A byte-level BPE as Qwen2's (NFC, its pre-tokenizer with single digits), trained
 every sentence of the generated shapes, so that their words are single tokens.
 """
 
-import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import (
@@ -22,8 +23,10 @@ from tokenizers import (
     trainers,
 )
 
+from lens_jax import cli
 from lens_jax.data import prompts
 from lens_jax.data.sources import shapes
+from lens_jax.flags import Flags, from_doc
 
 VOCABULARY = 448  # special tokens included
 SPECIAL_TOKENS = (
@@ -155,13 +158,16 @@ def write(output: Path) -> None:
         (output / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = Flags(**from_doc(__doc__))
+    flags.add_argument(
+        "--output",
+        type=Path,
+        default=Path("checkpoints/tiny/qwen2_5_vl"),
+        help="The folder to write.",
     )
-    parser.add_argument("--output", type=Path, default=Path("checkpoints/tiny/qwen2_5_vl"))
-    write(parser.parse_args().output)
+    return cli.run_flags(lambda options: write(options.output), flags, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,17 +30,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jsonargparse
 import numpy as np
 import optax
 from flax import nnx
 from safetensors.numpy import save_file
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from lens_jax import checkpoints
+from lens_jax import checkpoints, cli
 from lens_jax.data import images, prompts
 from lens_jax.data.sources import shapes
+from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt
 from lens_jax.models import layers
 from lens_jax.models.attention import Prefix, attention, heads_first
 from lens_jax.models.qwen_vl.config import QwenVLConfig
@@ -109,13 +108,13 @@ class Settings:
     """
 
     output: Path = Path("checkpoints/tiny/qwen2_5_vl")
-    scenes: int = 24_000
-    vision_steps: int = 600
-    tight_steps: int = 3_000
-    loose_steps: int = 600
-    learning_rate: float = 1.5e-3
+    scenes: PositiveInt = 24_000
+    vision_steps: NonNegativeInt = 600
+    tight_steps: NonNegativeInt = 3_000
+    loose_steps: NonNegativeInt = 600
+    learning_rate: PositiveFloat = 1.5e-3
     start: Path | None = None
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
 
 class TinyVLM(nnx.Module):
@@ -217,6 +216,8 @@ class Writer:
     """Token rows of questions with answers; pieces are cached, as words repeat."""
 
     def __init__(self, folder: Path):
+        from transformers import AutoTokenizer
+
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.encode = cache(lambda text: tuple(self.tokenizer.encode(text)))
         image = "<|vision_start|>" + "<|image_pad|>" * CELLS + "<|vision_end|>"
@@ -458,10 +459,9 @@ def _load(model: TinyVLM, config: QwenVLConfig, file: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = jsonargparse.ArgumentParser(description=__doc__, env_prefix=False)
-    parser.add_class_arguments(Settings)
-    settings = parser.instantiate_classes(parser.parse_args(arguments))
-    losses = train(Settings(**{k: v for k, v in vars(settings).items()}))
+    settings = cli.parse(Settings, arguments, __doc__)
+    cli.announce(settings.output, "float32")
+    losses = train(settings)
     for name, values in losses.items():
         print(name, " ".join(f"{v:.3f}" for v in values) if values is not None else "-")
 

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from lens_jax import cli, config
+from lens_jax import cli, config, flags
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 HEAD = """\
@@ -21,20 +21,6 @@ Flags win over the file, the file over the defaults, and `launch/train.py --prin
 result. The defaults are the published recipe for RefCOCO. *Made by
 `python -m tools.write_config_docs` from `lens_jax/config.py`.*
 """
-# What restricted numbers ask for.
-KINDS = {
-    "PositiveInt": "whole number >= 1",
-    "NonNegativeInt": "whole number >= 0",
-    "PositiveFloat": "number > 0",
-    "NonNegativeFloat": "number >= 0",
-    "ClosedUnitInterval": "number 0 to 1",
-    "OpenUnitInterval": "number between 0 and 1",
-    "bool": "true, false",
-    "str": "text",
-    "float": "number",
-    "int": "whole number",
-    "NoneType": "null",
-}
 
 
 def page() -> str:
@@ -47,15 +33,15 @@ def _section(cls: type, path: str) -> list[str]:
     title = f"`{path}`" if path else "Top level"
     lines = [f"\n## {title}\n\n{_flat(inspect.getdoc(cls))}\n\n"]
     lines.append("| key | values | default | meaning |\n|---|---|---|---|\n")
-    explained, hints, below = _explained(cls), typing.get_type_hints(cls), []
+    explained, hints, below = _explained(cls), typing.get_type_hints(cls, include_extras=True), []
     for field in dataclasses.fields(cls):
         name = f"{path}.{field.name}".lstrip(".")
         if dataclasses.is_dataclass(hints[field.name]):
             below += _section(hints[field.name], name)
             continue
-        shown = f"`{_yaml(field.default)}`"
-        meaning = explained.get(field.name, "Of the run." if name == "seed" else "")
-        cells = (f"`{field.name}`", _kind(hints[field.name]), shown, meaning)
+        shown = f"`{flags.shown(field.default)}`"
+        meaning = explained[field.name]
+        cells = (f"`{field.name}`", flags.words(hints[field.name]), shown, meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
     return lines + below
 
@@ -72,28 +58,6 @@ def _explained(cls: type) -> dict[str, str]:
     return found
 
 
-def _kind(hint: typing.Any) -> str:
-    args = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(f"`{value}`" for value in args)
-    if typing.get_origin(hint) is tuple:
-        inner = [arg for arg in args if arg is not ...]
-        if args[-1] is ...:
-            return f"list of: {_kind(inner[0])}"
-        return "[" + ", ".join(map(_kind, inner)) + "]"
-    if args:
-        return " or ".join(map(_kind, args))
-    return KINDS[hint.__name__]
-
-
-def _yaml(value: typing.Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(_yaml, value)) + "]"
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _flat(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
@@ -106,7 +70,7 @@ def write() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     example = "  python -m tools.write_config_docs"
-    return cli.run(write, argv, prog="tools.write_config_docs", example=example)
+    return cli.run(write, argv, prog="python -m tools.write_config_docs", example=example)
 
 
 if __name__ == "__main__":

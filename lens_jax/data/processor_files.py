@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PretrainedConfig
-
 from lens_jax.data import images, prompts
 from lens_jax.files import CheckpointError, blaming
 
@@ -221,6 +219,9 @@ def read_tokenizer(directory: Path) -> tuple[Any, Path]:
 
 
 def _tokenizer(directory: Path) -> Any:
+    # Not above: where PyTorch is installed it is imported, too, which takes seconds.
+    from transformers import AutoTokenizer, PretrainedConfig
+
     file = directory / TOKENIZER
     if not has_tokenizer(directory):
         raise FileNotFoundError(f"{file} is missing: copy it there from the model's release")

@@ -25,6 +25,8 @@ def _printed(
 
     @functools.wraps(command)
     def run(**options) -> int:
+        if options.get("forward"):
+            cli.announce(options["checkpoint"], options["torch"], "float32")
         result = command(**options)
         match result:
             case Conversion():

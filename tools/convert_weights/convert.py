@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lens_jax import checkpoints
 from lens_jax.data import processor_files, prompts
 from lens_jax.files import blaming
+from lens_jax.flags import NonNegativeInt, PositiveInt
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.sam.config import Sam2Config, SamConfig
@@ -78,8 +79,8 @@ def from_torch(
     sam: Path | None = None,
     context: Path | None = None,
     dtype: Dtype = "keep",
-    num_queries: int = 64,
-    seed: int = 0,
+    num_queries: PositiveInt = 64,
+    seed: NonNegativeInt = 0,
 ) -> Conversion:
     """Official weights to a pretrained checkpoint of lens-jax.
 
@@ -112,7 +113,9 @@ def from_torch(
       WeightsError: all missing, unexpected and misshapen tensors by name; nothing is written.
     """
     if num_queries < 1:
-        raise WeightsError([f"--num_queries: {num_queries} is not a positive number"])
+        raise WeightsError(
+            [f"--num_queries: expected a whole number of at least 1, got {num_queries}"]
+        )
     official = open_official(mllm, lens, sam, context, num_queries, seed)
     for file in _missing_files(Path(mllm or lens)):
         log.warning(

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jsonargparse.typing import PositiveFloat
 from tqdm import tqdm
 
 from lens_jax import checkpoints
 from lens_jax.data.prompts import Templates
 from lens_jax.files import blaming
+from lens_jax.flags import PositiveFloat
 from lens_jax.models.lens import LensConfig
 from lens_jax.models.sam.config import PRESETS
 from tools.convert_weights import configs, qwen_vl

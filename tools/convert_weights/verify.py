@@ -13,6 +13,7 @@ from tools.convert_weights import lens as lens_weights
 from tools.convert_weights.convert import Official, lens_table, open_official, shapes_from
 from tools.convert_weights.export import Stored, carried_entries, check_stored
 from tools.convert_weights.reader import LazyTensor, open_weights
+from tools.convert_weights.table import WeightsError
 from tools.convert_weights.values import Dtype, cast, difference
 
 # Of the largest value; float32 itself is good for about a hundredth of it.
@@ -92,6 +93,8 @@ def _open(directory: Path, sam: Path | None) -> tuple[Official, bool]:
     has_context = any(name.startswith(lens_weights.PREFIXES) for name in open_weights(directory))
     if has_context:
         return open_official(None, directory, sam), True
+    if sam is None:
+        raise WeightsError([f"--torch {directory} is a Qwen-VL alone: give its SAM as --sam FILE"])
     return open_official(directory, None, sam), False
 
 
