@@ -249,8 +249,8 @@ def use(device: Device, size: SizeName) -> None:
     jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
     try:
         cli.announce(f"size {size}", jnp.dtype(SIZES[size].dtype).name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {device}: JAX finds none: {error}") from error
+    except (RuntimeError, AssertionError) as error:  # JAX's, where it finds no such device
+        raise UsageError(f"--device {device}: JAX finds none on this machine") from error
 
 
 def chip(name: str, size: SizeName) -> jax.Device:

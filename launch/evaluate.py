@@ -69,9 +69,10 @@ def evaluate(
         checkpoint: A pretrained checkpoint, such as runs/tiny/final.
         data_dir: The folder that holds refer_seg/, reason_seg/ReasonSeg/, ref_coco/,
             manifest.jsonl, or GroundingSuite-Eval.jsonl and coco/unlabeled2017/.
-        dataset: The data set.
+        dataset: The data set; it goes with --split.
         split: train, val, testA, testB; test for refcocog and reason_seg; any that a manifest
-            names; CONFIG/SPLIT for tfds_ref_coco. grounding_suite is one file, whatever the name.
+            names; of tfds_ref_coco with a config in front, too: refcocog_google/val.
+            grounding_suite is one file, whatever the name.
         suite: In place of --dataset: several, with commas between them, as DATASET:SPLIT, or
             DATASET for all of its held-out splits. The scores are then a list.
         reasoning: Ask for a line of thought before the answer.
@@ -92,7 +93,7 @@ def evaluate(
     if (dataset is None) == (suite is None):
         raise cli.UsageError("give either --dataset and --split, or --suite")
     if suite is None and split is None:
-        raise cli.UsageError("give --split")
+        raise cli.UsageError(f"give --split{splits_of(dataset, data_dir)}")
     if suite is not None and split is not None:
         raise cli.UsageError("--split goes with --dataset; a --suite names splits itself: a:val,b")
     wanted = [(dataset, split)] if suite is None else chosen(suite)
@@ -173,6 +174,18 @@ def evaluate(
         if scores["truncated"]:
             limit = length_limit(scores["dataset"], max_length)
             print(cut_off(scores, limit, lens.generation.max_new_tokens))
+
+
+def splits_of(dataset: str, data_dir: Path) -> str:
+    """The splits that a data set has, as what a message about --split ends with."""
+    from lens_jax.data.sources import open_source
+
+    try:
+        open_source(dataset, "", data_dir)
+    except ValueError as error:
+        names = str(error).partition(" is none of ")[2]
+        return f", one of {names.partition(': ')[0]}" if names else f": {error}"
+    return " all"
 
 
 def length_limit(dataset: str, given: int | None) -> int | None:

@@ -67,8 +67,10 @@ def run_flags(
         return complain(error)
 
 
-def parse(settings: type[T], argv: Sequence[str] | None, doc: str) -> T:
-    """A dataclass whose fields are the flags of a command; ends with 2 after a mistake.
+def run_settings(
+    command: Callable[[T], None], settings: type[T], argv: Sequence[str] | None, doc: str
+) -> int:
+    """`run` for a command whose flags are the fields of a dataclass.
 
     Args:
         doc: the module's docstring (`flags.from_doc`).
@@ -77,9 +79,10 @@ def parse(settings: type[T], argv: Sequence[str] | None, doc: str) -> T:
     parser.add_class_arguments(settings)
     try:
         options = parser.parse_args(argv).as_dict()
-    except UsageError as error:
-        sys.exit(complain(error))
-    return settings(**{name: plain(value) for name, value in options.items()})
+        command(settings(**{name: plain(value) for name, value in options.items()}))
+    except (UsageError, OSError) as error:
+        return complain(error)
+    return 0
 
 
 def run_one_of(
@@ -142,6 +145,8 @@ def announce(*facts: object, devices: Iterable[Any] | None = None) -> None:
 
 def check_writable(file: Path) -> None:
     """Raises OSError where a file could not be written later; makes the folder for it."""
+    if file.parent.exists() and not file.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file))
     file.parent.mkdir(parents=True, exist_ok=True)
     existed = file.exists()
     file.open("a").close()
@@ -166,10 +171,11 @@ _ADVICE = {
 def _lines(error: Exception) -> list[str]:
     if isinstance(error, UsageError):
         return error.errors
-    if isinstance(error, OSError) and error.errno in _ADVICE:
-        said = [error.filename, error.filename2] if error.filename else [error.strerror]
-        named = " -> ".join(os.fsdecode(name) for name in said if isinstance(name, str | bytes))
-        return [f"{named}: {_ADVICE[error.errno]}"]
+    if isinstance(error, OSError) and error.strerror:
+        names = [os.fsdecode(x) for x in (error.filename, error.filename2) if x is not None]
+        usual = error.strerror == os.strerror(error.errno)
+        reason = _ADVICE.get(error.errno, error.strerror) if usual else error.strerror
+        return [": ".join(filter(None, (" -> ".join(names), reason)))]
     return [str(error)]
 
 

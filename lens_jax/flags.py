@@ -240,7 +240,7 @@ def explain(
 def _got(why: str) -> str:
     """The value that a message complains of."""
     found = re.search(
-        r"(?:Got value|Given value|invalid choice): (.+?)(?: \(choose from .*)?$"
+        r"(?:Got value|Given value|invalid choice): ?(.*?)(?: \(choose from .*)?$"
         r"|Not of type \w+: (\S+) (?:does not conform|not an? )|('[^']*')$",
         why,
     )

@@ -98,7 +98,7 @@ def processes(coordinator, count, number):
         (["--data.canvas", f"[[112, {2**40}]]"], "data.canvas: expected a number of at most"),
         (["--grpo.learning_rate", "inf"], "grpo.learning_rate: expected a finite number, got inf"),
         (["--grpo.entropy_weight", ".nan"], "grpo.entropy_weight: expected a finite number"),
-        (["--max_skipped", "0"], "max_skipped: expected a whole number of at least 1"),
+        (["--max_skipped", "0"], "max_skipped: expected a whole number of at least 1, got 0"),
         (["--checkpoint.best_by", "speed"], "checkpoint.best_by: expected one of reward, box_iou"),
         (
             ["--distributed.coordinator", "host:1", "--distributed.processes", "2"],
@@ -107,7 +107,7 @@ def processes(coordinator, count, number):
         (processes("host", 2, 0), "distributed.coordinator host: expected HOST:PORT"),
         (processes("host:1", 2, 2), "distributed.process_id 2 is none of 2 processes"),
         (["--precision", "int8"], "precision: expected one of float32, bfloat16, got int8"),
-        (["--data.max_bad", "1.5"], "data.max_bad: expected a number from 0 to 1"),
+        (["--data.max_bad", "1.5"], "data.max_bad: expected a number from 0 to 1, got 1.5"),
         (["--data.canvas", "[[112]]"], "data.canvas"),
         (["--data.windows", "[]"], "data.windows is empty"),
         (["--grpo.num_generations", "1"], "grpo.num_generations is 1"),
@@ -147,7 +147,7 @@ def processes(coordinator, count, number):
         ),
         (["--rollout.top_k", "1"], "rollout.top_k 1 is greedy"),
         (["--rollout.top_p", "0"], "rollout.top_p 0.0 is greedy"),
-        (["--rollout.final_temperature", "0"], "rollout.final_temperature: expected a number"),
+        (["--rollout.final_temperature", "0"], "expected a number above 0, got 0"),
         (["--run_dir", "gs://bucket/run"], "may lie in a bucket: checkpoint.directory"),
     ],
 )

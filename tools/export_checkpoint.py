@@ -26,10 +26,10 @@ def export_checkpoint(
     """Writes parameters that a run has saved as a pretrained checkpoint.
 
     Args:
-        run_dir: the run's directory.
-        output: the new directory.
-        stage: whose checkpoint.
-        step: which one; best: by checkpoint.best_by, of those that are kept.
+        run_dir: The run's directory.
+        output: The new directory.
+        stage: Whose checkpoint.
+        step: Which one; best: by checkpoint.best_by, of those that are kept.
     """
     from lens_jax.training import metrics
 

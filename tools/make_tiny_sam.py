@@ -21,8 +21,9 @@ and held-out mean IoU by prompt).
 
 import dataclasses
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -472,8 +473,8 @@ def save(sam: Sam2, directory: Path) -> None:
     save_file(tensors_from_params(CONFIG, params), directory / "model.safetensors")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    settings = cli.parse(Settings, arguments, __doc__)
+def make(settings: Settings) -> None:
+    """Trains, writes and scores the model."""
     cli.announce(settings.output, "float32")
     start = time.perf_counter()
     sam, losses = train(settings)
@@ -492,5 +493,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name:30s} held-out mean IoU {score:.3f}")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_settings(make, Settings, argv, __doc__)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,7 +24,7 @@ import dataclasses
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from tqdm import tqdm
 from lens_jax import checkpoints, cli
 from lens_jax.data import images, prompts
 from lens_jax.data.sources import shapes
-from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt
+from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt, UsageError
 from lens_jax.models import layers
 from lens_jax.models.attention import Prefix, attention, heads_first
 from lens_jax.models.qwen_vl.config import QwenVLConfig
@@ -458,13 +458,22 @@ def _load(model: TinyVLM, config: QwenVLConfig, file: Path) -> None:
     nnx.update(model, nnx.State(checkpoints.stack(flat)))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    settings = cli.parse(Settings, arguments, __doc__)
+def make(settings: Settings) -> None:
+    """Trains and writes the model."""
+    if not (settings.output / "tokenizer.json").is_file():
+        raise UsageError(
+            f"{settings.output} holds no tokenizer.json: first run "
+            f"python -m tools.make_tiny_tokenizer --output {settings.output}"
+        )
     cli.announce(settings.output, "float32")
     losses = train(settings)
     for name, values in losses.items():
         print(name, " ".join(f"{v:.3f}" for v in values) if values is not None else "-")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_settings(make, Settings, argv, __doc__)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
