@@ -36,10 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = _flags()
     try:
         options, overrides = flags.parse_known_args(argv)
-        known = [*flags.names, *(f"--{key}" for key in configuration.key_names())]
-        for flag in (word.partition("=")[0] for word in overrides if word.startswith("--")):
-            if flag not in known:
-                raise UsageError(f"unknown: {flag} " + cli.nearest(flag, known))
         files = [options.config] if options.config else sorted((ROOT / "configs").glob("lens_*"))
         if options.topology and not options.config:
             raise UsageError("give --config, the run to compile")
@@ -79,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _flags() -> Flags:
+    from lens_jax.config import key_names
+
     flags = Flags(
+        others=[f"--{key}" for key in key_names()],
         prog="launch/compile.py",
         description="Compiles the programs of a run for a TPU slice, without one, and says whether "
         "they fit.",

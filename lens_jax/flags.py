@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -193,12 +194,19 @@ class Parser(jsonargparse.ArgumentParser):
 class Flags(argparse.ArgumentParser):
     """argparse's own, for flags that no function's signature describes; fails as `Parser` does."""
 
-    def __init__(self, **options):
+    def __init__(self, others: Iterable[str] = (), **options):
+        """`others` are flags that `parse_known_args` leaves to someone else."""
         super().__init__(formatter_class=_Explaining, allow_abbrev=False, **options)
+        self._others = list(others)
 
-    @property
-    def names(self) -> Iterable[str]:
-        return self._option_string_actions.keys()
+    def parse_known_args(self, args=None, namespace=None):
+        # A mistyped flag is said before the one that is missing for it.
+        known = [*self._option_string_actions, *self._others]
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                raise UsageError(f"unknown: {flag} {nearest(flag, known)}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(explain(message, self))
