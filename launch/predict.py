@@ -111,13 +111,13 @@ def predict(
     precision = precision or precisions.default()
     identity = answers.identify(checkpoint, reasoning=reasoning, precision=precision)
     work = Work(output, identity, Processor.from_pretrained(checkpoint), reasoning)
-    cli.announce(checkpoint, precision)
     lens = None
     with tqdm(
         total=len(asked), unit="picture", dynamic_ncols=True, disable=len(asked) == 1
     ) as progress:
         for batch in work.batches(asked):
             if lens is None:
+                cli.announce(checkpoint, precision)
                 lens = inference.Lens.from_pretrained(checkpoint, precision=precision)
             results = lens.segment_batch(
                 [pixels for _, pixels, _ in batch],

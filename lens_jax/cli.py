@@ -140,7 +140,7 @@ def announce(*facts: object, devices: Iterable[Any] | None = None) -> None:
     if jax.process_count() > 1:
         where += f" in {jax.process_count()} processes"
     said = " · ".join([where, *map(str, facts)])
-    print(f"lens-jax: {printable(said)}", file=sys.stderr, flush=True)
+    tqdm.write(f"lens-jax: {printable(said)}", file=sys.stderr)
 
 
 def check_writable(file: Path) -> None:
@@ -164,7 +164,7 @@ _ADVICE = {
     errno.EPERM: "may not be changed: change its permissions, or name another place",
     errno.EROFS: "cannot be written, the file system is read-only: name another place",
     errno.ENAMETOOLONG: "is too long a name: give a shorter one",
-    errno.ENOSPC: "no space is left: make room, or name a place on another disk",
+    errno.ENOSPC: "No space left on device: make room, or name a place on another disk",
 }
 
 

@@ -224,6 +224,8 @@ def explain(
     if required := re.search(r"arguments are required: (.+)", message):
         names = (key.strip("-_") for key in required[1].split(", "))
         return "give " + ", ".join(f"--{key}" if key.islower() else key for key in names)
+    if one_of := re.search(r"one of the arguments (.+) is required", message):
+        return "give one of " + " and ".join(one_of[1].split())
     if unknown := re.search(r"unrecognized arguments: (.+)", message):
         known = [flag for action in parser._actions for flag in action.option_strings]
         return f"unknown: {unknown[1]} " + nearest(unknown[1].split()[0].split("=")[0], known)

@@ -302,7 +302,9 @@ def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
         *recipe, "--topology", "v7:4x4"
     )
     assert "give --config" in refused("--topology", "v5e:4x4")
-    assert "--slices 0: at least 1" in refused(*recipe, "--topology", "v5e:4x4", "--slices", 0)
+    assert "--slices: expected a whole number of at least 1, got 0" in refused(
+        *recipe, "--topology", "v5e:4x4", "--slices", 0
+    )
     assert "has no step of alignment" in refused(
         *recipe, "--topology", "v5e:4x4", "--stage", "alignment"
     )

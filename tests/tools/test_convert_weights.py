@@ -629,7 +629,7 @@ def test_two_spellings_of_one_tensor_are_refused(files, tmp_path, capsys):
         (["--lens={files}/lens", "--mllm={files}/mllm"], "give either --mllm"),
         (["--lens={files}/nowhere"], "nowhere/config.json: no such file"),
         (["--lens={files}/lens", "--sam={files}/nothing.pt"], "nothing.pt: no such file"),
-        (["--mllm={files}/mllm", "--sam={files}/sam", "--num_queries=0"], "--num_queries: 0"),
+        (["--mllm={files}/mllm", "--sam={files}/sam", "--num_queries=0"], "at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_say_what_to_do(files, tmp_path, capsys, arguments, message):
