@@ -1,12 +1,11 @@
 """Compiles a run's programs for a TPU slice without one: `python launch/compile.py --help`."""
 
 import dataclasses
-import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.suggest:
             if options.output or options.program or options.hlo_dir or options.slices > 1:
                 raise UsageError("--suggest prints; beside it --config and --stage alone count")
-            announce = functools.cache(lambda: cli.announce(f"for {options.suggest}", *files))
             found = []
             for file in files:
                 config = configuration.load(["--config", str(file), *overrides])
                 if len(files) > 1 and options.stage and not has(config, options.stage):
                     continue
                 for family in options.suggest.split(","):
-                    found.append(suggest(file, config, family, stages, announce))
+                    found.append(suggest(file, config, family, stages))
             return 0 if all(found) else 1
         config = configuration.load(["--config", str(options.config), *overrides])
         if options.output:  # before minutes are spent on what could not be written
             cli.check_writable(options.output)
-        where = f"for {options.topology}", options.config, config.precision
         report = compile_run(
             config,
             options.topology,
@@ -64,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             slices=options.slices,
             only=options.program,
             hlo_dir=options.hlo_dir,
-            announce=functools.cache(lambda: cli.announce(*where)),
         )
     except (
         UsageError, configuration.ConfigError, CheckpointError, tpu.TopologyError, OSError
@@ -125,7 +121,6 @@ def compile_run(
     only: str = "",
     hlo_dir: Path | None = None,
     quick: bool = False,
-    announce: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The report that --output writes.
 
@@ -135,7 +130,6 @@ def compile_run(
         hlo_dir: where their scheduled HLO is written.
         quick: without updates of shorter completions, which take less than that of the longest,
             only until a program does not fit, and without compiling what cannot.
-        announce: called before a program is compiled.
     """
     from lens_jax.training import programs
     from lens_jax.training.slices import Slice, compile_program, list_programs, suggestions
@@ -153,7 +147,8 @@ def compile_run(
             names.append(program.name)
             if not program.name.startswith(only) or (quick and program.shorter):
                 continue
-            announce()
+            if not rows:
+                cli.announce(f"for {topology}", config.run_dir, config.precision)
             begin = time.monotonic()
             print(f"compiling {program.name} for {topology} ...", file=sys.stderr, flush=True)
             row, compiled = compile_program(program, part.mesh, part.chip, hopeless=not quick)
@@ -259,13 +254,7 @@ def text(config: Any) -> dict[str, Any]:
     }
 
 
-def suggest(
-    file: Path,
-    config: Any,
-    family: str,
-    stages: Sequence[str],
-    announce: Callable[[], None] = lambda: None,
-) -> dict[str, Any] | None:
+def suggest(file: Path, config: Any, family: str, stages: Sequence[str]) -> dict[str, Any] | None:
     """Prints, and returns the report of, the smallest slice of a kind of chip that a run fits."""
     from lens_jax import tpu
     from lens_jax.config import ConfigError
