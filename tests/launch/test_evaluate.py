@@ -119,6 +119,7 @@ def test_a_damaged_picture_is_named(asked, data_dir, tmp_path, capfd):
     assert call(*asked, *flags) == 2
     assert not output.exists()
     error = capfd.readouterr().err
+    assert error.startswith("lens-jax: ") and " · refcoco val · float32\n" in error
     assert f"error: {pictures[1]}: not a readable picture" in error
 
 

@@ -64,7 +64,9 @@ def test_one_picture_of_any_shape(checkpoint, tmp_path, capsys):
     assert names(output) == files_of("wide.name")
     answer = check(output, "wide.name", "null", (120, 40))
     assert answer["image"] == str(image)
-    assert str(output) in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert str(output) in out
+    assert err.startswith("lens-jax: ") and f" · {checkpoint} · float32\n" in err
 
 
 def test_a_folder_in_batches_of_one_shape(checkpoint, pictures, tmp_path, monkeypatch):

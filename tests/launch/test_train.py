@@ -186,6 +186,8 @@ def test_updates_that_are_never_finite_stop_the_run(checkpoint, data_dir, tmp_pa
     assert others == [pytest.approx(first * 8 / 9)] * 3  # what is left out is no step of it
     assert "step 2 is left out: loss or gradient is not finite; sample ids [2, 3]" in caplog.text
     err = capfd.readouterr().err
+    (line,) = (line for line in err.splitlines() if line.startswith("lens-jax: "))
+    assert line.endswith(f"configs/tiny.yaml · {tmp_path} · float32")
     assert "error: alignment step 4: loss or gradient was not finite 3 times in a row" in err
     # What was saved is what the last good update left; whoever goes on has as many tries.
     store = checkpoints.TrainingCheckpoints(tmp_path / "checkpoints" / "alignment", keep=2)
