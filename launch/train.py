@@ -10,16 +10,15 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lens_jax.training.stopping import Stopping
-
-FULL = os.strerror(errno.ENOSPC)  # what libraries put into errors of their own
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import interpreter  # noqa: F401
 
+if TYPE_CHECKING:
+    from lens_jax.training.stopping import Stopping
+
 ROOT = Path(__file__).resolve().parents[1]
+FULL = os.strerror(errno.ENOSPC)  # what libraries put into errors of their own
 
 
 def main(argv: list[str] | None = None) -> int:

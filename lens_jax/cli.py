@@ -1,4 +1,4 @@
-"""What the commands share: flags from a function's signature, and mistakes as one line."""
+"""What the commands share: how they are called, what they say at their start and of errors."""
 
 import argparse
 import errno
