@@ -11,7 +11,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lens_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_at_once()
+
 from lens_jax import cli
+from lens_jax.progress import counted
 
 DESCRIPTION = """\
 A data set of your own is a folder with manifest.jsonl, one object a line (docs/own_data.md):
@@ -138,7 +144,7 @@ def convert(
             print("\n" + cli.table([[title, "objects", "the first one"], *found], left=(0, 2)))
     if not rows:
         raise cli.UsageError("no object can be converted: nothing is written")
-    print(f"\n{rows:,} rows and {summary.pictures:,} pictures: {output}")
+    print(f"\n{counted(rows, 'row')} and {counted(summary.pictures, 'picture')}: {output}")
 
 
 COMMANDS = {"check": (check, CHECK), "convert": (convert, CONVERT)}

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
-from tqdm import tqdm
 
-from lens_jax.files import printable
+from lens_jax import files, interrupts, progress
 
 # What jsonargparse calls a type -> what it asks for.
 _TYPES = {
@@ -70,7 +69,8 @@ def run(
 ) -> int:
     """Calls `command` with the flags that its signature and docstring describe.
 
-    Returns what it returns, None as 0; 2 after a mistake, printed to stderr as one line.
+    Returns what it returns, None as 0; 2 after a mistake, printed to stderr as one line; 130 after
+    Ctrl-C, as `interrupts.run` does.
     """
     parser = Parser(
         prog=prog,
@@ -99,7 +99,7 @@ def run(
 
     prepare_jax()
     try:
-        return command(**options) or 0
+        return interrupts.run(lambda: command(**options) or 0)
     except (UsageError, CheckpointError, SampleError, OSError) as error:
         return complain(error)
 
@@ -132,8 +132,9 @@ def run_one_of(
 
 
 def prepare_jax() -> None:
-    """Sets JAX's compilation cache: what one command compiled, the next one reads; and keeps
-    libtpu away from machines without a TPU."""
+    """Sets JAX's compilation cache: what one command compiled, the next one reads; keeps libtpu
+    away from machines without a TPU; and has warnings written as lines of their own."""
+    progress.show_warnings()
     import jax
 
     from lens_jax import tpu
@@ -146,8 +147,15 @@ def prepare_jax() -> None:
 
 def complain(error: Exception) -> int:
     """Prints an error, a line for each, clear of progress bars; returns the exit code for it."""
-    for line in error.errors if isinstance(error, UsageError) else [str(error)]:
-        tqdm.write(f"error: {printable(' '.join(line.split()))}", file=sys.stderr)
+    match error:
+        case UsageError():
+            lines = error.errors
+        case OSError():
+            lines = [files.explain(error)]
+        case _:
+            lines = [str(error)]
+    for line in lines:
+        progress.write(f"error: {line}")
     return 2
 
 

@@ -24,6 +24,7 @@ from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.precision import DTYPES, default, products
+from lens_jax.progress import counted
 from lens_jax.rewards import text_rewards
 from lens_jax.rollout.sampler import Rollout, generate
 from lens_jax.rollout.sampling import GREEDY, Sampling
@@ -45,14 +46,19 @@ LONGEST_COMPLETION = 4096  # of completions that are given
 class Result:
     """What LENS makes of one picture and one sentence.
 
-    `completion` leaves special tokens out. `box` is xyxy in pixels of the original picture, None if
-    the completion holds none. `mask_logits` are the mask decoder's, at low resolution.
+    `completion` leaves special tokens out. `box` is xyxy in pixels of the original picture, clipped
+    to it (the completion keeps what was said); None if the completion holds none, or one that has
+    no area within the picture. `mask_logits` are the mask decoder's, at low resolution. `ended` is
+    False where the completion was cut off at the checkpoint's max_new_tokens; `well_formed` says
+    whether it has the form that training rewards: of grounding, with `reasoning` of thought.
     """
 
     completion: str
     box: Float[np.ndarray, "4"] | None
     mask: Bool[np.ndarray, "H W"]
     mask_logits: Float[np.ndarray, "h w"]
+    ended: bool
+    well_formed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +178,17 @@ def check_length(
         )
 
 
+def format_of(reasoning: bool) -> str:
+    """The format reward of `rewards.sentence` that says whether a completion is well formed."""
+    return "think_format" if reasoning else "grounding_format"
+
+
+def clipped(box: Float[np.ndarray, "4"], size: tuple[int, int]) -> Float[np.ndarray, "4"] | None:
+    """The part of an xyxy box that lies in a picture [H, W]; None if that has no area."""
+    inside = np.clip(box, 0, np.array([size[1], size[0]] * 2, np.float32))
+    return inside if np.isfinite(box).all() and (inside[2:] > inside[:2]).all() else None
+
+
 def round_up(length: int) -> int:
     """How many tokens completions of up to `length` take."""
     return -(-length // COMPLETION_BUCKET) * COMPLETION_BUCKET
@@ -196,7 +213,8 @@ def _questions(
         raise ValueError("give a list of pictures, or an array [N, H, W, 3]")
     if len(images) != len(prompts):
         raise ValueError(
-            f"{len(images)} pictures and {len(prompts)} sentences: give one sentence a picture"
+            f"{counted(len(images), 'picture')} and {counted(len(prompts), 'sentence')}: give one "
+            "sentence a picture"
         )
     asked = []
     for number, (image, prompt) in enumerate(zip(images, prompts, strict=True), start=1):
@@ -320,8 +338,16 @@ class Lens:
             box = None
             if responses.box_found[i]:
                 box = self.processor.box_to_pixels(responses.box[i], size)
-            text = self.completion_text(responses, i)
-            results.append(Result(text, box, upsample_logits(low, size) > 0, low))
+            results.append(
+                Result(
+                    completion=self.completion_text(responses, i),
+                    box=None if box is None else clipped(box, size),
+                    mask=upsample_logits(low, size) > 0,
+                    mask_logits=low,
+                    ended=bool(responses.ended[i]),
+                    well_formed=bool(responses.formats[format_of(reasoning)][i]),
+                )
+            )
         return results
 
     def respond(

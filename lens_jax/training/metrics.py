@@ -17,9 +17,9 @@ from typing import Any
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tqdm import tqdm
 
 from lens_jax import files
+from lens_jax.progress import Bar
 
 STAGES = ("alignment", "grpo")
 METRICS = (
@@ -158,7 +158,7 @@ class StageLog:
         self._events: EventsWriter | None = EventsWriter(str(folder / "events"))
         self._flushed = time.monotonic()
         self._write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-        self._bar = tqdm(
+        self._bar = Bar(
             total=steps,
             initial=step,
             desc=stage,
