@@ -142,8 +142,6 @@ def evaluate(
         except OSError as error:
             raise cli.UsageError(f"--{flag}: {files.explain(error)}") from None
 
-    lens = inference.Lens.from_pretrained(checkpoint, mesh=mesh, precision=precision)
-    together = batch_size * sharding.num_parts(mesh)
     results, lines, sections = [], [], []
     unwritten: dict[str, OSError] = {}
     written: list[Path] = []
@@ -174,6 +172,8 @@ def evaluate(
         return files.printable(f"{len(results)} of {counted(len(wanted), 'split')} done{where}")
 
     interrupts.tell(so_far)
+    lens = inference.Lens.from_pretrained(checkpoint, mesh=mesh, precision=precision)
+    together = batch_size * sharding.num_parts(mesh)
     for (name, part), source in zip(wanted, sources, strict=True):
         data = Evaluation(
             source,

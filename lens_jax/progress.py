@@ -25,7 +25,8 @@ class Bar(tqdm):
         shown = super().format_dict
         if self._first is None:
             if not self.total or self.n < self.total:
-                shown["bar_format"] = "{desc}compiling, {n_fmt}/{total_fmt} {unit}"
+                name = "{desc}: " if self.desc else ""
+                shown["bar_format"] = name + "compiling, {n_fmt}/{total_fmt} {unit}"
             return shown
         began, before = self._first
         since = self._time() - began
