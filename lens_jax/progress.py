@@ -16,7 +16,7 @@ class Bar(tqdm):
     _first: tuple[float, float] | None = None  # when the first was done, and how many were then
 
     def update(self, n: float = 1) -> bool | None:
-        if self._first is None and n:
+        if self._first is None and n and not self.disable:
             self._first = (self._time(), self.n + n)
         return super().update(n)
 
