@@ -82,7 +82,8 @@ def test_what_a_callback_drops_comes_again(capfd):
             gc.collect()
         finally:
             gc.callbacks.remove(callback)
-        for loops in range(500):
+        while loops < 500:
+            loops += 1
             time.sleep(0.01)
         return 0
 
