@@ -11,6 +11,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lens_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_at_once()
+
 from lens_jax import cli
 from lens_jax.flags import Flags, PositiveInt
 

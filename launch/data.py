@@ -8,7 +8,13 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lens_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_at_once()
+
 from lens_jax import cli
+from lens_jax.progress import counted
 
 # isort: split
 from tqdm import tqdm
@@ -145,7 +151,7 @@ def convert(
             print("\n" + cli.table([[title, "objects", "the first one"], *found], left=(0, 2)))
     if not rows:
         raise cli.UsageError("no object can be converted: nothing is written")
-    print(f"\n{rows:,} rows and {summary.pictures:,} pictures: {output}")
+    print(f"\n{counted(rows, 'row')} and {counted(summary.pictures, 'picture')}: {output}")
 
 
 COMMANDS = {"check": (check, CHECK), "convert": (convert, CONVERT)}

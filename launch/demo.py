@@ -5,13 +5,19 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lens_jax import cli
+from lens_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_at_once()
+
+from lens_jax import cli, progress
 from lens_jax.flags import PositiveInt
 
 EXAMPLE = """\
@@ -73,7 +79,12 @@ def demo(
                 "--host"
             ) from error
         print(f"{page.local_url} until Ctrl-C", flush=True)
-        page.block_thread()
+        interrupts.tell(lambda: "the page is served no more")
+        try:
+            while page.is_running:
+                time.sleep(0.1)
+        finally:
+            page.close(verbose=False)
 
 
 def serve(page, folder: Path, host: str, port: int) -> None:
@@ -98,16 +109,22 @@ def build(lens, name: str, folder: Path):
     from lens_jax.data.questions import Question
     from lens_jax.data.sample import SampleError
     from lens_jax.data.sources import annotations
+    from lens_jax.files import explain
 
     busy = threading.Lock()  # one question at a time: the model fills its device
 
+    def refusal(title: str, message: str) -> gradio.Error:
+        """What a visitor is told; the log has it in one line, without a traceback."""
+        progress.write(f"refused: {message}")
+        return gradio.Error(message, title=title, print_exception=False)
+
     def answer(file: str | None, sentence: str, reasoning: bool):
         if not file:
-            raise gradio.Error("Choose a picture first.", title="No picture")
+            raise refusal("No picture", "Choose a picture first.")
         try:
             annotations.sentence(sentence or "", "the sentence")
         except ValueError as error:
-            raise gradio.Error(f"Say what to segment: {error}.", title="No sentence") from error
+            raise refusal("No sentence", f"Say what to segment: {error}.") from None
         image = Path(file)
         try:
             pixels = read_picture(image)
@@ -115,16 +132,20 @@ def build(lens, name: str, folder: Path):
                 result = lens.segment(pixels, sentence.strip(), reasoning=reasoning)
         except (SampleError, ValueError) as error:
             reason = str(error).removeprefix(f"{image}: ")
-            raise gradio.Error(f"{image.name}: {reason}", title="This cannot be asked") from error
-        place = Path(tempfile.mkdtemp(dir=folder))
+            raise refusal("This cannot be asked", f"{image.name}: {reason}") from None
         question = Question(Path(image.name), sentence.strip(), image.stem)
-        answers.write(place, question, pixels, result)
+        try:
+            place = Path(tempfile.mkdtemp(dir=folder))
+            written = answers.write(place, question, pixels, result)
+        except OSError as error:
+            raise refusal("The answer cannot be kept", explain(error)) from None
         overlay, mask, text = (
             str(place / f"{image.stem}.{end}") for end in ("overlay.png", "mask.png", "json")
         )
         _forget(folder, keep=50)
         box = "none" if result.box is None else ", ".join(f"{v:.1f}" for v in result.box)
-        return overlay, result.completion, box, mask, text
+        state = answers.shortcoming(written, lens.generation.max_new_tokens) or "segmented"
+        return overlay, result.completion, state, box, mask, text
 
     # Uploads are deleted after an hour, or at the end.
     with gradio.Blocks(
@@ -157,6 +178,7 @@ def build(lens, name: str, folder: Path):
                     elem_id="overlay",
                 )
                 completion = gradio.Textbox(label="Completion", elem_id="completion")
+                state = gradio.Textbox(label="What came of it", elem_id="state")
                 box = gradio.Textbox(label="Box: x0, y0, x1, y1 in pixels", elem_id="box")
                 with gradio.Row():
                     mask = gradio.DownloadButton("Mask (PNG)", elem_id="mask")
@@ -164,7 +186,7 @@ def build(lens, name: str, folder: Path):
         gradio.Examples(
             [[str(EXAMPLES / file), words] for file, words in QUESTIONS], [picture, sentence]
         )
-        given, shown = [picture, sentence, reasoning], [overlay, completion, box, mask, text]
+        given, shown = [picture, sentence, reasoning], [overlay, completion, state, box, mask, text]
         ask.click(answer, given, shown, api_name="segment")
         sentence.submit(answer, given, shown, api_name=False)
     return page

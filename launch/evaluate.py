@@ -1,11 +1,17 @@
 """Scores a checkpoint on a data set: `python launch/evaluate.py --help`."""
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lens_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_at_once()
 
 from lens_jax import cli
 from lens_jax.config import Dataset
@@ -61,9 +67,11 @@ def evaluate(
     output: Path | None = None,
     rows: Path | None = None,
     page: Path | None = None,
-) -> None:
+) -> int:
     """Decodes every sample of a split greedily, a picture with one expression each, and scores
     masks and boxes.
+
+    Ctrl-C ends it with exit code 130; of a --suite what its finished splits gave is kept.
 
     Args:
         checkpoint: A pretrained checkpoint, such as runs/tiny/final.
@@ -103,13 +111,13 @@ def evaluate(
     from functools import partial
 
     import jax
-    from tqdm import tqdm
 
     from lens_jax import checkpoints, evaluation, files, inference, sharding
     from lens_jax.config import ConfigError, MeshConfig
     from lens_jax.data.pipeline import Evaluation
     from lens_jax.data.sources import open_source
     from lens_jax.models import precision as precisions
+    from lens_jax.progress import Bar, counted
     from lens_jax.training import evaluation_page
 
     checkpoints.read_config(checkpoint)
@@ -121,29 +129,56 @@ def evaluate(
         ]
     except (ValueError, ConfigError) as error:
         raise cli.UsageError(str(error).replace("mesh.data", "--devices")) from error
-    for flag, file in (("output", output), ("rows", rows), ("page", page)):
-        if file is not None and file.is_dir():
-            raise cli.UsageError(f"--{flag}: {file} is a folder, not a file")
-        if file is not None:
+    wanted_files = {
+        flag: file
+        for flag, file in (("output", output), ("rows", rows), ("page", page))
+        if file is not None
+    }
+    for flag, file in wanted_files.items():
+        if file.is_dir():
+            raise cli.UsageError(f"--{flag}: {file} is a folder: give the file to write")
+        try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=file.parent):
+                pass  # what keeps it from being written is said before the work
+        except OSError as error:
+            raise cli.UsageError(f"--{flag}: {files.explain(error)}") from None
 
     precision = precision or precisions.default()
     asked = suite or f"{dataset} {split}"
     cli.announce(checkpoint, asked, precision, devices=mesh.devices.flat)
-    lens = inference.Lens.from_pretrained(checkpoint, mesh=mesh, precision=precision)
-    together = batch_size * sharding.num_parts(mesh)
     results, lines, sections = [], [], []
+    unwritten: dict[str, OSError] = {}
+    written: list[Path] = []
+
+    def write(flag: str, file: Path) -> None:
+        if flag == "rows":
+            files.write_text(file, "".join(lines))
+        elif flag == "output":
+            scores = results[0] if suite is None else results
+            files.write_text(file, json.dumps(scores, indent=2) + "\n")
+        else:
+            evaluation_page.write(file, str(checkpoint), sections)
 
     def keep() -> None:
-        """Writes what is known so far: a split that fails costs none of those before it."""
-        if rows is not None:
-            files.write_text(rows, "".join(lines))
-        if output is not None:
-            scores = results[0] if suite is None else results
-            files.write_text(output, json.dumps(scores, indent=2) + "\n")
-        if page is not None:
-            evaluation_page.write(page, str(checkpoint), sections)
+        """Writes what is known so far: a split that fails costs none of those before it, and a full
+        disk no score."""
+        unwritten.clear()
+        written.clear()
+        for flag, file in wanted_files.items():
+            try:
+                write(flag, file)
+                written.append(file)
+            except OSError as error:
+                unwritten[flag] = error
 
+    def so_far() -> str:
+        where = f" in {', '.join(map(str, written))}" if written else ", nothing is written"
+        return files.printable(f"{len(results)} of {counted(len(wanted), 'split')} done{where}")
+
+    interrupts.tell(so_far)
+    lens = inference.Lens.from_pretrained(checkpoint, mesh=mesh, precision=precision)
+    together = batch_size * sharding.num_parts(mesh)
     for (name, part), source in zip(wanted, sources, strict=True):
         data = Evaluation(
             source,
@@ -156,24 +191,32 @@ def evaluate(
             reasoning=reasoning,
             prefetch=AHEAD,
         )
-        progress = partial(tqdm, desc=f"{name} {part}", unit="batch", dynamic_ncols=True)
+        progress = partial(Bar, desc=f"{name} {part}", unit="batch", dynamic_ncols=True)
         drawn = evaluation_page.Collector() if page is not None else None
         scores, outcomes = evaluation.evaluate(
             lens, data, dataset=name, split=part, progress=progress, show=drawn
         )
-        results.append(scores)
-        for row in outcomes:
-            values = dataclasses.asdict(row) | {"total_reward": row.total_reward}
-            where = {"dataset": name, "split": part} if suite is not None else {}
-            lines.append(json.dumps(where | values, ensure_ascii=False) + "\n")
-        if drawn is not None:
-            sections.append(evaluation_page.section(scores, outcomes, drawn, data))
-        keep()
+        with interrupts.held():
+            results.append(scores)
+            for row in outcomes:
+                values = dataclasses.asdict(row) | {"total_reward": row.total_reward}
+                where = {"dataset": name, "split": part} if suite is not None else {}
+                lines.append(json.dumps(where | values, ensure_ascii=False) + "\n")
+            if drawn is not None:
+                sections.append(evaluation_page.section(scores, outcomes, drawn, data))
+            keep()
     print(table(results))
     for scores in results:
         if scores["truncated"]:
             limit = length_limit(scores["dataset"], max_length)
             print(cut_off(scores, limit, lens.generation.max_new_tokens))
+    contents = {"output": "the scores", "rows": "a row for each sample", "page": "the page"}
+    for flag, file in wanted_files.items():
+        if flag not in unwritten:
+            print(files.printable(f"{file}: {contents[flag]}"))
+    for flag, error in unwritten.items():
+        cli.complain(cli.UsageError(f"--{flag}: {files.explain(error)}"))
+    return 2 if unwritten else 0
 
 
 def splits_of(dataset: str, data_dir: Path) -> str:

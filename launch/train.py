@@ -17,6 +17,11 @@ from lens_jax import interpreter  # noqa: F401
 if TYPE_CHECKING:
     from lens_jax.training.stopping import Stopping
 
+from lens_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_at_once()
+
 ROOT = Path(__file__).resolve().parents[1]
 FULL = os.strerror(errno.ENOSPC)  # what libraries put into errors of their own
 

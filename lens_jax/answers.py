@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pycocotools import mask as coco_mask
 
-from lens_jax import files
+from lens_jax import files, interrupts
 from lens_jax.data.arrays import check_is_file
 from lens_jax.data.questions import KEY, MASK, OVERLAY, TEXT, Question, question_of
 from lens_jax.inference import Result
 from lens_jax.training import drawing
 
 OURS = {"prompt", "completion", "mask_area", "rle"}  # keys of an answer, new or old
+KEYS = OURS | {"image", "box", "ended", "well_formed"}
 
 
 class TakenError(Exception):
@@ -45,18 +47,58 @@ def fingerprint(question: Question, identity: str) -> str:
     return hashlib.sha256(json.dumps([identity, picture, question.prompt]).encode()).hexdigest()
 
 
-def is_done(output: Path, question: Question, asked: str) -> bool:
-    """Whether the files of an answer to the question with the fingerprint `asked` are there.
+def done(output: Path, question: Question, asked: str) -> dict[str, Any] | None:
+    """The answer to the question with the fingerprint `asked`, if all of its files are there.
 
     A picture of the same content may have had another name then: the answer is given the new one.
     """
     mask, overlay, text = _files(output, question)
-    if not (text.is_file() and overlay.is_file() and question_of(mask) == asked):
-        return False
+    if not (overlay.is_file() and question_of(mask) == asked):
+        return None
     answer = _read(text)
-    if answer is not None and answer.get("image") != str(question.image):
-        _write_text(text, answer | {"image": str(question.image)})
-    return answer is not None
+    if answer is not None and not answer.keys() >= KEYS:
+        return None  # of an earlier version: asked again
+    if answer is not None and answer["image"] != str(question.image):
+        answer |= {"image": str(question.image)}
+        _write_text(text, answer)
+    return answer
+
+
+def there(output: Path, question: Question) -> list[Path]:
+    """What has the names of an answer's files."""
+    return [file for file in _files(output, question) if os.path.lexists(file)]
+
+
+def other(output: Path, question: Question, asked: str) -> str | None:
+    """In words, which file of `question`'s answers another question than the one with the
+    fingerprint `asked`; None if none does."""
+    mask, overlay, text = _files(output, question)
+    known = {question_of(file) for file in (mask, overlay)} - {None}
+    answer = _read(text)
+    if asked in known or not (known or answer):
+        return None
+    if answer is None:
+        return f"{mask if mask.is_file() else overlay} belongs to the answer to another question"
+    if answer["prompt"] != question.prompt:
+        return f"{text} answers {answer['prompt']!r}, not {question.prompt!r}"
+    if answer.get("image") not in (None, str(question.image)):
+        return f"{text} answers {question.prompt!r} about {answer['image']}, not {question.image}"
+    return f"{text} answers {question.prompt!r} of another checkpoint, picture or other flags"
+
+
+def shortcoming(answer: Mapping[str, Any], limit: int) -> str | None:
+    """What an answer (a STEM.json) lacks, in words; None if it lacks nothing.
+
+    Args:
+        limit: the checkpoint's max_new_tokens.
+    """
+    if not answer["ended"]:
+        return f"cut off at {limit} {'token' if limit == 1 else 'tokens'}"
+    if answer["box"] is None:
+        return "without a box"
+    if not answer["mask_area"]:
+        return "with an empty mask"
+    return None if answer["well_formed"] else "not in the form of the training"
 
 
 def check_room(output: Path, question: Question) -> None:
@@ -68,11 +110,11 @@ def check_room(output: Path, question: Question) -> None:
             f"{question.image}: STEM{OVERLAY} takes {len(longest)} bytes for a name, more than the "
             f"{limit} that {output} allows: give the picture a shorter name"
         )
-    mask, _, text = found = _files(output, question)
-    there = [file for file in found if os.path.lexists(file)]
-    if there and question_of(mask) is None and _read(text) is None:
+    mask, _, text = _files(output, question)
+    taken = there(output, question)
+    if taken and question_of(mask) is None and _read(text) is None:
         raise TakenError(
-            f"{question.image}: {there[0]} is there and no answer of predict.py: move it, or give "
+            f"{question.image}: {taken[0]} is there and no answer of predict.py: move it, or give "
             "another --output"
         )
 
@@ -83,20 +125,21 @@ def write(
     pixels: UInt8[np.ndarray, "H W 3"],
     result: Result,
     asked: str = "",
-) -> None:
-    """Writes the three files of an answer; the JSON, written last, says that all are there.
+) -> dict[str, Any]:
+    """Writes the three files of an answer; the JSON, written last, says that all are there, and is
+    returned. Ctrl-C waits until they are.
 
     Args:
-        asked: the question's fingerprint, by which `is_done` knows the answer.
+        asked: the question's fingerprint, by which `done` knows the answer.
     """
     box = result.box
-    if box is not None and not np.isfinite(box).all():
-        box = None
     rle = coco_mask.encode(np.asfortranarray(result.mask.astype(np.uint8)))
     answer = {
         "image": str(question.image),
         "prompt": question.prompt,
         "completion": result.completion,
+        "ended": result.ended,
+        "well_formed": result.well_formed,
         "box": None if box is None else [float(v) for v in box],
         "mask_area": int(result.mask.sum()),
         "rle": {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")},
@@ -105,13 +148,14 @@ def write(
     info = PngInfo()
     info.add_text(KEY, asked)
     mask, overlay, text = _files(output, question)
-    text.unlink(missing_ok=True)
-    unfinished = mask.with_name(f".{mask.name}")
-    picture.save(unfinished, format="PNG", pnginfo=info)
-    unfinished.replace(mask)
     drawn = drawing.overlay(pixels, box, result.mask, side=max(drawing.PANEL, *picture.size))
-    drawn.save(overlay, format="PNG", pnginfo=info)
-    _write_text(text, answer)
+    with interrupts.held():
+        text.unlink(missing_ok=True)
+        for image, file in ((picture, mask), (drawn, overlay)):
+            with files.whole(file) as unfinished:
+                image.save(unfinished, format="PNG", pnginfo=info)
+        _write_text(text, answer)
+    return answer
 
 
 def _files(output: Path, question: Question) -> tuple[Path, Path, Path]:

@@ -12,9 +12,7 @@ from typing import Any, TypeVar
 from lens_jax import interpreter  # noqa: F401, the first of all imports that may fail
 
 # isort: split
-from tqdm import tqdm
-
-from lens_jax.files import printable
+from lens_jax import files, interrupts, progress
 from lens_jax.flags import Flags, Parser, UsageError, from_doc, nearest, plain
 
 T = TypeVar("T")
@@ -25,7 +23,8 @@ def run(
 ) -> int:
     """Calls `command` with the flags that its signature and docstring describe.
 
-    Returns what it returns, None as 0; 2 after a mistake, printed to stderr as one line.
+    Returns what it returns, None as 0; 2 after a mistake, printed to stderr as one line; 130 after
+    Ctrl-C, as `interrupts.run` does.
     """
     parser = Parser(
         prog=prog,
@@ -52,7 +51,7 @@ def run(
 
     prepare_jax()
     try:
-        return command(**options) or 0
+        return interrupts.run(lambda: command(**options) or 0)
     except (UsageError, CheckpointError, SampleError, OSError) as error:
         return complain(error)
 
@@ -114,8 +113,9 @@ def run_one_of(
 
 
 def prepare_jax() -> None:
-    """Sets JAX's compilation cache: what one command compiled, the next one reads; and keeps
-    libtpu away from machines without a TPU."""
+    """Sets JAX's compilation cache: what one command compiled, the next one reads; keeps libtpu
+    away from machines without a TPU; and has warnings written as lines of their own."""
+    progress.show_warnings()
     import jax
 
     from lens_jax import tpu
@@ -140,7 +140,7 @@ def announce(*facts: object, devices: Iterable[Any] | None = None) -> None:
     if jax.process_count() > 1:
         where += f" in {jax.process_count()} processes"
     said = " · ".join([where, *map(str, facts)])
-    tqdm.write(f"lens-jax: {printable(said)}", file=sys.stderr)
+    progress.write(f"lens-jax: {said}")
 
 
 def check_writable(file: Path) -> None:
@@ -154,35 +154,14 @@ def check_writable(file: Path) -> None:
         file.unlink()
 
 
-# What a system call complains of -> what to do.
-_ADVICE = {
-    errno.ENOENT: "does not exist",
-    errno.EEXIST: "exists already: name another one",
-    errno.EISDIR: "is a folder: name a file",
-    errno.ENOTDIR: "has a file where a folder is needed: name another place",
-    errno.EACCES: "may not be read or written: change its permissions, or name another place",
-    errno.EPERM: "may not be changed: change its permissions, or name another place",
-    errno.EROFS: "cannot be written, the file system is read-only: name another place",
-    errno.ENAMETOOLONG: "is too long a name: give a shorter one",
-    errno.ENOSPC: "No space left on device: make room, or name a place on another disk",
-}
-
-
-def _lines(error: Exception) -> list[str]:
-    if isinstance(error, UsageError):
-        return error.errors
-    if isinstance(error, OSError) and error.strerror:
-        names = [os.fsdecode(x) for x in (error.filename, error.filename2) if x is not None]
-        usual = error.strerror == os.strerror(error.errno)
-        reason = _ADVICE.get(error.errno, error.strerror) if usual else error.strerror
-        return [": ".join(filter(None, (" -> ".join(names), reason)))]
-    return [str(error)]
+def _line(error: Exception) -> str:
+    return files.explain(error) if isinstance(error, OSError) else str(error)
 
 
 def complain(error: Exception) -> int:
     """Prints an error, a line for each, clear of progress bars; returns the exit code for it."""
-    for line in _lines(error):
-        tqdm.write(f"error: {printable(' '.join(line.split()))}", file=sys.stderr)
+    for line in error.errors if isinstance(error, UsageError) else [_line(error)]:
+        progress.write(f"error: {line}")
     return 2
 
 

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from lens_jax import processes
+from lens_jax import interrupts, processes
 from lens_jax.data.images import upsample_logits
 from lens_jax.data.pipeline import Evaluation, EvaluationRow
 from lens_jax.data.sample import Sample
-from lens_jax.inference import Lens
+from lens_jax.inference import Lens, format_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,12 @@ def evaluate(
     several processes each decodes, scores and shows its share; all return the whole.
     """
     start = time.perf_counter()
-    format_name = "think_format" if data.reasoning else "grounding_format"
+    format_name = format_of(data.reasoning)
     rows, true_boxes = [], 0
     for item in progress(data):
         responses = lens.respond(item.batch.prompts, item.batch.sample_id, limit=item.limit)
         for i, asked in zip(np.flatnonzero(item.valid), item.rows, strict=True):
+            interrupts.check()
             truth = asked.sample.mask
             mask = upsample_logits(responses.mask_logits[i], truth.shape) > 0
             intersection, union = overlap(mask, truth)

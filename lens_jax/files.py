@@ -1,9 +1,25 @@
 """Files that are whole, or not there, and complaints that name them."""
 
 import contextlib
+import errno
+import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+
+# What an operating system's error means for whoever gave the file, and what to do.
+_EXPLAINED = {
+    errno.ENOENT: "there is no such file or folder: check the path",
+    errno.EEXIST: "is there already: give another path",
+    errno.ENOTDIR: "a part of this path is a file, not a folder: give another path",
+    errno.EISDIR: "a folder, not a file: give a file",
+    errno.EACCES: "permission denied: give another path, or change whose it is (ls -l)",
+    errno.EPERM: "permission denied: give another path, or change whose it is (ls -l)",
+    errno.EROFS: "it lies on a read-only disk: give another path",
+    errno.ENAMETOOLONG: "the name is too long: give a shorter one",
+    errno.ENOSPC: "the disk is full: make room, then give the same command again",
+    errno.EDQUOT: "your share of the disk is full: make room, then give the same command again",
+}
 
 
 class CheckpointError(Exception):
@@ -21,17 +37,6 @@ def blaming(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: {error}") from None
 
 
-@contextlib.contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """An OSError that names no file, as one of a full disk does not, is about this one."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(file)
-        raise
-
-
 def printable(text: object) -> str:
     """A text that terminals and pages show: names of files may hold control characters, and bytes
     that are no Unicode."""
@@ -41,13 +46,37 @@ def printable(text: object) -> str:
     )
 
 
+def explain(error: OSError) -> str:
+    """An operating system's error in words: the file, what is wrong with it and what to do."""
+    if not error.strerror:
+        return str(error)
+    names = [os.fsdecode(x) for x in (error.filename, error.filename2) if x is not None]
+    usual = error.strerror == os.strerror(error.errno)  # what a program says itself is clearer
+    what = _EXPLAINED.get(error.errno, error.strerror) if usual else error.strerror
+    return ": ".join([*filter(None, [" -> ".join(names)]), what])
+
+
+@contextlib.contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Where to write what becomes `file` at the end, all of it or nothing, whenever the process is
+    killed or the disk is full; an OSError from inside that names no file names this one."""
+    unfinished = file.with_name(f".{file.name}")
+    try:
+        yield unfinished
+        unfinished.replace(file)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(unfinished)):
+            error.filename = str(file)
+        raise
+
+
 def write_text(file: Path, text: str) -> Path:
-    """Writes all of a file or nothing, whenever the process is killed. Returns it.
+    """Writes `whole` of a text. Returns the file.
 
     Bytes of file names that are no Unicode, half characters, are written as JSON escapes them.
     """
-    unfinished = file.with_name(f".{file.name}")
-    with naming(file):
+    with whole(file) as unfinished:
         unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
-        unfinished.replace(file)
     return file

@@ -24,6 +24,7 @@ from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.precision import DTYPES, default, products
+from lens_jax.progress import counted
 from lens_jax.rewards import text_rewards
 from lens_jax.rollout.sampler import Rollout, generate
 from lens_jax.rollout.sampling import GREEDY, Sampling
@@ -45,14 +46,19 @@ LONGEST_COMPLETION = 4096  # of completions that are given
 class Result:
     """What LENS makes of one picture and one sentence.
 
-    `completion` leaves special tokens out. `box` is xyxy in pixels of the original picture, None if
-    the completion holds none. `mask_logits` are the mask decoder's, at low resolution.
+    `completion` leaves special tokens out. `box` is xyxy in pixels of the original picture, clipped
+    to it (the completion keeps what was said); None if the completion holds none, or one that has
+    no area within the picture. `mask_logits` are the mask decoder's, at low resolution. `ended` is
+    False where the completion was cut off at the checkpoint's max_new_tokens; `well_formed` says
+    whether it has the form that training rewards: of grounding, with `reasoning` of thought.
     """
 
     completion: str
     box: Float[np.ndarray, "4"] | None
     mask: Bool[np.ndarray, "H W"]
     mask_logits: Float[np.ndarray, "h w"]
+    ended: bool
+    well_formed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +178,17 @@ def check_length(
         )
 
 
+def format_of(reasoning: bool) -> str:
+    """The format reward of `rewards.sentence` that says whether a completion is well formed."""
+    return "think_format" if reasoning else "grounding_format"
+
+
+def clipped(box: Float[np.ndarray, "4"], size: tuple[int, int]) -> Float[np.ndarray, "4"] | None:
+    """The part of an xyxy box that lies in a picture [H, W]; None if that has no area."""
+    inside = np.clip(box, 0, np.array([size[1], size[0]] * 2, np.float32))
+    return inside if np.isfinite(box).all() and (inside[2:] > inside[:2]).all() else None
+
+
 def round_up(length: int) -> int:
     """How many tokens completions of up to `length` take."""
     return -(-length // COMPLETION_BUCKET) * COMPLETION_BUCKET
@@ -191,12 +208,15 @@ def _questions(
     """Pictures as arrays with their sentences. Raises ValueError for what is neither."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray):
         raise ValueError(f"give a list of sentences, not {type(prompts).__name__}")
-    one = isinstance(images, np.ndarray) and images.ndim < 4
-    if one or not isinstance(images, Sequence | np.ndarray) or isinstance(images, str | bytes):
-        raise ValueError("give a list of pictures, or an array [N, H, W, 3]")
+    shape = getattr(images, "shape", None)  # of arrays and tensors of any library
+    several = isinstance(images, Sequence) if shape is None else len(shape) == 4
+    if not several or isinstance(images, str | bytes):
+        what = type(images).__name__ if shape is None else f"one of shape {tuple(shape)}"
+        raise ValueError(f"give a list of pictures, or an array [N, H, W, 3], not {what}")
     if len(images) != len(prompts):
         raise ValueError(
-            f"{len(images)} pictures and {len(prompts)} sentences: give one sentence a picture"
+            f"{counted(len(images), 'picture')} and {counted(len(prompts), 'sentence')}: give one "
+            "sentence a picture"
         )
     asked = []
     for number, (image, prompt) in enumerate(zip(images, prompts, strict=True), start=1):
@@ -253,11 +273,19 @@ class Lens:
 
         Raises:
             CheckpointError: the directory is missing, incomplete or damaged.
-            ValueError: there is no such precision.
+            ValueError: there is no such precision or mesh, or `directory` is no path.
         """
+        if not isinstance(directory, str | os.PathLike):
+            raise ValueError(
+                f"a checkpoint is the path of its directory, not {type(directory).__name__}"
+            )
+        if not isinstance(mesh, jax.sharding.Mesh | None):
+            raise ValueError(
+                f"mesh: {short(mesh)} is none of lens_jax.sharding.make_mesh; None is one device"
+            )
         tpu.pass_over_if_absent()
-        precision = precision or default()
-        if precision not in DTYPES:
+        precision = default() if precision is None else precision
+        if not isinstance(precision, str) or precision not in DTYPES:
             raise ValueError(f"precision: {precision!r} is none of {', '.join(DTYPES)}")
         dtype = DTYPES[precision]
         # Before the weights, which take longer: a mistake in these is said at once.
@@ -273,7 +301,12 @@ class Lens:
         return cls(definition, state, processor, generation, mesh)
 
     def segment(self, image: Picture, prompt: str, **options) -> Result:
-        """Segments what `prompt` describes; options as for `segment_batch`."""
+        """Segments what `prompt` describes; options and errors as for `segment_batch`.
+
+        A picture is a path, a PIL image or an array (or tensor) of shape [H, W, 3], [H, W],
+        [H, W, 1 | 4] or [1 | 3 | 4, H, W]: uint8 of 0 to 255, bool, floats of 0 to 1, or uint16 of
+        0 to 65,535. What may be read in several ways is refused.
+        """
         return self.segment_batch([image], [prompt], **options)[0]
 
     def segment_batch(
@@ -291,9 +324,8 @@ class Lens:
         lie on the upright picture.
 
         Args:
-            images: paths, PIL images or arrays, as `data.arrays.to_picture` takes them: uint8
-                [H, W, 3] and what is converted to that without doubt. Paths and PIL images are
-                turned upright as their EXIF orientation says.
+            images: pictures, as for `segment`, or an array [N, H, W, 3] of them. Paths and PIL
+                images are turned upright as their EXIF orientation says.
             prompts: bare expressions; the checkpoint's template goes around them.
             reasoning: ask for a line of thought before the answer.
             temperature: 0 is greedy; above, 1e-6 to 1e6, completions are drawn.
@@ -302,7 +334,7 @@ class Lens:
 
         Raises:
             ValueError: a picture that cannot be read, a sentence that is empty or too long
-                (`check_length`), not one sentence a picture, or another temperature or seed.
+                (`check_length`), not one sentence a picture, or an option of another kind.
         """
         check_draw(temperature, seed)
         asked = _questions(images, prompts)
@@ -320,8 +352,16 @@ class Lens:
             box = None
             if responses.box_found[i]:
                 box = self.processor.box_to_pixels(responses.box[i], size)
-            text = self.completion_text(responses, i)
-            results.append(Result(text, box, upsample_logits(low, size) > 0, low))
+            results.append(
+                Result(
+                    completion=self.completion_text(responses, i),
+                    box=None if box is None else clipped(box, size),
+                    mask=upsample_logits(low, size) > 0,
+                    mask_logits=low,
+                    ended=bool(responses.ended[i]),
+                    well_formed=bool(responses.formats[format_of(reasoning)][i]),
+                )
+            )
         return results
 
     def respond(
@@ -405,7 +445,10 @@ class Lens:
         if isinstance(completion, str):
             ids = self.processor.encoder.encode(completion)
         else:
-            ids = np.asarray(completion)
+            try:
+                ids = np.asarray(completion)
+            except ValueError:  # lists of several lengths
+                ids = np.empty((0, 0))
             vocabulary = self.config.mllm.vocab_size
             whole = ids.ndim == 1 and (np.issubdtype(ids.dtype, np.integer) or not ids.size)
             if not whole or ((ids < 0) | (ids >= vocabulary)).any():
@@ -422,6 +465,9 @@ class Lens:
         self, asked: Sequence[tuple[np.ndarray, str]], reasoning: bool, *, rows: int = 1
     ) -> Prompts:
         """A batch of pictures with their sentences; copies of the last make it `rows`."""
+        if not isinstance(reasoning, bool | np.bool_):
+            raise ValueError(f"reasoning: {short(reasoning)} is neither True nor False")
+        reasoning = bool(reasoning)
         made = []
         for image, prompt in asked:
             check_length(self.processor, image.shape[:2], prompt, reasoning)

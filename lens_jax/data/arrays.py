@@ -30,6 +30,8 @@ def to_picture(image: Any) -> UInt8[np.ndarray, "H W 3"]:
             65,535. Scale such values to 0..255 and give uint8.
     """
     if isinstance(image, (str, os.PathLike)):
+        if not os.fspath(image):
+            raise ValueError("the path of the picture is empty")
         try:
             return read_picture(Path(image))
         except SampleError as error:
@@ -42,6 +44,7 @@ def to_picture(image: Any) -> UInt8[np.ndarray, "H W 3"]:
     if not hasattr(image, "__array__"):
         raise ValueError(
             f"a picture is a path, a PIL image or an array, not {type(image).__name__}"
+            f"{_advice(image)}"
         )
     try:
         array = np.asarray(image)
@@ -81,6 +84,17 @@ def check_is_file(path: Path) -> None:
         raise SampleError(f"{path}: a pipe or device, not a picture")
 
 
+def _advice(image: Any) -> str:
+    """How to make a picture of what is often given for one."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return ": read it with PIL.Image.open(io.BytesIO(...))"
+    if hasattr(image, "read"):
+        return ": read it with PIL.Image.open"
+    if isinstance(image, list | tuple):
+        return ": make it one with numpy.array(..., numpy.uint8); several go to segment_batch"
+    return ""
+
+
 def _channels_last(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "H W C"]:
     shape = array.shape
     if array.ndim == 2:
@@ -118,12 +132,16 @@ def _to_bytes(array: Shaped[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W ..."
         array = (array >> 8).astype(np.uint8)
     elif np.issubdtype(kind, np.floating):
         least, most = float(array.min()), float(array.max())
-        if not (least >= 0 and most <= 1):  # not a number: neither
+        if np.isnan(most):
+            raise ValueError("floating values are to be 0 to 1, and some are not a number (NaN)")
+        if not (least >= 0 and most <= 1):
             raise ValueError(
                 f"floating values are to be 0 to 1, not {least:.4g} to {most:.4g}: "
                 "scale them to 0..255 and give uint8"
             )
         array = np.round(array.astype(np.float32) * 255).astype(np.uint8)
+    elif not np.issubdtype(kind, np.integer):
+        raise ValueError(f"an array of {kind} is no picture: give uint8, 0 to 255")
     elif kind != np.uint8:
         raise ValueError(f"an array of {kind} may hold any range: give uint8, 0 to 255")
     return np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array)

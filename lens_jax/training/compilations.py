@@ -8,6 +8,8 @@ from collections import Counter
 
 import jax
 
+from lens_jax.progress import counted
+
 # What JAX calls the event; it also comes when the program is found in the persistent cache.
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -36,4 +38,4 @@ class Compilations:
             self.by_name[str(details.get("fun_name"))] += 1
 
     def __str__(self) -> str:
-        return f"{self.count} programs compiled or loaded, in {self.seconds:.0f} s"
+        return f"{counted(self.count, 'program')} compiled or loaded, in {self.seconds:.0f} s"

@@ -13,6 +13,7 @@ from lens_jax import files
 from lens_jax.data.pipeline import Evaluation, EvaluationRow
 from lens_jax.data.prompts import box_to_pixels
 from lens_jax.evaluation import Row, summarize
+from lens_jax.progress import counted
 from lens_jax.training import drawing, report
 
 SHOWN = 8  # samples of each kind
@@ -96,7 +97,7 @@ def histogram(ious: Sequence[float]) -> list[tuple[float, float, str]]:
         (
             float(edges[i]),
             float(n / max(1, counts.max())),
-            f"IoU {edges[i]:.2f} to {edges[i + 1]:.2f}: {n:,} samples",
+            f"IoU {edges[i]:.2f} to {edges[i + 1]:.2f}: {counted(int(n), 'sample')}",
         )
         for i, n in enumerate(counts)
     ]

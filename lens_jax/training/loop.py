@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from lens_jax import checkpoints, files, processes, sharding
 from lens_jax.config import (
@@ -47,6 +46,7 @@ from lens_jax.evaluation import Row, evaluate
 from lens_jax.inference import Generation, Lens
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel
+from lens_jax.progress import Bar, counted
 from lens_jax.rewards import text_rewards
 from lens_jax.training import drawing, programs, report, scenes
 from lens_jax.training.bad_samples import too_many
@@ -718,7 +718,7 @@ def score(job: Run, point: str) -> None:
     drawn: dict[int, dict[str, Any]] = {}
 
     def batches(data):
-        for batch in tqdm(
+        for batch in Bar(
             data,
             desc=f"evaluating {report.EVALUATIONS[point]}",
             unit="batch",
@@ -756,7 +756,7 @@ def score(job: Run, point: str) -> None:
     _say(
         f"{report.EVALUATIONS[point]}: {'' if boxes is None else f'box IoU {boxes:.3f}, '}"
         f"gIoU {scores[point]['giou']:.3f}, cIoU {scores[point]['ciou']:.3f} "
-        f"on {len(rows)} held-out samples"
+        f"on {counted(len(rows), 'held-out sample')}"
     )
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tqdm import tqdm
 
 from lens_jax import files
+from lens_jax.progress import Bar
 
 # Names in files and flags -> what a person reads.
 STAGE_TITLES = {"alignment": "alignment (stage 1)", "grpo": "GRPO (stage 2)"}
@@ -160,7 +160,7 @@ class StageLog:
         self._events: EventsWriter | None = EventsWriter(str(folder / "events"))
         self._flushed = time.monotonic()
         self._write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-        self._bar = tqdm(
+        self._bar = Bar(
             total=steps,
             initial=step,
             desc=STAGE_TITLES[stage],

@@ -1,5 +1,6 @@
 """Pictures as programs hand them over: what is unambiguous is read, the rest refused."""
 
+import io
 import os
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_an_array_is_the_picture_that_it_shows(array, wanted):
     [
         (RGB.astype(np.float32), "0 to 1"),
         (RGB / 127.5 - 1, "0 to 1"),
-        (np.where(GREY > 9, np.nan, 0.5), "0 to 1"),
+        (np.where(GREY > 9, np.nan, 0.5), "not a number"),
         (RGB.astype(np.uint16), "8, 10, 12, 14 or 16 bits"),
         *((RGB.astype(np.uint16) << n, "8, 10, 12, 14 or 16 bits") for n in range(1, 8)),
         *((RGB[:n, :, :m], "first axis or the last") for n in (1, 3, 4) for m in (1, 3)),
@@ -63,14 +64,17 @@ def test_an_array_is_the_picture_that_it_shows(array, wanted):
         (RGB[:, :4].transpose(2, 0, 1), "first axis or the last"),
         (RGB.astype(np.int64), "uint8"),
         (RGB.astype(np.complex64), "uint8"),
-        (RGB.astype(object), "uint8"),
+        (RGB.astype(object), "object is no picture: give uint8"),
+        (np.zeros((4, 5), "M8[s]"), "is no picture: give uint8"),
         (RGB[None], "(1, 24, 40, 3)"),
         (RGB[..., :2], "(24, 40, 2)"),
         (RGB[0, 0], "(3,)"),
         (np.zeros((0, 5, 3), np.uint8), "no pixels"),
-        ([[0, 1], [2, 3]], "not list"),
+        ([[0, 1], [2, 3]], "not list: make it one with numpy.array"),
         (None, "not NoneType"),
-        (b"\x89PNG", "not bytes"),
+        ("", "path of the picture is empty"),
+        (b"\x89PNG", "not bytes: read it with PIL.Image.open(io.BytesIO(...))"),
+        (io.BytesIO(b"\x89PNG"), "not BytesIO: read it with PIL.Image.open"),
     ],
 )
 def test_what_may_be_meant_in_several_ways_is_refused(array, reason):

@@ -37,7 +37,7 @@ def test_a_folder_counts_what_is_passed_over(tmp_path):
     (tmp_path / "more").mkdir()
     for file in ("._b.jpg", ".DS_Store"):
         (tmp_path / file).touch()
-    result = Result("", None, np.eye(8, dtype=bool), np.eye(2))
+    result = Result("", None, np.eye(8, dtype=bool), np.eye(2), True, True)
     question = Question(tmp_path / "b.jpg", "it", "b")
     answers.write(tmp_path, question, np.zeros((8, 8, 3), np.uint8), result, "asked")
     folder = Folder.of(tmp_path)

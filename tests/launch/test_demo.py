@@ -6,12 +6,14 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from launch import demo
+from lens_jax import answers
 from lens_jax.inference import Lens
 
 PICTURE = demo.EXAMPLES / demo.QUESTIONS[0][0]
@@ -57,7 +59,7 @@ def site(tmp_path_factory):
         browser.close()
 
 
-def test_open_type_click(site, checkpoint, tmp_path):
+def test_open_type_click(site, checkpoint, tmp_path, capfd):
     serve, view, address = site
     trained = os.environ.get("LENS_DEMO_CHECKPOINT")
     page = serve(Path(trained) if trained else checkpoint)
@@ -91,6 +93,9 @@ def test_open_type_click(site, checkpoint, tmp_path):
         answer = json.loads(Path(download.value.path()).read_text())
         assert answer["prompt"] == demo.QUESTIONS[0][1]
         assert completion.input_value() == answer["completion"]
+        assert view.locator("#state textarea, #state input").input_value() == (
+            answers.shortcoming(answer, 12) or "segmented" if not trained else ANY
+        )
         with view.expect_download() as download:
             view.locator("#mask").click()
         with Image.open(download.value.path()) as mask, Image.open(PICTURE) as picture:
@@ -105,6 +110,9 @@ def test_open_type_click(site, checkpoint, tmp_path):
         view.wait_for_timeout(500)
         segment.click()
         view.get_by_text("not a readable picture").wait_for()
+        logged = capfd.readouterr().err
+        assert "refused: Choose a picture first." in logged.split("\n")
+        assert "Traceback" not in logged
     finally:
         page.close()
 

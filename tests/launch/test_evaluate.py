@@ -1,7 +1,10 @@
 """launch/evaluate.py: scores, rows, mistakes."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -48,7 +51,9 @@ def test_scores_rows_and_table(asked, tmp_path, capsys, flags):
     assert scores["ciou"] == pytest.approx(inner / union)
     assert scores["giou"] == pytest.approx(sum(row["iou"] for row in rows) / 5, abs=1e-5)
     assert scores["box_iou"] == pytest.approx(sum(row["box_iou"] for row in rows) / 5)
-    table = capsys.readouterr().out.splitlines()
+    *table, said_scores, said_rows = capsys.readouterr().out.splitlines()
+    assert said_scores == f"{scores_file}: the scores"
+    assert said_rows == f"{rows_file}: a row for each sample"
     table, cut = table[: len(evaluate.COLUMNS)], table[len(evaluate.COLUMNS) :]
     said = f"{scores['truncated']} of 5 completions were cut off before their end: --max_length 768"
     assert len(cut) == bool(scores["truncated"]) and all(said in text for text in cut)
@@ -107,6 +112,10 @@ def test_mistakes_are_one_line(refused, asked, tmp_path, data_dir):
     assert "did you mean --limit" in says(*val, "--limits", 3)
     assert "float32, bfloat16, got half" in says(*val, "--precision", "half")
     assert f"--rows: {tmp_path} is a folder" in says(*val, "--rows", tmp_path)
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "scores.json"
+    assert "--output: " in (error := says(*val, "--output", below))
+    assert f"{tmp_path / 'file'}: " in error and "give another path" in error
 
 
 def test_a_damaged_picture_is_named(asked, data_dir, tmp_path, capfd):
@@ -182,18 +191,30 @@ def test_a_suite_and_its_page(asked, tmp_path, capsys):
     assert page.count("data:image/jpeg;base64,") >= len(rows)
     assert "Object size" in page and "Words of the expression" in page
     assert "http" not in page
-    assert len(capsys.readouterr().out.splitlines()) == 3 + sum(s["truncated"] > 0 for s in scores)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 + sum(s["truncated"] > 0 for s in scores) + len(files)
+    assert lines[-1] == f"{files[2]}: the page"
 
 
-def test_a_split_that_fails_costs_none_before_it(asked, tmp_path, monkeypatch):
+def test_a_split_that_fails_costs_none_before_it(asked, tmp_path, monkeypatch, capfd):
+    """Nor does Ctrl-C in one, also where the exception is dropped; a full disk costs no score."""
     done, score = [], evaluation.evaluate
 
-    def evaluate_one(*args, **options):
-        if done:
-            raise SampleError("b.jpg cannot be read")
-        done.append(1)
-        return score(*args, **options)
+    class Dropping:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
 
+    def evaluate_one(*args, **options):
+        done.append(1)
+        if how == "fails" and len(done) == 2:
+            raise SampleError("b.jpg cannot be read")
+        if how == "interrupted" and len(done) == 2:
+            Dropping()
+            return score(*args, **options)
+        scores, rows = known[0] = known[0] or score(*args, **options)
+        return scores | {"split": options["split"]}, rows
+
+    how, known = "fails", [None]
     monkeypatch.setattr(evaluation, "evaluate", evaluate_one)
     files = [tmp_path / "scores.json", tmp_path / "rows.jsonl"]
     named = [a for a in asked if a not in ("--dataset", "refcoco")]
@@ -201,6 +222,30 @@ def test_a_split_that_fails_costs_none_before_it(asked, tmp_path, monkeypatch):
     assert call(*named, *suite, "--output", files[0], "--rows", files[1]) == 2
     assert [scores["split"] for scores in json.loads(files[0].read_text())] == ["val"]
     assert len(files[1].read_text().splitlines()) == 3
+
+    done.clear()
+    how = "interrupted"
+    for file in files:
+        file.unlink()
+    capfd.readouterr()
+    assert call(*named, *suite, "--output", files[0], "--rows", files[1]) == 130
+    out, error = capfd.readouterr()
+    assert out == "" and "Traceback" not in error and "Exception" not in error
+    said = f"stopped: 1 of 2 splits done in {files[0]}, {files[1]}"
+    assert error.replace("\r", "\n").rstrip("\n").split("\n")[-1] == said
+    assert [scores["split"] for scores in json.loads(files[0].read_text())] == ["val"]
+
+    done.append(1)
+    how = "full disk"
+
+    def full(file, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr("lens_jax.files.write_text", full)
+    assert call(*named, *suite, "--output", files[0]) == 2
+    out, error = capfd.readouterr()
+    assert out.count("\nrefcoco   ") == 2
+    assert f"error: --output: {files[0]}: the disk is full: make room, then" in error
 
 
 def test_what_a_suite_names():
@@ -215,4 +260,4 @@ def test_what_a_suite_names():
 def test_groups_and_histogram():
     bars = evaluation_page.histogram([0.0, 0.01, 0.5, 1.0])
     assert len(bars) == 20 and [bar[1] for bar in bars if bar[1]] == [1.0, 0.5, 0.5]
-    assert bars[-1][2].endswith(": 1 expressions")
+    assert bars[-1][2].endswith(": 1 expression")

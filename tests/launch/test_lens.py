@@ -44,7 +44,9 @@ def test_what_a_completion_prompts_sam_with(lens, image, results):
     assert not np.allclose(embedding, other)
 
 
-@pytest.mark.parametrize("completion", [[448000], [-1], [1.5], [[1, 2]], None, "x" * 20000])
+@pytest.mark.parametrize(
+    "completion", [[448000], [-1], [1.5], [[1, 2]], [[1], [1, 2]], None, "x" * 20000]
+)
 def test_what_is_no_completion_is_refused(lens, image, completion):
     with pytest.raises(ValueError, match="completion"):
         lens.mask_logits(image, SENTENCES[0], completion)
@@ -70,6 +72,39 @@ def test_devices_share_pictures_that_do_not_divide(checkpoint, image, results):
         assert ours.completion == alone.completion
         np.testing.assert_allclose(ours.mask_logits, alone.mask_logits, rtol=1e-4, atol=1e-4)
     assert lens.segment_batch([], []) == []
+
+
+def test_a_result_says_whether_it_ended_and_holds_a_box(lens, image, monkeypatch):
+    """Boxes are clipped to the picture of 112 x 112 pixels; what has no area in it is none."""
+    inputs = lens._prompts([(image, "it")], False)
+    found = lens.respond(inputs, np.zeros(1, np.int32))
+    monkeypatch.setattr(type(lens.processor), "box_to_pixels", lambda _, box, size: box)
+    beyond = {
+        (-5, 10, 500, 50): [0, 10, 112, 50],
+        (120, 10, 500, 50): None,
+        (10, 10, 10, 50): None,
+        (50, 50, 10, 10): None,
+        (0, 0, np.inf, 9): None,
+        (np.nan, 0, 9, 9): None,
+        (0, 0, 112, 112): [0, 0, 112, 112],
+    }
+    for box, clipped in beyond.items():
+        made = found.replace(box=np.array([box], np.float32), box_found=np.array([True]))
+        monkeypatch.setattr(lens, "respond", lambda *_, answer=made, **__: answer)
+        result = lens.segment(image, "it")
+        assert (result.box is None) == (clipped is None)
+        assert clipped is None or result.box.tolist() == clipped
+    for ended in (True, False):
+        for format in ("grounding_format", "think_format"):
+            formats = dict.fromkeys(found.formats, np.array([False]))
+            made = found.replace(
+                ended=np.array([ended]), formats=formats | {format: np.array([True])}
+            )
+            monkeypatch.setattr(lens, "respond", lambda *_, answer=made, **__: answer)
+            result = lens.segment(image, "it", reasoning=format == "think_format")
+            assert (result.ended, result.well_formed) == (ended, True)
+            result = lens.segment(image, "it", reasoning=format != "think_format")
+            assert (result.ended, result.well_formed) == (ended, False)
 
 
 def test_drawn_completions_depend_on_the_seed(lens, image):
@@ -142,8 +177,9 @@ def test_float32_multiplies_in_float32(lens, image, monkeypatch):
         (1, ["it"], "a list of pictures"),
         ([1], "it", "a list of sentences"),
         ([1], None, "a list of sentences"),
-        ([1, 1], ["it"], "2 pictures and 1 sentences"),
-        ([1], [], "1 pictures and 0 sentences"),
+        (frozenset("a"), ["it"], "an array [N, H, W, 3], not frozenset"),
+        ([1, 1], ["it"], "2 pictures and 1 sentence: "),
+        ([1], [], "1 picture and 0 sentences"),
         ([1], [None], "the sentence is text, not NoneType"),
         ([1], [["it"]], "the sentence is text, not list"),
         ([1, 1], ["it", " \n"], "the sentence, number 2 of 2 is empty"),
@@ -174,5 +210,15 @@ def test_wrong_options_are_one_line(lens, checkpoint, image):
     for seed in (2**70, 2**32, -1, 0.5, "a", None):
         with pytest.raises(ValueError, match="seed"):
             lens.segment(image, "it", seed=seed)
-    with pytest.raises(ValueError, match="'half' is none of float32, bfloat16"):
-        Lens.from_pretrained(checkpoint, precision="half")
+    for reasoning in ("false", None, 1):
+        with pytest.raises(ValueError, match=r"reasoning: .* is neither True nor False"):
+            lens.segment(image, "it", reasoning=reasoning)
+    for precision in ("half", "", ["float32"]):
+        with pytest.raises(ValueError, match="is none of float32, bfloat16"):
+            Lens.from_pretrained(checkpoint, precision=precision)
+    for mesh in (1, "cpu"):
+        with pytest.raises(ValueError, match="mesh: "):
+            Lens.from_pretrained(checkpoint, mesh=mesh)
+    for directory in (None, 1, b"lens", [checkpoint]):
+        with pytest.raises(ValueError, match="a checkpoint is the path of its directory, not "):
+            Lens.from_pretrained(directory)

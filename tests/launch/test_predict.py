@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from lens_jax import answers, inference
 from lens_jax.data.questions import Question
 from lens_jax.inference import Result
 
-KEYS = {"image", "prompt", "completion", "box", "mask_area", "rle"}
+KEYS = {
+    "image", "prompt", "completion", "ended", "well_formed", "box", "mask_area", "rle"
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -96,7 +100,10 @@ def test_a_jsonl_file_and_a_damaged_picture(checkpoint, pictures, tmp_path, capf
     check(output, "b", "y", (112, 112))
     check(output, "a-2", rows[3][1], (112, 112))
     out, err = capfd.readouterr()
-    assert f"3 pictures segmented, 1 refused: see {output}" in out
+    assert (
+        sum(map(int, re.findall(r"(\d+) (?:pictures? seg|cut off|without|with an|not)", out))) == 3
+    )
+    assert f", 1 refused: see {output}" in out
     errors = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("error: ")]
     assert len(errors) == 1 and "bad.jpg" in errors[0]
 
@@ -106,16 +113,17 @@ def test_a_jsonl_file_and_a_damaged_picture(checkpoint, pictures, tmp_path, capf
     [
         (np.array([1, 2.5, 30, 9], np.float32), [1, 2.5, 30, 9]),
         (None, None),
-        (np.array([0, 0, np.inf, 1], np.float32), None),
     ],
 )
 def test_what_is_written(tmp_path, box, written):
     mask = np.zeros((30, 50), bool)
     mask[4:9, 10:31] = mask[20, 3] = True
     question = Question(tmp_path / "a.jpg", "p", "a")
-    result = Result("text", box, mask, np.zeros((4, 4), np.float32))
-    answers.write(tmp_path, question, np.zeros((30, 50, 3), np.uint8), result)
+    result = Result("text", box, mask, np.zeros((4, 4), np.float32), True, False)
+    given = answers.write(tmp_path, question, np.zeros((30, 50, 3), np.uint8), result)
     answer = check(tmp_path, "a", "p", (50, 30))
+    assert given == answer
+    assert (answer["ended"], answer["well_formed"]) == (True, False)
     assert answer["box"] == written
     assert (answer["mask_area"], answer["completion"]) == (106, "text")
     assert isinstance(answer["rle"]["counts"], str) and answer["rle"]["size"] == [30, 50]
@@ -134,6 +142,14 @@ def test_mistakes_are_one_line(refused, checkpoint, pictures, tmp_path):
     for blank in ("  ", "\u200b", "\x07"):
         assert "--prompt is empty" in says("--image", picture, "--prompt", blank)
     assert "missing.jpg does not exist" in says("--image", "missing.jpg", "--prompt", "p")
+    missing = says("--jsonl", "missing.jsonl")
+    assert (
+        missing
+        == "error: --jsonl: missing.jsonl: there is no such file or folder: check the path\n"
+    )
+    assert "a folder, not a file: give a file" in says("--jsonl", pictures)
+    beneath = says(*asked, "--output", pictures / "notes.txt" / "below")
+    assert f"{pictures / 'notes.txt' / 'below'}: a part of this path is a file" in beneath
     assert "notes.txt: not a readable picture" in says(
         "--image", pictures / "notes.txt", "--prompt", "p"
     )
@@ -161,7 +177,10 @@ def test_a_mistake_in_a_list_is_one_line(refused, checkpoint, tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What a stand-in for the model was asked; its masks are the pictures' bright pixels."""
+    """What a stand-in for the model was asked; its masks are the pictures' bright pixels.
+
+    What the sentence says happens: it is cut off, without a box, empty or malformed.
+    """
     sentences = []
     box = np.array([1, 2, 30, 40], np.float32)
 
@@ -169,8 +188,15 @@ def asked(monkeypatch):
         def segment_batch(self, images, prompts, *, reasoning):
             sentences.extend(prompts)
             return [
-                Result("text", box, image[..., 0] > 128, np.zeros((4, 4), np.float32))
-                for image in images
+                Result(
+                    "text",
+                    None if prompt == "without a box" else box,
+                    (image[..., 0] > 128) & (prompt != "empty"),
+                    np.zeros((4, 4), np.float32),
+                    ended=prompt != "cut off",
+                    well_formed=prompt not in ("cut off", "malformed"),
+                )
+                for image, prompt in zip(images, prompts, strict=True)
             ]
 
     monkeypatch.setattr(inference.Lens, "from_pretrained", lambda directory, **_: Fake())
@@ -179,14 +205,28 @@ def asked(monkeypatch):
 
 
 def test_a_second_start_skips_what_is_done(checkpoint, pictures, tmp_path, capsys, asked):
-    """A missing file, another sentence, a changed picture: asked again. The same: not."""
+    """A missing or damaged file: asked again. The same: not. Another sentence, picture, checkpoint
+    or flag: refused with nothing asked, or --overwrite true."""
     output = tmp_path / "out"
 
-    def ask(prompt="it", *flags) -> int:
+    def start(prompt, *flags) -> int:
         asked.clear()
         argv = ("--checkpoint", checkpoint, "--image", pictures, "--prompt", prompt)
-        assert predict.main([str(a) for a in (*argv, "--output", output, *flags)]) == 0
+        return predict.main([str(a) for a in (*argv, "--output", output, *flags)])
+
+    def ask(prompt="it", *flags) -> int:
+        assert start(prompt, *flags) == 0
         return len(asked)
+
+    def refused(*flags) -> str:
+        files = {file: file.read_bytes() for file in output.iterdir()}
+        capsys.readouterr()
+        assert start(*flags) == 2 and not asked
+        assert {file: file.read_bytes() for file in output.iterdir()} == files
+        out, error = capsys.readouterr()
+        assert not out and error.startswith("error: ") and error.count("\n") == 1
+        assert "give another --output, or --overwrite true" in error
+        return error
 
     assert ask() == 4
     out = capsys.readouterr().out
@@ -195,16 +235,81 @@ def test_a_second_start_skips_what_is_done(checkpoint, pictures, tmp_path, capsy
     assert "4 pictures segmented (4 of them before)" in capsys.readouterr().out
     (output / "a.json").unlink()
     (output / "b.mask.png").write_bytes(b"cut off")
-    shutil.copy(pictures / "d.jpg", pictures / "c.jpg")
     (output / "d.overlay.png").unlink()
-    assert ask() == 4
+    assert ask() == 3
+    shutil.copy(pictures / "d.jpg", pictures / "c.jpg")
+    assert f"{output / 'c.json'} answers 'it' of another" in refused("it")
+    assert ask("it", "--overwrite", "true") == 1
     for file in pictures.iterdir():
         os.utime(file, (1_600_000_000, 1_600_000_000))
     assert ask("it", "--precision", "float32") == 0
-    assert ask("it", "--precision", "bfloat16") == 4
-    assert ask("it", "--reasoning", "true") == 4
-    assert ask("another") == 4
+    for flags in (("--precision", "bfloat16"), ("--reasoning", "true")):
+        assert f"{output / 'a.json'} answers 'it' of another" in refused("it", *flags)
+        assert ask("it", *flags, "--overwrite", "true") == 4
+        assert ask("it", *flags) == 0
+    said = refused("another")
+    assert f"{output / 'a.json'} answers 'it', not 'another' (and 3 more of that kind)" in said
+    for stem in "bcd":
+        (output / f"{stem}.json").unlink()
+        (output / f"{stem}.overlay.png").unlink()
+    (output / "a.json").unlink()
+    assert f"{output / 'a.mask.png'} belongs to the answer to another question" in refused(
+        "another"
+    )
+    assert ask("another", "--overwrite", "true") == 4
     assert ask("another") == 0
+
+
+def test_what_came_of_questions_is_counted(checkpoint, pictures, tmp_path, capsys, asked):
+    """In the last line, for answers of now and of before; what is not there is not segmented."""
+    said = ("it", "cut off", "without a box", "empty", "malformed", "without a box", "it")
+    rows = [{"image": "a.jpg", "prompt": prompt} for prompt in said]
+    jsonl = pictures / "questions.jsonl"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--checkpoint", checkpoint, "--jsonl", jsonl, "--output", tmp_path / "out")
+    counts = (
+        "2 pictures segmented, 2 without a box (a.jpg, ...), 1 cut off at 12 tokens (a.jpg), "
+        "1 with an empty mask (a.jpg), 1 not in the form of the training (a.jpg)"
+    )
+    for before in ("", ", 7 of all these before"):
+        assert predict.main([str(flag) for flag in flags]) == 0
+        assert f"{counts}{before}: see" in capsys.readouterr().out
+    assert len(asked) == 7
+    answer = tmp_path / "out" / "a.json"  # as an earlier version wrote them
+    answer.write_text(
+        json.dumps({k: v for k, v in json.loads(answer.read_text()).items() if k != "ended"})
+    )
+    assert predict.main([str(flag) for flag in flags]) == 0
+    assert len(asked) == 8
+
+
+def test_an_interrupt_keeps_what_is_done(checkpoint, pictures, tmp_path, capfd, asked, monkeypatch):
+    """It comes while the second answer is written, or is dropped where callbacks drop exceptions;
+    the same command goes on."""
+    output, whole = tmp_path / "out", answers.write
+
+    class Dropping:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def write(output, question, *args):
+        if question.stem == "b":
+            os.kill(os.getpid(), signal.SIGINT)
+        elif question.stem == "c":
+            Dropping()
+        return whole(output, question, *args)
+
+    monkeypatch.setattr(answers, "write", write)
+    argv = ["--checkpoint", checkpoint, "--image", pictures, "--prompt", "p", "--output", output]
+    for done in (2, 3):
+        assert predict.main([str(a) for a in argv]) == 130
+        out, err = capfd.readouterr()
+        assert out == "" and "Traceback" not in err and "Exception" not in err
+        said = f"stopped: {done} of 4 pictures done in {output}; the same command goes on"
+        assert err.replace("\r", "\n").rstrip("\n").split("\n")[-1] == said
+        assert names(output) == files_of(*"abcd"[:done])
+    assert predict.main([str(a) for a in argv]) == 0
+    assert "4 pictures segmented (3 of them before)" in capfd.readouterr().out
 
 
 def test_pictures_of_one_size_and_time_are_told_apart(checkpoint, tmp_path, asked):
@@ -223,6 +328,7 @@ def test_pictures_of_one_size_and_time_are_told_apart(checkpoint, tmp_path, aske
         jsonl = tmp_path / "questions.jsonl"
         jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
         flags = ("--checkpoint", checkpoint, "--jsonl", jsonl, "--output", tmp_path / "out")
+        flags = (*flags, "--overwrite", "true")
         assert predict.main([str(flag) for flag in flags]) == 0
         for folder, stem in zip(order, ("0", "0-2"), strict=True):
             answer = check(tmp_path / "out", stem, "it", (50, 30))
@@ -278,13 +384,14 @@ def test_an_answer_that_cannot_be_written(
     def write(output, question, *args):
         if question.stem == "a":
             raise OSError(number, os.strerror(number), "a.json")
-        whole(output, question, *args)
+        return whole(output, question, *args)
 
     monkeypatch.setattr(answers, "write", write)
     argv = ["--checkpoint", checkpoint, "--image", pictures, "--prompt", "p"]
     assert predict.main([str(a) for a in (*argv, "--output", tmp_path / "out")]) == 2
     out, err = capfd.readouterr()
-    assert os.strerror(number) in err and "a.json" in err
+    assert {errno.EACCES: "permission denied", errno.ENOSPC: "the disk is full"}[number] in err
+    assert "a.json" in err and ("0 of 4 pictures done" in err) == (not others)
     assert len(list((tmp_path / "out").glob("*.json"))) == others
     assert (f"{others} pictures segmented, 1 refused" in out) == bool(others)
 

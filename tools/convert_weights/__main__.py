@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from lens_jax import cli
+from lens_jax import cli, interrupts
+from lens_jax.progress import counted
 from tools.convert_weights.convert import Conversion, from_torch
 from tools.convert_weights.export import Export, to_torch
 from tools.convert_weights.verify import Comparison, verify
@@ -25,6 +26,7 @@ def _printed(
 
     @functools.wraps(command)
     def run(**options) -> int:
+        interrupts.tell(lambda: "nothing was written")
         if options.get("forward"):
             cli.announce(options["checkpoint"], options["torch"], "float32")
         result = command(**options)
@@ -37,16 +39,18 @@ def _printed(
                         "alignment (stage 1)"
                     )
                 lines.append(
-                    f"{options['output']}: {result.tensors} tensors, {result.unused} carried along "
-                    f"unused, {len(result.dropped)} dropped"
+                    f"{options['output']}: {counted(result.tensors, 'tensor')}, {result.unused} "
+                    f"carried along unused, {len(result.dropped)} dropped"
                 )
             case Export():
                 lines = [f"note: {note}" for note in result.notes]
-                lines.append(f"{options['output']}: {result.tensors} tensors")
+                lines.append(f"{options['output']}: {counted(result.tensors, 'tensor')}")
             case Comparison():
                 lines = [*result.compared, *(f"differs: {line}" for line in result.differences)]
                 lines.append(
-                    f"{len(result.differences)} differences" if result.differences else "all agree"
+                    counted(len(result.differences), "difference")
+                    if result.differences
+                    else "all agree"
                 )
         print("\n".join(lines))
         return int(isinstance(result, Comparison) and bool(result.differences))
@@ -77,13 +81,9 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 2 means that something is wrong, printed, and nothing was written."""
-    try:
-        return cli.run_one_of(
-            COMMANDS, argv, prog="python -m tools.convert_weights", description=DESCRIPTION
-        )
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
-        return 130
+    return cli.run_one_of(
+        COMMANDS, argv, prog="python -m tools.convert_weights", description=DESCRIPTION
+    )
 
 
 if __name__ == "__main__":
