@@ -57,8 +57,8 @@ def parse(monkeypatch):
     }
 
     def call(name: str, argv: list[str]) -> None:
-        if name == "train":
-            config.load(argv)
+        if name == "train":  # a run's own config.yaml is not there before the run
+            config.load([arg.replace("runs/tiny/config", "configs/tiny") for arg in argv])
         elif name == "compile":
             options, overrides = compile._flags().parse_known_args(argv)
             config.load(

@@ -193,7 +193,7 @@ def test_a_config_is_checked_before_it_is_printed(tmp_path, capsys):
             "--repeats: expected a whole number of at least 1, got 0",
         ),
         ("benchmarks.update --json", "--json needs a value: a path"),
-        ("benchmarks.data --json /dev/null/x", "/dev/null/x: has a file where a folder is needed"),
+        ("benchmarks.data --json /dev/null/x", "/dev/null/x: a part of this path is a file"),
         ("benchmarks.attention --chip v9", "--chip: expected one of v4, v5e, v5p, v6e, got v9"),
     ],
 )
@@ -215,11 +215,11 @@ def system(number: int, *name: str | bytes) -> OSError:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (system(errno.ENOENT, "a.json"), "a.json: does not exist"),
-        (system(errno.EACCES, b"a"), "a: may not be read or written: change its permissions"),
-        (system(errno.EISDIR, "a"), "a: is a folder: name a file"),
-        (system(errno.ENOSPC), "No space left on device: make room"),
-        (system(errno.ENOSPC, "a"), "a: No space left on device: make room"),
+        (system(errno.ENOENT, "a.json"), "a.json: there is no such file or folder"),
+        (system(errno.EACCES, b"a"), "a: permission denied: give another path"),
+        (system(errno.EISDIR, "a"), "a: a folder, not a file"),
+        (system(errno.ENOSPC), "the disk is full: make room"),
+        (system(errno.ENOSPC, "a"), "a: the disk is full: make room"),
         (system(errno.EIO, "a"), "a: Input/output error"),
         (OSError(errno.EINVAL, "3 is no port", "a"), "a: 3 is no port"),
         (OSError("a.npz is damaged"), "a.npz is damaged"),

@@ -23,7 +23,7 @@ def start(code: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["launch/predict.py", "launch/train.py", "-m tools.kill_test"])
+@pytest.mark.parametrize("command", ["launch/predict.py", "launch/data.py", "-m tools.kill_test"])
 def test_while_a_command_imports(command):
     """`lens_jax.cli`, which all of them import, stands for what takes long."""
     name = command.split()[-1]
