@@ -145,6 +145,8 @@ def build(lens, name: str, folder: Path):
         _forget(folder, keep=50)
         box = "none" if result.box is None else ", ".join(f"{v:.1f}" for v in result.box)
         state = answers.shortcoming(written, lens.generation.max_new_tokens) or "segmented"
+        if warning := lens.processor.unfamiliar(pixels.shape[:2]):
+            state += f"; {warning}"
         return overlay, result.completion, state, box, mask, text
 
     # Uploads are deleted after an hour, or at the end.

@@ -1,6 +1,7 @@
 """Masks from sentences: a pretrained checkpoint as one object."""
 
 import dataclasses
+import logging
 import numbers
 import os
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from lens_jax.progress import counted
 from lens_jax.rewards import text_rewards
 from lens_jax.rollout.sampler import Rollout, generate
 from lens_jax.rollout.sampling import GREEDY, Sampling
+
+log = logging.getLogger("lens_jax")
 
 Picture = str | os.PathLike[str] | Image.Image | Shaped[np.ndarray, "..."]
 
@@ -332,6 +335,8 @@ class Lens:
             seed: of the draw, 0 to 2**32 - 1; a completion depends on it and on its place in the
                 batch.
 
+        Logs a warning of a picture longer than the model has seen (`Processor.unfamiliar`).
+
         Raises:
             ValueError: a picture that cannot be read, a sentence that is empty or too long
                 (`check_length`), not one sentence a picture, or an option of another kind.
@@ -348,6 +353,8 @@ class Lens:
         results = []
         for i, (image, _) in enumerate(asked):
             size = image.shape[:2]
+            if warning := self.processor.unfamiliar(size):
+                log.warning("%s", warning)
             low = responses.mask_logits[i]
             box = None
             if responses.box_found[i]:

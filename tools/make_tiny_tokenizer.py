@@ -138,8 +138,9 @@ def write(output: Path) -> None:
         },
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
         "preprocessor_config.json": {
-            "min_pixels": 3136,
-            "max_pixels": 1000000,
+            "min_pixels": 9000,  # the tiny model knows pictures of about 112 x 112 pixels
+            "max_pixels": 12800,
+            "seen_aspect_ratio": 1.75,
             "patch_size": 14,
             "temporal_patch_size": 2,
             "merge_size": 2,

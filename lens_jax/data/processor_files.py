@@ -73,12 +73,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How the language model's picture is resized and normalised; limits are in pixels."""
+    """How the language model's picture is resized and normalised; limits are in pixels.
+
+    `seen_aspect_ratio` is a key of ours in the same file: the longest pictures, longer side over
+    shorter, that a model was trained on. None: it knows all.
+    """
 
     min_pixels: int
     max_pixels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    seen_aspect_ratio: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +160,10 @@ def _image_settings(settings: Mapping[str, Any]) -> ImageSettings:
             raise ValueError(f"{key}: expected three numbers, found {values!r}")
     if min(std) <= 0:
         raise ValueError(f"image_std: expected three numbers above 0, found {list(std)}")
-    return ImageSettings(smallest, largest, tuple(mean), tuple(std))
+    seen = settings.get("seen_aspect_ratio")
+    if seen is not None and (not _is_number(seen) or seen < 1):
+        raise ValueError(f"seen_aspect_ratio: expected a number of at least 1, found {seen!r}")
+    return ImageSettings(smallest, largest, tuple(mean), tuple(std), seen)
 
 
 def _is_number(value: Any) -> bool:
