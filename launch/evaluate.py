@@ -120,6 +120,14 @@ def evaluate(
     from lens_jax.progress import Bar, counted
     from lens_jax.training import evaluation_page
 
+    results: list[dict[str, Any]] = []
+    written: list[Path] = []
+
+    def so_far() -> str:
+        where = f" in {', '.join(map(str, written))}" if written else ", nothing is written"
+        return files.printable(f"{len(results)} of {counted(len(wanted), 'split')} done{where}")
+
+    interrupts.tell(so_far)
     checkpoints.read_config(checkpoint)
     try:
         mesh = sharding.make_mesh(MeshConfig(data=devices or jax.device_count()))
@@ -147,9 +155,8 @@ def evaluate(
     precision = precision or precisions.default()
     asked = suite or f"{dataset} {split}"
     cli.announce(checkpoint, asked, precision, devices=mesh.devices.flat)
-    results, lines, sections = [], [], []
+    lines, sections = [], []
     unwritten: dict[str, OSError] = {}
-    written: list[Path] = []
 
     def write(flag: str, file: Path) -> None:
         if flag == "rows":
@@ -172,11 +179,6 @@ def evaluate(
             except OSError as error:
                 unwritten[flag] = error
 
-    def so_far() -> str:
-        where = f" in {', '.join(map(str, written))}" if written else ", nothing is written"
-        return files.printable(f"{len(results)} of {counted(len(wanted), 'split')} done{where}")
-
-    interrupts.tell(so_far)
     lens = inference.Lens.from_pretrained(checkpoint, mesh=mesh, precision=precision)
     together = batch_size * sharding.num_parts(mesh)
     for (name, part), source in zip(wanted, sources, strict=True):

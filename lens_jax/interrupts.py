@@ -2,7 +2,8 @@
 
 An exception alone does not do: Python prints and drops what callbacks raise, JAX's at garbage
 collection for one, and a program that is being compiled lets no Python run. So a thread counts, and
-what was asked for stays known.
+what was asked for stays known. Threads that are left in the middle of their work complain: of that
+nothing is shown.
 """
 
 import _thread
@@ -26,11 +27,17 @@ _DROPPED = b"\0"
 _heard = threading.Event()
 _answered = threading.Event()
 _held = 0
+_own_process = False
 _told: Callable[[], str] | None = None
 
 
 def quit_at_once() -> None:
-    """From here on, outside of `run`, Ctrl-C ends the process: imports leave nothing to tidy up."""
+    """From here on, outside of `run`, Ctrl-C ends the process: imports leave nothing to tidy up.
+
+    And `run` ends it where else it would return 130: no thread is waited for.
+    """
+    global _own_process
+    _own_process = True
     signal.signal(signal.SIGINT, lambda *_: _end("stopped"))
 
 
@@ -83,6 +90,9 @@ def run(command: Callable[[], int]) -> int:
                 raise
         _answered.set()
         _say(_line())
+        if _own_process:
+            sys.stdout.flush()
+            os._exit(EXIT_CODE)
         return EXIT_CODE
 
 
@@ -96,21 +106,22 @@ def _listening() -> Iterator[None]:
     os.set_blocking(writer, False)
     handler = signal.signal(signal.SIGINT, _hear)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    unraisable = sys.unraisablehook
+    hooks = sys.unraisablehook, sys.excepthook, threading.excepthook
 
-    def dropped(what: "sys.UnraisableHookArgs") -> None:
-        if _heard.is_set() and issubclass(what.exc_type, KeyboardInterrupt):
+    def quiet(kind: type[BaseException]) -> bool:
+        if _heard.is_set() and issubclass(kind, KeyboardInterrupt):
             os.write(writer, _DROPPED)
-        else:
-            unraisable(what)
+        return _heard.is_set()
 
-    sys.unraisablehook = dropped
+    sys.unraisablehook = lambda what: quiet(what.exc_type) or hooks[0](what)
+    sys.excepthook = lambda kind, *what: quiet(kind) or hooks[1](kind, *what)
+    threading.excepthook = lambda what: quiet(what.exc_type) or hooks[2](what)
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
     try:
         yield
     finally:
         _heard.clear()
-        sys.unraisablehook = unraisable
+        sys.unraisablehook, sys.excepthook, threading.excepthook = hooks
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGINT, handler)
         os.close(writer)
