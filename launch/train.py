@@ -58,6 +58,12 @@ def quiet() -> None:
     sys.unraisablehook = show
 
 
+def several() -> bool:
+    """Whether processes have to take leave of each other."""
+    distributed = getattr(sys.modules.get("jax"), "distributed", None)  # it may be half imported
+    return distributed is not None and distributed.is_initialized()
+
+
 def train(argv: list[str] | None, stopping: "Stopping") -> int:
     from lens_jax import cli
     from lens_jax import config as configuration
@@ -193,4 +199,8 @@ def convert(config, output: Path, stopping: "Stopping") -> None:
 
 if __name__ == "__main__":
     quiet()
-    sys.exit(main())
+    code = main()
+    if code == 130 and not several():  # nobody waits while the interpreter takes itself apart
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
