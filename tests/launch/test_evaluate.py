@@ -260,4 +260,4 @@ def test_what_a_suite_names():
 def test_groups_and_histogram():
     bars = evaluation_page.histogram([0.0, 0.01, 0.5, 1.0])
     assert len(bars) == 20 and [bar[1] for bar in bars if bar[1]] == [1.0, 0.5, 0.5]
-    assert bars[-1][2].endswith(": 1 expression")
+    assert bars[-1][2].endswith(": 1 sample")
