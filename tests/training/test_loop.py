@@ -1,5 +1,6 @@
 """The loop around updates, with updates that compute nothing."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -143,11 +144,15 @@ LONGER = {"alignment.steps": 5, "grpo.steps": 6}
 def test_other_steps(taken, asked, says, tmp_path):
     """A run goes on to them where nothing that it did depends on how many there are."""
     fixed = {k: v for k, v in asked.items() if k in ("grpo.schedule", "rollout.final_temperature")}
-    flags = {"grpo.schedule": "constant", "run_dir": tmp_path} | LONGER | fixed
+    flags = {"grpo.schedule": "constant", "model.checkpoint": "start"} | LONGER | fixed
 
     def config(**more):
-        argv = [str(x) for key, value in (flags | more).items() for x in (f"--{key}", value)]
-        return configs.load(argv)
+        made = RunConfig(run_dir=str(tmp_path))
+        for key, value in (flags | more).items():
+            section, _, name = key.rpartition(".")
+            part = dataclasses.replace(getattr(made, section), **{name: value}) if section else None
+            made = dataclasses.replace(made, **({section: part} if section else {key: value}))
+        return made
 
     (tmp_path / "config.yaml").write_text(configs.dump_yaml(config()))
     rows = [metrics.row(stage, n, {}) for stage, n in taken.items()]
