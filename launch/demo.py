@@ -47,7 +47,7 @@ def demo(
 
     It is served to this machine alone. On another --host, whoever reaches it may use it.
 
-    Needs Gradio: pip install "lens-jax[demo]", or pip install gradio.
+    Needs Gradio: pip install -e ".[demo]", or pip install gradio.
 
     Args:
         checkpoint: A pretrained checkpoint, such as runs/tiny/final.
@@ -64,7 +64,7 @@ def demo(
         import gradio  # noqa: F401
     except ImportError:
         raise cli.UsageError(
-            'the page needs Gradio: run pip install "lens-jax[demo]" or pip install gradio'
+            'the page needs Gradio: run pip install -e ".[demo]" or pip install gradio'
         ) from None
     precision = precision or precisions.default()
     cli.announce(checkpoint, precision)

@@ -54,9 +54,9 @@ def predict(
     max_new_tokens), well_formed (it has the form of the training), box ([x0, y0, x1, y1] in pixels,
     clipped to the picture, or null if nothing of one lies in it), mask_area (pixels) and rle
     (COCO's run lengths). The last line counts what was segmented, and what is cut off, has no box,
-    an empty mask or another form. STEM is the picture's name without its ending; where that
-    is taken already by an earlier question, in capitals or not, -2, -3, ... are appended, in the
-    order of the questions.
+    an empty mask or one outside of its box, names something else, or has another form. STEM is the
+    picture's name without its ending; where that is taken already by an earlier question, in
+    capitals or not, -2, -3, ... are appended, in the order of the questions.
 
     The same command again goes on where it was stopped: questions whose files are there, from the
     same picture, sentence, checkpoint and flags, are not asked again. Where STEM is taken by the

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,7 +99,21 @@ def shortcoming(answer: Mapping[str, Any], limit: int) -> str | None:
         return "without a box"
     if not answer["mask_area"]:
         return "with an empty mask"
-    return None if answer["well_formed"] else "not in the form of the training"
+    if not answer["well_formed"]:
+        return "not in the form of the training"
+    if not _echoes(answer["completion"], answer["prompt"]):
+        return "naming something else"
+    x0, y0 = (math.floor(v) for v in answer["box"][:2])
+    x1, y1 = (math.ceil(v) for v in answer["box"][2:])
+    if not coco_mask.decode(answer["rle"])[y0:y1, x0:x1].any():
+        return "with a mask outside of its box"
+    return None
+
+
+def _echoes(completion: str, prompt: str) -> bool:
+    """Whether an answer begins with the sentence, as training teaches; thought need not."""
+    said, asked = (" ".join(text.split()).casefold() for text in (completion, prompt))
+    return "<think>" in said or said.startswith(asked.rstrip("."))
 
 
 def check_room(output: Path, question: Question) -> None:

@@ -177,21 +177,28 @@ def test_a_mistake_in_a_list_is_one_line(refused, checkpoint, tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What a stand-in for the model was asked; its masks are the pictures' bright pixels.
+    """What a stand-in for the model was asked; its masks are its boxes.
 
-    What the sentence says happens: it is cut off, without a box, empty or malformed.
+    What the sentence says happens: it is cut off, without a box, empty, malformed, a giraffe that
+    is not there, or has its mask beside its box.
     """
     sentences = []
     box = np.array([1, 2, 30, 40], np.float32)
+
+    def mask(image, prompt):
+        drawn = np.zeros(image.shape[:2], bool)
+        drawn[2:40, 40 : 50 if prompt == "beside" else 40] = True
+        drawn[2:40, 1:30] = prompt not in ("beside", "empty")
+        return drawn
 
     class Fake:
         def segment_batch(self, images, prompts, *, reasoning):
             sentences.extend(prompts)
             return [
                 Result(
-                    "text",
+                    "the cat.(1,2)" if prompt == "a giraffe" else f"{prompt.upper()}.(1,2)",
                     None if prompt == "without a box" else box,
-                    (image[..., 0] > 128) & (prompt != "empty"),
+                    mask(image, prompt),
                     np.zeros((4, 4), np.float32),
                     ended=prompt != "cut off",
                     well_formed=prompt not in ("cut off", "malformed"),
@@ -262,25 +269,27 @@ def test_a_second_start_skips_what_is_done(checkpoint, pictures, tmp_path, capsy
 
 def test_what_came_of_questions_is_counted(checkpoint, pictures, tmp_path, capsys, asked):
     """In the last line, for answers of now and of before; what is not there is not segmented."""
-    said = ("it", "cut off", "without a box", "empty", "malformed", "without a box", "it")
+    said = ("it", "cut off", "without a box", "empty", "malformed", "without a box", "it.")
+    said += ("a giraffe", "beside")
     rows = [{"image": "a.jpg", "prompt": prompt} for prompt in said]
     jsonl = pictures / "questions.jsonl"
     jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("--checkpoint", checkpoint, "--jsonl", jsonl, "--output", tmp_path / "out")
     counts = (
         "2 pictures segmented, 2 without a box (a.jpg, ...), 1 cut off at 12 tokens (a.jpg), "
-        "1 with an empty mask (a.jpg), 1 not in the form of the training (a.jpg)"
+        "1 with an empty mask (a.jpg), 1 not in the form of the training (a.jpg), "
+        "1 naming something else (a.jpg), 1 with a mask outside of its box (a.jpg)"
     )
-    for before in ("", ", 7 of all these before"):
+    for before in ("", ", 9 of all these before"):
         assert predict.main([str(flag) for flag in flags]) == 0
         assert f"{counts}{before}: see" in capsys.readouterr().out
-    assert len(asked) == 7
+    assert len(asked) == 9
     answer = tmp_path / "out" / "a.json"  # as an earlier version wrote them
     answer.write_text(
         json.dumps({k: v for k, v in json.loads(answer.read_text()).items() if k != "ended"})
     )
     assert predict.main([str(flag) for flag in flags]) == 0
-    assert len(asked) == 8
+    assert len(asked) == 10
 
 
 def test_an_interrupt_keeps_what_is_done(checkpoint, pictures, tmp_path, capfd, asked, monkeypatch):
