@@ -505,7 +505,10 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """`lens_config.json` of a pretrained checkpoint."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory: no checkpoint there")
+        raise CheckpointError(
+            f"{directory} is not a directory: no checkpoint there (python -m tools.convert_weights "
+            "makes one of a downloaded release)"
+        )
     file = directory / CONFIG
     if not file.is_file():
         raise CheckpointError(
