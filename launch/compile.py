@@ -268,7 +268,7 @@ def suggest(file: Path, config: Any, family: str, stages: Sequence[str]) -> dict
         raise tpu.TopologyError(f"{family}: --suggest knows {', '.join(tpu.SLICES)}")
     for grid in tpu.SLICES[family]:
         try:
-            report = compile_run(config, f"{family}:{grid}", stages, quick=True, announce=announce)
+            report = compile_run(config, f"{family}:{grid}", stages, quick=True)
         except ConfigError as error:
             print(f"{file}: {family}:{grid}: {error}")
             continue

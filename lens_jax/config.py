@@ -508,6 +508,8 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             "no start weights: give model.checkpoint, or model.mllm and model.sam to convert"
         )
+    if config.run_dir == "":
+        raise ConfigError("run_dir: give a folder, or leave it out: runs/<name of the config file>")
     if "://" in (config.run_dir or ""):
         raise ConfigError(
             f"run_dir {config.run_dir}: a run needs a directory of a file system that all hosts "

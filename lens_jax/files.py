@@ -10,7 +10,7 @@ from pathlib import Path
 # What an operating system's error means for whoever gave the file, and what to do.
 _EXPLAINED = {
     errno.ENOENT: "there is no such file or folder: check the path",
-    errno.EEXIST: "is there already: give another path",
+    errno.EEXIST: "a file of this name is there already: give another path",
     errno.ENOTDIR: "a part of this path is a file, not a folder: give another path",
     errno.EISDIR: "a folder, not a file: give a file",
     errno.EACCES: "permission denied: give another path, or change whose it is (ls -l)",

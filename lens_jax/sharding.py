@@ -78,7 +78,7 @@ def make_mesh(
     wanted = math.prod(shape)
     whole = jax.process_count() > 1 or slices > 1
     if wanted > len(devices) or (whole and wanted != len(devices)):
-        raise ConfigError(f"{named} = {wanted} devices, but {len(devices)} are present")
+        raise ConfigError(f"{named} = {wanted} devices, but {len(devices)} present")
     if shape[0] % slices:
         raise ConfigError(f"{named}: mesh.data must be a multiple of {slices}, the slices present")
     # A slice's grid of chips may have no axis of the mesh's: 8 x 2 of 4 x 4.

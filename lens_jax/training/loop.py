@@ -135,6 +135,7 @@ def run(config: RunConfig, start: Start, stopping: Stopping) -> None:
     if found["finished"]:
         _say(f"{directory} is finished: see {directory / 'report.html'}")
         return
+    stopping.where = "nothing had been trained"
     if found["begun"]:
         stopping.where = f"{directory} goes on at its last checkpoint"
     with programs.precision(config), Compilations() as compilations:
@@ -546,7 +547,7 @@ def _claim(directory: Path, config: RunConfig, found: dict[str, Any]) -> None:
     (directory / "report.html").unlink(missing_ok=True)
     if found["changed"]:
         ended = [f"after_{key.partition('.')[0]}" for key in found["changed"]]
-        _forget_scores(directory, ended if found["begun"] else list(POINTS))
+        _forget_scores(directory, ended if found["begun"] else list(report.EVALUATIONS))
     # Last: until then a start that was killed finds its configuration changed.
     files.write_text(directory / "config.yaml", dump_yaml(config))
 

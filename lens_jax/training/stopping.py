@@ -40,7 +40,7 @@ class Stopping:
         self.asked = False
         self.code = 0
         self.alone = True
-        self.where = "nothing had been trained"
+        self.where = "nothing was begun; the same command goes on"
         self.raised = False
         self._held = False
         self._heard = {number: threading.Event() for number in SIGNALS}
