@@ -128,7 +128,7 @@ class Stopping:
 
     def _tell(self, text: str) -> None:
         """Writes a line in place of a progress bar, past locks that the main thread may hold."""
-        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+        clear = "\r\x1b[K" if sys.stderr.isatty() else "\n" * self._held
         with contextlib.suppress(OSError):
             os.write(2, f"{clear}{text}\n".encode())
 

@@ -91,6 +91,14 @@ def test_two_processes_stop_together_and_end_with_each_other(start, checkpoint, 
     assert [json.loads(line)["number"] for line in lines] == list(range(5))
     assert len(list((directory / "samples").glob("*.png"))) == 2
 
+    # So does Ctrl-C, with its own exit code for both.
+    running = start()
+    wait_for_rows(directory, len(rows) + 2, running)
+    running[1].send_signal(signal.SIGINT)
+    assert [process.wait(60) for process in running] == [130, 130], said(directory)
+    rows = metrics.read(directory)
+    assert store.latest() == len(rows) < STEPS
+
     # One dies: the other ends within a minute and says which one it was.
     running = start()
     wait_for_rows(directory, len(rows) + 2, running)

@@ -47,7 +47,7 @@ def test_an_update_is_saved_first(left, capfd):
         send(signal.SIGINT)
         assert asked.asked and asked.code == 130 and not left
         said = "stopping after this step; Ctrl-C again stops at once\n"
-        assert capfd.readouterr().err == said
+        assert capfd.readouterr().err == f"\n{said}"  # below a progress bar
         send(signal.SIGTERM)
         assert asked.code == 130 and not left
         with pytest.raises(KeyboardInterrupt):  # all is saved, and the run went on
