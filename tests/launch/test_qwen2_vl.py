@@ -32,7 +32,7 @@ def test_a_box_is_given_in_pixels_of_the_picture(lens, monkeypatch):
             mask_logits=np.ones((count, 4, 4), np.float32),
             box=np.tile(np.float32([100, 250, 500, 1000]), (count, 1)),
             box_found=np.ones(count, bool),
-            formats={},
+            formats={"grounding_format": np.ones(count, bool)},
         )
 
     monkeypatch.setattr(lens, "respond", respond)

@@ -100,7 +100,7 @@ def test_mistakes_are_one_line(refused, run, tmp_path):
     assert f"{tmp_path / 'none'}: no run is there" in says(tmp_path / "none")
     assert "no run is there, for it holds no config.yaml" in says(tmp_path)
     assert "holds no 5 checkpoint; kept are: 3, 6" in says(step=5)
-    assert "--step: expected one of last, best, got first" in says(step="first")
+    assert "or one of last, best, got first" in says(step="first")
     (run / "start" / "lens_config.json").rename(run / "kept")
     assert "start holds no lens_config.json" in says()
     (run / "start" / "lens_config.json").write_text("{")

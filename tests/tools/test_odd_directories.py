@@ -122,7 +122,7 @@ def as_transformers_5(mllm, tensors):
     (mllm / "config.json").write_text(json.dumps(flat))
     settings = {
         "image_processor_type": "Qwen2VLImageProcessorFast",
-        "size": {"shortest_edge": 3136, "longest_edge": 1000000},
+        "size": {"shortest_edge": 9000, "longest_edge": 12800},  # as in preprocessor_config.json
         "min_pixels": None,
         "max_pixels": None,
     }
