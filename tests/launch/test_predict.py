@@ -177,19 +177,21 @@ def test_a_mistake_in_a_list_is_one_line(refused, checkpoint, tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What a stand-in for the model was asked; its masks are its boxes.
+    """What a stand-in for the model was asked; its masks are the pictures' bright pixels.
 
     What the sentence says happens: it is cut off, without a box, empty, malformed, a giraffe that
     is not there, or has its mask beside its box.
     """
     sentences = []
-    box = np.array([1, 2, 30, 40], np.float32)
 
     def mask(image, prompt):
-        drawn = np.zeros(image.shape[:2], bool)
-        drawn[2:40, 40 : 50 if prompt == "beside" else 40] = True
-        drawn[2:40, 1:30] = prompt not in ("beside", "empty")
-        return drawn
+        if prompt in ("empty", "beside"):
+            return np.indices(image.shape[:2])[1] >= (100 if prompt == "beside" else np.inf)
+        return image[..., 0] > 128
+
+    def box(image, prompt):
+        height, width = image.shape[:2]
+        return np.array([0, 0, 30 if prompt == "beside" else width, height], np.float32)
 
     class Fake:
         def segment_batch(self, images, prompts, *, reasoning):
@@ -197,7 +199,7 @@ def asked(monkeypatch):
             return [
                 Result(
                     "the cat.(1,2)" if prompt == "a giraffe" else f"{prompt.upper()}.(1,2)",
-                    None if prompt == "without a box" else box,
+                    None if prompt == "without a box" else box(image, prompt),
                     mask(image, prompt),
                     np.zeros((4, 4), np.float32),
                     ended=prompt != "cut off",
