@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 .PHONY: help train test lint
 
 help:
-	@echo 'make train  trains and evaluates the tiny model (configs/tiny.yaml, 8 minutes): runs/tiny/report.html'
+	@echo 'make train  trains and evaluates the tiny model (configs/tiny.yaml, 10 minutes): runs/tiny/report.html'
 	@echo 'make test   runs the tests'
 	@echo 'make lint   checks style'
 	@echo
