@@ -130,7 +130,7 @@ def test_without_gradio_one_line_says_how_to_get_it(refused, checkpoint, monkeyp
     assert "pip install gradio" in refused(demo.main, "--checkpoint", checkpoint)
 
 
-def test_a_taken_port_is_one_line(refused, checkpoint, monkeypatch):
+def test_a_taken_port_is_one_line(checkpoint, monkeypatch, capsys):
     gradio = pytest.importorskip("gradio", reason="gradio is not installed")
     with gradio.Blocks(analytics_enabled=False) as page:
         pass
@@ -140,5 +140,7 @@ def test_a_taken_port_is_one_line(refused, checkpoint, monkeypatch):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        error = refused(demo.main, "--checkpoint", checkpoint, "--port", port)
+        assert demo.main(["--checkpoint", str(checkpoint), "--port", str(port)]) == 2
+    start, error = capsys.readouterr().err.splitlines()
+    assert start.startswith("lens-jax: ") and error.startswith("error: ")
     assert f"127.0.0.1:{port} is in use" in error and "--port" in error
