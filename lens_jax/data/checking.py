@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
+from lens_jax import drawing
 from lens_jax.data import images
 from lens_jax.data.mask_files import read_mask
 from lens_jax.data.percent import DOUBT, LARGE, Coordinates, Reach
@@ -27,7 +28,6 @@ from lens_jax.data.sources.folder import (
     read_row,
 )
 from lens_jax.files import printable
-from lens_jax.training import drawing
 
 if TYPE_CHECKING:
     from lens_jax.data.pipeline import Processor

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from lens_jax import files
+from lens_jax import drawing, files
 from lens_jax.data.pipeline import Evaluation, EvaluationRow
 from lens_jax.data.prompts import box_to_pixels
 from lens_jax.evaluation import Row, summarize
 from lens_jax.progress import counted
-from lens_jax.training import drawing, report
+from lens_jax.training import report
 
 SHOWN = 8  # samples of each kind
 BINS = 20  # of the histogram of IoUs

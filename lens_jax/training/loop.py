@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lens_jax import checkpoints, files, processes, sharding
+from lens_jax import checkpoints, drawing, files, processes, sharding
 from lens_jax.config import (
     CheckpointConfig,
     ConfigError,
@@ -48,7 +48,7 @@ from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel
 from lens_jax.progress import Bar, counted
 from lens_jax.rewards import text_rewards
-from lens_jax.training import drawing, programs, report, scenes
+from lens_jax.training import programs, report, scenes
 from lens_jax.training.bad_samples import too_many
 from lens_jax.training.compilations import Compilations
 from lens_jax.training.metrics import STAGES, StageLog, last_step, read_scores

@@ -12,8 +12,8 @@ import jax
 import jinja2
 from PIL import Image
 
-from lens_jax import files
-from lens_jax.training import drawing, metrics
+from lens_jax import drawing, files
+from lens_jax.training import metrics
 
 
 class Score(NamedTuple):

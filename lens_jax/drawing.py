@@ -22,6 +22,8 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from lens_jax import files
+
 PANEL = 400  # pixels of a panel's longer side; small pictures are enlarged to it
 PAD = 14
 INK, FAINT, PAPER = (28, 30, 36), (108, 113, 124), (255, 255, 255)
@@ -179,9 +181,8 @@ def _compose(
     text = json.dumps({"expression": expression, "panels": panels}, ensure_ascii=False)
     info.add_itxt(KEY, text)
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}")
-    sheet.save(unfinished, format="PNG", pnginfo=info, optimize=True)
-    unfinished.replace(file)
+    with files.whole(file) as unfinished:
+        sheet.save(unfinished, format="PNG", pnginfo=info, optimize=True)
 
 
 def _resize(mask: Bool[np.ndarray, "H W"], size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
