@@ -1,5 +1,6 @@
 """Curves of several runs over each other: `python launch/compare.py --help`."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +12,29 @@ from lens_jax import interrupts
 if __name__ == "__main__":
     interrupts.quit_at_once()
 
-from lens_jax import cli
-from lens_jax.files import printable
+from lens_jax import cli, progress
 from lens_jax.flags import Flags
 
 EXAMPLE = """\
 example:
   python launch/compare.py runs/tiny runs/short --output compare.html"""
+
+
+def compare(options: argparse.Namespace) -> None:
+    from lens_jax.training import comparison, metrics
+
+    for run in options.runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise cli.UsageError(f"{run} is no run: metrics.jsonl is missing")
+    if len({run.resolve() for run in options.runs}) < len(options.runs):
+        raise cli.UsageError("a run is given twice: name each once")
+    cli.check_writable(options.output)
+    try:
+        for text in comparison.write(options.runs, options.output):
+            progress.write(f"warning: {text}")
+    except metrics.RunError as error:
+        raise cli.UsageError(str(error)) from error
+    print(options.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,25 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Run directories.")
     parser.add_argument("--output", type=Path, required=True, help="The page to write.")
-    try:
-        options = parser.parse_args(argv)
-        from lens_jax.training import comparison, metrics
-
-        for run in options.runs:
-            if not (run / "metrics.jsonl").is_file():
-                raise cli.UsageError(f"{run} is no run: metrics.jsonl is missing")
-        if len({run.resolve() for run in options.runs}) < len(options.runs):
-            raise cli.UsageError("a run is given twice: name each once")
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            for text in comparison.write(options.runs, options.output):
-                print(f"warning: {printable(text)}", file=sys.stderr)
-            print(options.output)
-        except metrics.RunError as error:
-            raise cli.UsageError(str(error)) from error
-    except (cli.UsageError, OSError) as error:
-        return cli.complain(error)
-    return 0
+    return cli.run_flags(compare, parser, argv)
 
 
 if __name__ == "__main__":

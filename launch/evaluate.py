@@ -1,7 +1,6 @@
 """Scores a checkpoint on a data set: `python launch/evaluate.py --help`."""
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -143,12 +142,8 @@ def evaluate(
         if file is not None
     }
     for flag, file in wanted_files.items():
-        if file.is_dir():
-            raise cli.UsageError(f"--{flag}: {file} is a folder: give the file to write")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=file.parent):
-                pass  # what keeps it from being written is said before the work
+            cli.check_writable(file)  # what keeps it from being written is said before the work
         except OSError as error:
             raise cli.UsageError(f"--{flag}: {files.explain(error)}") from None
 

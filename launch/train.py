@@ -101,7 +101,7 @@ def train(argv: list[str] | None, stopping: "Stopping") -> int:
         return stopping.code
     except CheckpointError as error:
         if FULL in f"{error}":
-            error = CheckpointError(f"{error}; make room, and start the same command again")
+            error = CheckpointError(f"{error}: make room, then give the same command again")
         return processes.leave(cli.complain(error))
     except (
         configuration.ConfigError, SampleError, WeightsError,
@@ -134,9 +134,11 @@ def train(argv: list[str] | None, stopping: "Stopping") -> int:
 
 def no_room(error: Exception, run_dir: str) -> str | None:
     """What to say of an error that a full disk or full memory caused; None of any other."""
+    from lens_jax import files
+
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL in f"{error}":
         where = getattr(error, "filename", None) or run_dir
-        return f"the disk is full ({where}): make room, and start the same command again"
+        return files.explain(OSError(errno.ENOSPC, FULL, where))
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in f"{error}":
         said = " ".join(f"{error}".split())[:200]
         return (

@@ -111,7 +111,7 @@ def test_mistakes_are_one_line(refused, asked, tmp_path, data_dir):
     assert "--devices 99" in says(*val, "--devices", 99)
     assert "did you mean --limit" in says(*val, "--limits", 3)
     assert "float32, bfloat16, got half" in says(*val, "--precision", "half")
-    assert f"--rows: {tmp_path} is a folder" in says(*val, "--rows", tmp_path)
+    assert f"--rows: {tmp_path}: a folder, not a file" in says(*val, "--rows", tmp_path)
     (tmp_path / "file").touch()
     below = tmp_path / "file" / "scores.json"
     assert "--output: " in (error := says(*val, "--output", below))

@@ -241,8 +241,8 @@ def test_the_disk_is_full(checkpoint, data_dir, tmp_path, monkeypatch, refused):
 
     monkeypatch.setattr("pathlib.Path.write_text", write)
     said = refused(train.main, *arguments(checkpoint, data_dir, tmp_path / "run"))
-    assert "error: the disk is full" in said and "config.yaml" in said
-    assert "make room, and start the same command again; nothing had been trained" in said
+    assert f"error: {tmp_path / 'run' / 'config.yaml'}: the disk is full: make room" in said
+    assert "then give the same command again; nothing had been trained" in said
 
 
 def test_ctrl_c_before_the_first_step(checkpoint, data_dir, tmp_path):

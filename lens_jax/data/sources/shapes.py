@@ -1,8 +1,8 @@
 """Coloured shapes with expressions that name one of them: a data set anyone can generate.
 
 A scene has two to six circles, squares and triangles on a background whose weak colour gradient
-tells where on the picture one is. Expressions come in three tiers, and the words of a tier are
-needed to tell the objects apart:
+tells where on the picture one is, or on a plain one. Expressions come in three tiers, and the words
+of a tier are needed to tell the objects apart:
 
 1. colour and shape: "the red circle";
 2. with the size: "the small blue square";
