@@ -76,8 +76,9 @@ def test_batches_are_prompts_of_their_objects():
         for row, g in np.ndindex(3, len(prompts)):
             mask, box = targets.masks[row, g], targets.boxes[row, g] * shapes.SIDE
             columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-            np.testing.assert_allclose(  # stretched masks are whole pixels, boxes are not
-                box, [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], atol=2
+            # A pixel of a stretched mask is what lies at its upper left corner.
+            np.testing.assert_array_equal(
+                np.ceil(box - 1e-4), [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
             )
             slack = max((box[2] - box[0]) / 6, 1) + 1e-3
             labels = make_tiny_sam.PROMPTS[prompts[g]]
