@@ -1,7 +1,6 @@
 """What the commands share: how they are called, what they say at their start and of errors."""
 
 import argparse
-import errno
 import inspect
 import os
 import sys
@@ -145,8 +144,6 @@ def announce(*facts: object, devices: Iterable[Any] | None = None) -> None:
 
 def check_writable(file: Path) -> None:
     """Raises OSError where a file could not be written later; makes the folder for it."""
-    if file.parent.exists() and not file.parent.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file))
     file.parent.mkdir(parents=True, exist_ok=True)
     existed = file.exists()
     file.open("a").close()

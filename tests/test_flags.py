@@ -193,7 +193,7 @@ def test_a_config_is_checked_before_it_is_printed(tmp_path, capsys):
             "--repeats: expected a whole number of at least 1, got 0",
         ),
         ("benchmarks.update --json", "--json needs a value: a path"),
-        ("benchmarks.data --json /dev/null/x", "/dev/null/x: a part of this path is a file"),
+        ("benchmarks.data --json /dev/null/x", "/dev/null: a file of this name is there already"),
         ("benchmarks.attention --chip v9", "--chip: expected one of v4, v5e, v5p, v6e, got v9"),
     ],
 )
