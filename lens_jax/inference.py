@@ -258,6 +258,7 @@ class Lens:
         self.processor, self.generation, self.mesh = processor, generation, mesh
         read_text = text_rewards(processor.tokenizer)
         self._read_text = jax.jit(sharding.by_rows(read_text, mesh) if mesh else read_text)
+        self._warned: set[str] = set()
 
     @classmethod
     def from_pretrained(
@@ -335,7 +336,8 @@ class Lens:
             seed: of the draw, 0 to 2**32 - 1; a completion depends on it and on its place in the
                 batch.
 
-        Logs a warning of a picture longer than the model has seen (`Processor.unfamiliar`).
+        Logs a warning of pictures longer than suits the model (`Processor.unfamiliar`), once for
+        each size.
 
         Raises:
             ValueError: a picture that cannot be read, a sentence that is empty or too long
@@ -353,7 +355,9 @@ class Lens:
         results = []
         for i, (image, _) in enumerate(asked):
             size = image.shape[:2]
-            if warning := self.processor.unfamiliar(size):
+            warning = self.processor.unfamiliar(size)
+            if warning and warning not in self._warned:
+                self._warned.add(warning)
                 log.warning("%s", warning)
             low = responses.mask_logits[i]
             box = None

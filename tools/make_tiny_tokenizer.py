@@ -140,7 +140,7 @@ def write(output: Path) -> None:
         "preprocessor_config.json": {
             "min_pixels": 9000,  # the tiny model knows pictures of about 112 x 112 pixels
             "max_pixels": 12800,
-            "seen_aspect_ratio": 1.75,
+            "familiar_aspect_ratio": 1.3,
             "patch_size": 14,
             "temporal_patch_size": 2,
             "merge_size": 2,

@@ -125,7 +125,7 @@ class Processor:
         max_pixels: int = images.MAX_PIXELS,
         image_mean: Sequence[float] = images.MEAN,
         image_std: Sequence[float] = images.STD,
-        seen_aspect_ratio: float | None = None,
+        familiar_aspect_ratio: float | None = None,
     ):
         prompts.coordinate_scale((1, 1), coordinates)  # refuses an unknown scheme
         self.tokenizer = tokenizer
@@ -135,7 +135,7 @@ class Processor:
         self.coordinates = coordinates
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.mean, self.std = tuple(image_mean), tuple(image_std)
-        self.seen_aspect_ratio = seen_aspect_ratio
+        self.familiar_aspect_ratio = familiar_aspect_ratio
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Processor":
@@ -169,18 +169,18 @@ class Processor:
                 max_pixels=image.max_pixels,
                 image_mean=image.mean,
                 image_std=image.std,
-                seen_aspect_ratio=image.seen_aspect_ratio,
+                familiar_aspect_ratio=image.familiar_aspect_ratio,
                 **options,
             )
 
     def unfamiliar(self, size: tuple[int, int]) -> str | None:
-        """A warning of a picture of (height, width) such as the model has never seen; else None."""
-        seen = self.seen_aspect_ratio
-        if seen is None or max(size) <= seen * min(size):
+        """A warning about a picture of (height, width) if the model does less well on its kind."""
+        familiar = self.familiar_aspect_ratio
+        if familiar is None or max(size) <= familiar * min(size):
             return None
         return (
-            f"a picture of {size[1]} x {size[0]} pixels: this model has seen none with one side "
-            f"over {seen:g} times the other, so box and mask may be wrong"
+            f"a picture of {size[1]} x {size[0]} pixels: one side is over {familiar:g} times the "
+            "other, and on such pictures this model's boxes and masks are less exact"
         )
 
     def prompt(

@@ -75,15 +75,15 @@ def read_json(file: Path) -> dict[str, Any]:
 class ImageSettings:
     """How the language model's picture is resized and normalised; limits are in pixels.
 
-    `seen_aspect_ratio` is a key of ours in the same file: the longest pictures, longer side over
-    shorter, that a model was trained on. None: it knows all.
+    `familiar_aspect_ratio` is a key of ours in the same file: up to this ratio of the longer side to
+    the shorter, a model does about as well as on square pictures. None: on all.
     """
 
     min_pixels: int
     max_pixels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    seen_aspect_ratio: float | None
+    familiar_aspect_ratio: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +160,9 @@ def _image_settings(settings: Mapping[str, Any]) -> ImageSettings:
             raise ValueError(f"{key}: expected three numbers, found {values!r}")
     if min(std) <= 0:
         raise ValueError(f"image_std: expected three numbers above 0, found {list(std)}")
-    seen = settings.get("seen_aspect_ratio")
+    seen = settings.get("familiar_aspect_ratio")
     if seen is not None and (not _is_number(seen) or seen < 1):
-        raise ValueError(f"seen_aspect_ratio: expected a number of at least 1, found {seen!r}")
+        raise ValueError(f"familiar_aspect_ratio: expected a number of at least 1, found {seen!r}")
     return ImageSettings(smallest, largest, tuple(mean), tuple(std), seen)
 
 

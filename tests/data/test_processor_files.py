@@ -171,11 +171,11 @@ SIZELESS = {k: v for k, v in PREPROCESSOR.items() if k not in ("min_pixels", "ma
 TYPE = {"image_processor_type": "Qwen2VLImageProcessorFast"}
 
 
-def test_a_picture_longer_than_the_model_has_seen_is_warned_of(directory):
+def test_a_picture_longer_than_suits_the_model_is_warned_of(directory):
     write(directory, "chat_template.json", {"chat_template": PICTURES})
-    write(directory, "preprocessor_config.json", PREPROCESSOR | {"seen_aspect_ratio": None})
+    write(directory, "preprocessor_config.json", PREPROCESSOR | {"familiar_aspect_ratio": None})
     assert Processor.from_pretrained(directory).unfamiliar((10, 1000)) is None
-    write(directory, "preprocessor_config.json", PREPROCESSOR | {"seen_aspect_ratio": 1.5})
+    write(directory, "preprocessor_config.json", PREPROCESSOR | {"familiar_aspect_ratio": 1.5})
     processor = Processor.from_pretrained(directory)
     assert processor.unfamiliar((100, 150)) is None and processor.unfamiliar((150, 100)) is None
     assert "300 x 100 pixels" in processor.unfamiliar((100, 300))
@@ -235,7 +235,7 @@ def test_picture_settings_in_every_form(directory, nested, settings, limits):
         ({"min_pixels": "many"}, "min_pixels: expected a whole number"),
         ({"min_pixels": 10**6, "max_pixels": 10**5}, "min_pixels 1000000 is more than max_pixels"),
         ({"size": 3}, "size: expected a JSON object"),
-        ({"seen_aspect_ratio": 0.5}, "seen_aspect_ratio: expected a number of at least 1"),
+        ({"familiar_aspect_ratio": 0.5}, "familiar_aspect_ratio: expected a number of at least 1"),
     ],
 )
 def test_picture_settings_that_are_not_computed_are_refused(directory, settings, reason):
