@@ -75,8 +75,8 @@ def read_json(file: Path) -> dict[str, Any]:
 class ImageSettings:
     """How the language model's picture is resized and normalised; limits are in pixels.
 
-    `familiar_aspect_ratio` is a key of ours in the same file: up to this ratio of the longer side to
-    the shorter, a model does about as well as on square pictures. None: on all.
+    `familiar_aspect_ratio` is a key of ours in the same file: up to this ratio of the longer side
+    to the shorter, a model does about as well as on square pictures. None: on all.
     """
 
     min_pixels: int
