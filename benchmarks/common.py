@@ -18,7 +18,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jaxtyping import Float
 
-from lens_jax import cli
+from lens_jax.commands import cli
 from lens_jax.data.images import arrange_windows, window_layout
 from lens_jax.data.prompts import rope_positions
 from lens_jax.flags import Flags, PositiveInt, UsageError, from_doc

@@ -31,7 +31,8 @@ from lens_jax.data import images
 from lens_jax.data.pipeline import Buckets, Pipeline, Processor
 from lens_jax.data.prompts import IMAGE_TOKEN, Templates
 from lens_jax.data.sample import Sample, Source
-from lens_jax.data.sources import open_source, shapes
+from lens_jax.data.sources import open_source
+from lens_jax.preparation import shapes
 
 QWEN = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny" / "qwen2_5_vl"
 WIDTH, HEIGHT = 640, 480

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from benchmarks.common import Inputs, Size
 from lens_jax import checkpoints
+from lens_jax.convert_weights import qwen_vl, sam2
+from lens_jax.convert_weights.convert import lens_table
+from lens_jax.convert_weights.lens import PREFIXES
 from lens_jax.models.lens import LensConfig
 from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training.grpo import Objective
-from tools.convert_weights import qwen_vl, sam2
-from tools.convert_weights.convert import lens_table
-from tools.convert_weights.lens import PREFIXES
 
 
 class OfficialUpdate:

@@ -32,11 +32,11 @@ from jaxtyping import Int
 
 from benchmarks import common, update
 from benchmarks.official_text import expected
-from lens_jax import hlo
+from lens_jax.aot import hlo
 from lens_jax.data.processor_files import read_tokenizer
-from lens_jax.data.sources.shapes import all_sentences
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import abstract, split_policy
+from lens_jax.preparation.shapes import all_sentences
 from lens_jax.rewards import text_rewards
 from lens_jax.rewards.sentence import TextRewards
 from lens_jax.training.state import among, split

@@ -28,10 +28,10 @@ from jaxtyping import Int
 
 from benchmarks import common
 from lens_jax import checkpoints
+from lens_jax.convert_weights.qwen_vl import table
 from lens_jax.models.lens import LensModel, split_policy
 from lens_jax.rollout.sampler import rollout
 from lens_jax.rollout.sampling import GREEDY
-from tools.convert_weights.qwen_vl import table
 
 NO_END = (-1,)  # ends no completion
 

@@ -29,7 +29,7 @@ from flax import nnx
 
 from benchmarks import common
 from benchmarks.official import OfficialLayout
-from lens_jax import flops
+from lens_jax.aot import flops
 from lens_jax.config import GRPOConfig, RunConfig
 from lens_jax.data.images import window_layout
 from lens_jax.flags import PositiveInt

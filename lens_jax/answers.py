@@ -14,10 +14,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pycocotools import mask as coco_mask
 
-from lens_jax import drawing, files, interrupts
+from lens_jax import files, interrupts
 from lens_jax.data.arrays import check_is_file
 from lens_jax.data.questions import KEY, MASK, OVERLAY, TEXT, Question, question_of
 from lens_jax.inference import Result
+from lens_jax.reports import drawing
 
 OURS = {"prompt", "completion", "mask_area", "rle"}  # keys of an answer, new or old
 KEYS = OURS | {"image", "box", "ended", "well_formed"}

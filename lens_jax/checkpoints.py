@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from lens_jax import processes
+from lens_jax.distribution import processes
 from lens_jax.files import CheckpointError, blaming
 from lens_jax.models.lens import LensConfig
 

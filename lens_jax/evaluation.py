@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from lens_jax import interrupts, processes
+from lens_jax import interrupts
 from lens_jax.data.images import upsample_logits
 from lens_jax.data.pipeline import Evaluation, EvaluationRow
 from lens_jax.data.sample import Sample
+from lens_jax.distribution import processes
 from lens_jax.inference import Lens, format_of
 
 

@@ -15,12 +15,14 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from PIL import Image
 
-from lens_jax import checkpoints, sharding, tpu
+from lens_jax import checkpoints
+from lens_jax.aot import tpu
 from lens_jax.data import processor_files
 from lens_jax.data.arrays import to_picture
 from lens_jax.data.images import FACTOR, smart_resize, upsample_logits
 from lens_jax.data.pipeline import Buckets, Processor, stack_prompts
 from lens_jax.data.sources.annotations import sentence, short
+from lens_jax.distribution import sharding
 from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, abstract
@@ -285,7 +287,8 @@ class Lens:
             )
         if not isinstance(mesh, jax.sharding.Mesh | None):
             raise ValueError(
-                f"mesh: {short(mesh)} is none of lens_jax.sharding.make_mesh; None is one device"
+                f"mesh: {short(mesh)} is no mesh; lens_jax.distribution.sharding.make_mesh makes "
+                "one, None is one device"
             )
         tpu.pass_over_if_absent()
         precision = default() if precision is None else precision

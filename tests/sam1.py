@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lens_jax.convert_weights import parameter_shapes
+from lens_jax.convert_weights.sam1 import table
 from tests import micro
-from tools.convert_weights import parameter_shapes
-from tools.convert_weights.sam1 import table
 
 torch = pytest.importorskip("torch")
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from launch import compile, data, demo, evaluate, predict
 from lens_jax import config
-from lens_jax.data.sources import shapes
+from lens_jax.commands import compile, data, demo, evaluate, predict
+from lens_jax.convert_weights import __main__ as convert_weights
+from lens_jax.convert_weights import from_torch
+from lens_jax.preparation import shapes
 from tests import xla
-from tools.convert_weights import __main__ as convert_weights
-from tools.convert_weights import from_torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from lens_jax import hlo
+from lens_jax.aot import hlo
 
 # A loop of 5 trips over a cache [4, 1024] of which a row is read and one is updated; fast memory
 # is S(1).

@@ -33,7 +33,7 @@ def test_while_a_command_imports(command):
 
         class Slow(importlib.abc.MetaPathFinder):
             def find_spec(self, name, path, target=None):
-                if name == "lens_jax.cli":
+                if name == "lens_jax.commands.cli":
                     os.kill(os.getpid(), signal.SIGINT)
 
         sys.meta_path.insert(0, Slow())

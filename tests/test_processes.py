@@ -3,12 +3,12 @@
 import signal
 import time
 
-from lens_jax import processes
+from lens_jax.distribution import processes
 from tests.launch import runs
 
 TALK = """
 import sys
-from lens_jax import processes
+from lens_jax.distribution import (processes)
 from lens_jax.config import DistributedConfig
 
 address, number = sys.argv[1], int(sys.argv[2])
@@ -57,7 +57,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from lens_jax import processes
+from lens_jax.distribution import (processes)
 from lens_jax.checkpoints import CheckpointError, TrainingCheckpoints
 from lens_jax.config import DistributedConfig
 

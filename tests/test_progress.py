@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from lens_jax import cli, files, progress
+from lens_jax import files, progress
+from lens_jax.commands import cli
 
 
 def test_a_bar_says_compiling_and_counts_the_rest_without_it():

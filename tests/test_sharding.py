@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lens_jax import hlo, sharding
+from lens_jax.aot import hlo
 from lens_jax.config import ConfigError, MeshConfig
+from lens_jax.distribution import sharding
 from lens_jax.models.inputs import Share
 from tests import tpu
 

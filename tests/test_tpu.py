@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lens_jax import tpu
+from lens_jax.aot import tpu
 
 SCRIPT = """
 import os, sys
-from lens_jax import cli
+from lens_jax.commands import (cli)
 import jax
 os.environ["TPU_WORKER_ID"] = "0"  # a slice says so
 cli.prepare_jax()

@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from lens_jax import tpu
+from lens_jax.aot import tpu
 
 
 def devices(topology: str = "v5e:2x2", slices: int = 1) -> list[jax.Device]:

@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from lens_jax import checkpoints, cli
+from lens_jax import checkpoints
+from lens_jax.commands import cli
 from lens_jax.config import ConfigError, RunConfig, read_yaml
 from lens_jax.flags import NonNegativeInt
 

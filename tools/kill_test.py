@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lens_jax import interpreter  # noqa: F401
 
 # isort: split
-from lens_jax import checkpoints, cli
+from lens_jax import checkpoints
+from lens_jax.commands import cli
 from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -39,14 +39,14 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from lens_jax import cli
-from lens_jax.data.sources import shapes
+from lens_jax.commands import cli
+from lens_jax.convert_weights.sam2 import tensors_from_params
 from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.mask_decoder import SamMasks
 from lens_jax.models.sam.sam2 import Sam2
 from lens_jax.models.sam.segmenter import SamFeatures
-from tools.convert_weights.sam2 import tensors_from_params
+from lens_jax.preparation import shapes
 
 CONFIG = Sam2Config(
     image_size=128,

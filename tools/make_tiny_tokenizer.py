@@ -23,10 +23,10 @@ from tokenizers import (
     trainers,
 )
 
-from lens_jax import cli
+from lens_jax.commands import cli
 from lens_jax.data import prompts
-from lens_jax.data.sources import shapes
 from lens_jax.flags import Flags, from_doc
+from lens_jax.preparation import shapes
 
 VOCABULARY = 448  # special tokens included
 SPECIAL_TOKENS = (

@@ -36,9 +36,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from lens_jax import checkpoints, cli
+from lens_jax import checkpoints
+from lens_jax.commands import cli
+from lens_jax.convert_weights import qwen_vl
 from lens_jax.data import images, prompts
-from lens_jax.data.sources import shapes
 from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt, UsageError
 from lens_jax.models import layers
 from lens_jax.models.attention import Prefix, attention, heads_first
@@ -46,7 +47,7 @@ from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.qwen_vl.head import token_log_probs
 from lens_jax.models.qwen_vl.language import LanguageModel
 from lens_jax.models.qwen_vl.vision import VisionTower
-from tools.convert_weights import qwen_vl
+from lens_jax.preparation import shapes
 
 HF_CONFIG = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],

@@ -16,11 +16,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from lens_jax import cli
+from lens_jax.commands import cli
+from lens_jax.convert_weights import lens_table, parameter_shapes
+from lens_jax.convert_weights.writer import Spec, write_model
 from lens_jax.models.lens import LensConfig
 from lens_jax.models.sam.config import PRESETS
-from tools.convert_weights import lens_table, parameter_shapes
-from tools.convert_weights.writer import Spec, write_model
 
 EXAMPLE = "  python -m tools.measure_conversion --directory /tmp/conversion"
 

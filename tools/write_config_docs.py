@@ -10,7 +10,8 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from lens_jax import cli, config, flags
+from lens_jax import config, flags
+from lens_jax.commands import cli
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 HEAD = """\

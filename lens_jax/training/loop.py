@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lens_jax import checkpoints, drawing, files, processes, sharding
+from lens_jax import checkpoints, files
 from lens_jax.config import (
     CheckpointConfig,
     ConfigError,
@@ -41,14 +41,17 @@ from lens_jax.data import curriculum
 from lens_jax.data.pipeline import Buckets, Evaluation, EvaluationRow, Pipeline, Processor
 from lens_jax.data.prompts import box_to_pixels
 from lens_jax.data.sample import Source
-from lens_jax.data.sources import Joined, folder, open_source, shapes
+from lens_jax.data.sources import Joined, folder, open_source
+from lens_jax.distribution import processes, sharding
 from lens_jax.evaluation import Row, evaluate
 from lens_jax.inference import Generation, Lens
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel
+from lens_jax.preparation import scenes, shapes
 from lens_jax.progress import Bar, counted
+from lens_jax.reports import drawing, report
 from lens_jax.rewards import text_rewards
-from lens_jax.training import programs, report, scenes
+from lens_jax.training import programs
 from lens_jax.training.bad_samples import too_many
 from lens_jax.training.compilations import Compilations
 from lens_jax.training.metrics import STAGES, StageLog, last_step, read_scores

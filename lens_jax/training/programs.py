@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lens_jax import sharding
 from lens_jax.config import ConfigError, GRPOConfig, RunConfig, StageConfig, import_function
+from lens_jax.distribution import parallel, sharding
 from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
@@ -28,7 +28,7 @@ from lens_jax.rewards.sentence import Score
 from lens_jax.rewards.unified import UnifiedReward, check_channel
 from lens_jax.rollout.sampler import Rollout, rollout
 from lens_jax.rollout.sampling import Sampling
-from lens_jax.training import alignment, grpo, parallel
+from lens_jax.training import alignment, grpo
 from lens_jax.training.state import TrainState, among, create, make_optimizer, make_schedule, split
 
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lens_jax.data.pipeline import Processor
-from lens_jax.data.sources import shapes
+from lens_jax.preparation import shapes
 
 TINY = Path(__file__).parents[2] / "checkpoints" / "tiny" / "qwen2_5_vl"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lens_jax.data.checking import check, page
+from lens_jax.preparation.checking import check, page
 
 BOX = [4, 3, 20, 15]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lens_jax.data.checking import check
-from lens_jax.data.conversion import convert
 from lens_jax.data.sources.folder import Folder
 from lens_jax.data.sources.reason_seg import ReasonSeg
 from lens_jax.data.sources.refcoco import RefCoco
+from lens_jax.preparation.checking import check
+from lens_jax.preparation.conversion import convert
 
 SQUARE = [[8, 5], [20, 5], [20, 12], [8, 12]]
 FLAT = [8, 5, 20, 5, 20, 12, 8, 12]

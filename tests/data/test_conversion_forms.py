@@ -13,10 +13,10 @@ import pytest
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from lens_jax.data.checking import check
-from lens_jax.data.conversion import convert
-from lens_jax.data.conversion.coco import _form
 from lens_jax.data.sources.folder import Folder
+from lens_jax.preparation.checking import check
+from lens_jax.preparation.conversion import convert
+from lens_jax.preparation.conversion.coco import _form
 
 WIDTH, HEIGHT = 56, 42
 BOX = (10, 14, 30, 40)

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import data as command
-from lens_jax.data import checking
+from lens_jax.commands import data as command
 from lens_jax.data.masks import encode_runs
 from lens_jax.data.pipeline import Buckets, Pipeline
 from lens_jax.data.sample import SampleError
 from lens_jax.data.sources.folder import Folder
 from lens_jax.data.sources.refcoco import RefCoco
+from lens_jax.preparation import checking
 
 FEW, MANY = 60, 500
 SIDE = 40

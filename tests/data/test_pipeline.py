@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lens_jax.data import checking, images
+from lens_jax.data import images
 from lens_jax.data.pipeline import Buckets, Evaluation, Order, Pipeline, Processor
 from lens_jax.data.sample import Sample, SampleError
 from lens_jax.data.sources import Joined
 from lens_jax.data.sources.folder import Folder
 from lens_jax.data.sources.refcoco import RefCoco
 from lens_jax.models.inputs import Share
+from lens_jax.preparation import checking
 from tests.data.conftest import TINY
 
 BUCKETS = Buckets(

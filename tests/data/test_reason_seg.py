@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lens_jax.data.conversion import convert
 from lens_jax.data.sample import SampleError
 from lens_jax.data.sources import open_source
 from lens_jax.data.sources.reason_seg import ReasonSeg, label_map, mask_box, read_annotation
+from lens_jax.preparation.conversion import convert
 
 SQUARE = [[2.9, 3.9], [10.2, 3.0], [10.0, 9.9], [2.0, 9.0]]
 

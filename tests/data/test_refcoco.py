@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from lens_jax.data.conversion import convert
 from lens_jax.data.sample import SampleError
-from lens_jax.data.sources import Joined, shapes
+from lens_jax.data.sources import Joined
 from lens_jax.data.sources.refcoco import RefCoco, load_refs, summed_mask
+from lens_jax.preparation import shapes
+from lens_jax.preparation.conversion import convert
 
 
 def test_written_scenes_are_read_back(shapes_dir):

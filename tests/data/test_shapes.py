@@ -5,8 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from lens_jax.data.sources import shapes
 from lens_jax.data.sources.refcoco import RefCoco
+from lens_jax.preparation import shapes
 
 
 @pytest.fixture(scope="module")

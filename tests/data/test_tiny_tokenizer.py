@@ -3,7 +3,7 @@
 import string
 
 from lens_jax.data import prompts
-from lens_jax.data.sources import shapes
+from lens_jax.preparation import shapes
 from tests.data.conftest import TINY
 from tools import make_tiny_tokenizer
 

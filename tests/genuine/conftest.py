@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lens_jax.convert_weights import from_torch
 from tests.genuine import build
-from tools.convert_weights import from_torch
 
 QUERIES = 5
 SAM = "sam2.transformers_4.57.1"

@@ -14,6 +14,8 @@ from flax import nnx
 from PIL import Image
 
 from lens_jax import Lens, checkpoints
+from lens_jax.convert_weights import from_torch, sam2, to_torch
+from lens_jax.convert_weights.__main__ import main
 from lens_jax.data.pipeline import Processor
 from lens_jax.data.prompts import Templates
 from lens_jax.models.lens import LensConfig
@@ -24,8 +26,6 @@ from lens_jax.models.sam.config import SAM_PRESETS, SamConfig
 from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
 from tests.genuine import build
 from tests.genuine.conftest import SAM
-from tools.convert_weights import from_torch, sam2, to_torch
-from tools.convert_weights.__main__ import main
 
 torch = pytest.importorskip("torch")
 

@@ -7,11 +7,11 @@ import numpy as np
 from flax import nnx
 
 from lens_jax import checkpoints
+from lens_jax.convert_weights import lens_table, load_lens_state
 from lens_jax.data.images import arrange_windows, window_layout
 from lens_jax.data.prompts import rope_positions
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, LensModel, abstract
-from tools.convert_weights import lens_table, load_lens_state
 
 
 def read_json(file: Path):

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import evaluate
 from lens_jax import checkpoints, inference
+from lens_jax.commands import evaluate
+from lens_jax.convert_weights import from_torch
 from lens_jax.data.images import window_layout
 from lens_jax.data.pipeline import Buckets
 from lens_jax.rollout.sampler import Rollout
 from tests.golden import weights
-from tools.convert_weights import from_torch
 
 # The official output layer's last hypernetwork, scaled so that the multimask rule decides.
 UNSTABLE = "sam.sam_mask_decoder.output_hypernetworks_mlps.0.layers."

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from lens_jax import checkpoints
-from lens_jax.data.sources import shapes
+from lens_jax.convert_weights import from_torch
+from lens_jax.preparation import shapes
 from tests.golden import weights as golden
-from tools.convert_weights import from_torch
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 

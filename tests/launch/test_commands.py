@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import compare, compile, data, demo, evaluate, predict, train
-from tools.convert_weights import __main__ as convert_weights
+from lens_jax.commands import compare, compile, data, demo, evaluate, predict, train
+from lens_jax.convert_weights import __main__ as convert_weights
 
 ROOT = Path(__file__).parents[2]
 

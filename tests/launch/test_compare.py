@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from launch import compare
+from lens_jax.commands import compare
 
 
 @pytest.fixture

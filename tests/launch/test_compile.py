@@ -16,13 +16,14 @@ import pytest
 from flax import nnx
 
 from benchmarks.common import SIZES
-from launch import compile as command
 from lens_jax import config as configs
-from lens_jax import hlo, sharding, tpu
+from lens_jax.aot import hlo, slices, tpu
+from lens_jax.commands import compile as command
+from lens_jax.distribution import sharding
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
 from lens_jax.models.sam.config import PRESETS as SAM2
-from lens_jax.training import programs, slices
+from lens_jax.training import programs
 from tests.tpu import devices
 
 ROOT = Path(__file__).parents[2]

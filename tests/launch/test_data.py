@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import data, evaluate
+from lens_jax.commands import data, evaluate
 from lens_jax.data.pipeline import Buckets, Pipeline, Processor
 from lens_jax.data.sources.folder import Folder
 

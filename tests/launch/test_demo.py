@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import demo
 from lens_jax import answers, progress
+from lens_jax.commands import demo
 from lens_jax.inference import Lens
 
 PICTURE = demo.EXAMPLES / demo.QUESTIONS[0][0]

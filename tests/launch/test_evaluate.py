@@ -9,12 +9,12 @@ import signal
 import numpy as np
 import pytest
 
-from launch import evaluate
 from lens_jax import evaluation
+from lens_jax.commands import evaluate
 from lens_jax.data import images
 from lens_jax.data.sample import SampleError
 from lens_jax.inference import Lens
-from lens_jax.training import evaluation_page
+from lens_jax.reports import evaluation_page
 
 KEYS = {
     "dataset", "split", "samples", "ciou", "giou", "box_iou", "precision_at_0.5", "format_rate",

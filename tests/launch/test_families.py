@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from launch import train
 from lens_jax import checkpoints
+from lens_jax.commands import train
 from lens_jax.training import metrics
 from tests import qwen2_vl, sam1
 from tests.golden import weights as golden

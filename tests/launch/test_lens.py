@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens_jax import Lens, inference, sharding
+from lens_jax import Lens, inference
 from lens_jax.config import MeshConfig
 from lens_jax.data.sources import open_source
+from lens_jax.distribution import sharding
 from lens_jax.rollout.sampler import Rollout
 
 SENTENCES = ("the red circle", "the square on the left", "it")

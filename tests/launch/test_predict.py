@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from launch import predict
 from lens_jax import answers, inference
+from lens_jax.commands import predict
 from lens_jax.data.questions import Question
 from lens_jax.inference import Result
 

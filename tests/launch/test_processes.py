@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from launch import train
-from lens_jax import checkpoints, processes
+from lens_jax import checkpoints
 from lens_jax import config as configs
+from lens_jax.commands import train
+from lens_jax.distribution import processes
 from lens_jax.training import loop, metrics
 from tests.launch import runs
 

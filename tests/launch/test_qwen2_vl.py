@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from lens_jax import Lens
+from lens_jax.convert_weights import from_torch
 from lens_jax.inference import Responses
 from tests import qwen2_vl
 from tests.golden import weights as golden
 from tests.launch.conftest import GOLDEN
-from tools.convert_weights import from_torch
 
 
 @pytest.fixture(scope="module")

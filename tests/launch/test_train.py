@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from launch import train
 from lens_jax import checkpoints, config
+from lens_jax.commands import train
 from lens_jax.training import loop, metrics
 from tests.launch import runs
 from tests.launch.runs import arguments

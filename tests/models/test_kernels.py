@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lens_jax import flops
+from lens_jax.aot import flops
 from lens_jax.models import kernels, layers
 from lens_jax.models.attention import Attention
 from lens_jax.models.lens import abstract

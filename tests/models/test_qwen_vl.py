@@ -15,14 +15,14 @@ from transformers import (
 )
 
 from lens_jax import checkpoints
+from lens_jax.convert_weights import parameter_shapes
+from lens_jax.convert_weights.qwen_vl import official_name, table
 from lens_jax.models.lens import abstract, split_policy
 from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
 from lens_jax.models.qwen_vl.head import logits
 from lens_jax.models.qwen_vl.language import LanguageModel
 from lens_jax.models.qwen_vl.vision import VisionTower
 from tests import micro
-from tools.convert_weights import parameter_shapes
-from tools.convert_weights.qwen_vl import official_name, table
 
 torch = pytest.importorskip("torch")
 

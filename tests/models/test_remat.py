@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lens_jax import flops
+from lens_jax.aot import flops
 from lens_jax.models import layers
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import abstract, split_policy

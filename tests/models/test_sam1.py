@@ -9,6 +9,8 @@ import transformers
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
+from lens_jax.convert_weights.sam1 import HF_MATRIX_AGAIN, hf_source, table
+from lens_jax.convert_weights.table import params_from, tensors_from
 from lens_jax.models.sam.config import SAM_PRESETS, Sam2Config, SamConfig, sam_config
 from lens_jax.models.sam.sam import Sam
 from tests import micro
@@ -25,8 +27,6 @@ from tests.models.segmenters import (
     same_gradients,
     to_numpy,
 )
-from tools.convert_weights.sam1 import HF_MATRIX_AGAIN, hf_source, table
-from tools.convert_weights.table import params_from, tensors_from
 
 torch = pytest.importorskip("torch")
 

@@ -10,6 +10,13 @@ import transformers
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lens_jax.convert_weights.sam2 import (
+    HF_MATRIX_AGAIN,
+    hf_source,
+    params_from_tensors,
+    table,
+    tensors_from_params,
+)
 from lens_jax.models.sam.config import PRESETS, Sam2Config
 from lens_jax.models.sam.hiera import bicubic_matrix
 from lens_jax.models.sam.mask_decoder import stability_score
@@ -26,13 +33,6 @@ from tests.models.segmenters import (
     perturb,
     same_gradients,
     to_numpy,
-)
-from tools.convert_weights.sam2 import (
-    HF_MATRIX_AGAIN,
-    hf_source,
-    params_from_tensors,
-    table,
-    tensors_from_params,
 )
 
 torch = pytest.importorskip("torch")

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lens_jax import hlo, sharding
+from lens_jax.aot import hlo
 from lens_jax.config import MeshConfig
+from lens_jax.distribution import sharding
 from lens_jax.rewards import text_rewards
 from lens_jax.rewards.automaton import token_strings
 from tests.data.conftest import TINY

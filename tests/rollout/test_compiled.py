@@ -12,7 +12,7 @@ import jax
 import pytest
 from flax import nnx
 
-from lens_jax import hlo
+from lens_jax.aot import hlo
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import PRESETS
 from lens_jax.models.sam.config import PRESETS as SAM2

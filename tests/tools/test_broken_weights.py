@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from lens_jax import checkpoints
+from lens_jax.convert_weights import from_torch
+from lens_jax.convert_weights.__main__ import main
+from lens_jax.convert_weights.reader import open_weights
 from tests.golden import weights as golden
 from tests.tools.test_convert_weights import GOLDEN
-from tools.convert_weights import from_torch
-from tools.convert_weights.__main__ import main
-from tools.convert_weights.reader import open_weights
 
 torch = pytest.importorskip("torch")
 

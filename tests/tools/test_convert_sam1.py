@@ -10,14 +10,14 @@ import transformers
 from safetensors.numpy import save_file
 
 from lens_jax import checkpoints
+from lens_jax.convert_weights import WeightsError, from_torch, lens_table, parameter_shapes
+from lens_jax.convert_weights.export import to_torch
+from lens_jax.convert_weights.sam1 import HF_MATRIX_AGAIN, hf_source, original_encoder_name
+from lens_jax.convert_weights.verify import verify
 from lens_jax.models.lens import LensConfig
 from lens_jax.models.sam.config import SAM_PRESETS, SamConfig
 from tests import sam1
 from tests.golden import weights as golden
-from tools.convert_weights import WeightsError, from_torch, lens_table, parameter_shapes
-from tools.convert_weights.export import to_torch
-from tools.convert_weights.sam1 import HF_MATRIX_AGAIN, hf_source, original_encoder_name
-from tools.convert_weights.verify import verify
 
 torch = pytest.importorskip("torch")
 

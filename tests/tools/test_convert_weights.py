@@ -14,11 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lens_jax import checkpoints
-from lens_jax.models.lens import LensConfig, abstract
-from lens_jax.models.sam.config import PRESETS, Sam2Config
-from tests import qwen2_vl
-from tests.golden import weights as golden
-from tools.convert_weights import (
+from lens_jax.convert_weights import (
     WeightsError,
     from_torch,
     lens_table,
@@ -27,9 +23,13 @@ from tools.convert_weights import (
     qwen_vl,
     sam2,
 )
-from tools.convert_weights import table as tables
-from tools.convert_weights.__main__ import main
-from tools.convert_weights.reader import open_weights
+from lens_jax.convert_weights import table as tables
+from lens_jax.convert_weights.__main__ import main
+from lens_jax.convert_weights.reader import open_weights
+from lens_jax.models.lens import LensConfig, abstract
+from lens_jax.models.sam.config import PRESETS, Sam2Config
+from tests import qwen2_vl
+from tests.golden import weights as golden
 
 torch = pytest.importorskip("torch")
 

@@ -14,6 +14,11 @@ import pytest
 import transformers
 
 from lens_jax import checkpoints
+from lens_jax.convert_weights import from_torch, qwen_vl, sam2, to_torch
+from lens_jax.convert_weights.__main__ import main
+from lens_jax.convert_weights.reader import open_weights
+from lens_jax.convert_weights.table import WeightsError
+from lens_jax.convert_weights.writer import Spec, write_model
 from lens_jax.models.sam.config import PRESETS, Sam2Config
 from tests import micro
 from tests.golden import weights as golden
@@ -24,11 +29,6 @@ from tests.tools.test_convert_weights import (
     hugging_face_model,
     read,
 )
-from tools.convert_weights import from_torch, qwen_vl, sam2, to_torch
-from tools.convert_weights.__main__ import main
-from tools.convert_weights.reader import open_weights
-from tools.convert_weights.table import WeightsError
-from tools.convert_weights.writer import Spec, write_model
 
 torch = pytest.importorskip("torch")
 
@@ -316,7 +316,7 @@ def test_help_says_what_forward_compares(capsys):
 KILLER = """
     import os, signal, sys, time
     from pathlib import Path
-    from tools.convert_weights import from_torch, to_torch
+    from lens_jax.convert_weights import (from_torch, to_torch)
 
     command, source, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 
@@ -378,7 +378,7 @@ def load(command: str, directory: Path) -> dict[str, np.ndarray]:
 
 
 def test_an_interrupt_leaves_nothing(checkpoint, tmp_path, monkeypatch):
-    import tools.convert_weights.export as export
+    import lens_jax.convert_weights.export as export
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -9,12 +9,12 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from lens_jax.convert_weights.convert import from_torch
 from lens_jax.data import images
-from lens_jax.data.sources import shapes
 from lens_jax.inference import Lens
+from lens_jax.preparation import shapes
 from lens_jax.rewards.box import box_iou
 from tools import make_tiny_vlm
-from tools.convert_weights.convert import from_torch
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "tiny" / "qwen2_5_vl"
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from lens_jax import checkpoints
+from lens_jax.convert_weights import qwen_vl
+from lens_jax.convert_weights.__main__ import main
+from lens_jax.convert_weights.reader import from_arrays, open_weights
 from lens_jax.data.pipeline import Processor
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from tests.golden import weights as golden
-from tools.convert_weights import qwen_vl
-from tools.convert_weights.__main__ import main
-from tools.convert_weights.reader import from_arrays, open_weights
 
 ROOT = Path(__file__).parents[2]
 TINY, SAM = ROOT / "checkpoints" / "tiny" / "qwen2_5_vl", ROOT / "checkpoints" / "tiny" / "sam2"

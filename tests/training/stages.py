@@ -12,14 +12,14 @@ import numpy as np
 import optax
 from transformers import AutoTokenizer
 
-from lens_jax import sharding
 from lens_jax.config import AlignmentConfig, GRPOConfig, MeshConfig, RolloutConfig, RunConfig
+from lens_jax.distribution import parallel, sharding
 from lens_jax.models.inputs import Batch, Share
 from lens_jax.models.lens import LensModel, split_policy
 from lens_jax.rewards import text_rewards
 from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.rollout.sampler import Rollout
-from lens_jax.training import alignment, grpo, parallel, programs
+from lens_jax.training import alignment, grpo, programs
 from lens_jax.training.state import among, create, make_optimizer, split
 from tests import micro
 

@@ -11,10 +11,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from lens_jax import config as configs
-from lens_jax import sharding
 from lens_jax.config import AlignmentConfig, CheckpointConfig, ConfigError, DataConfig, RunConfig
 from lens_jax.data.pipeline import Buckets, Processor
 from lens_jax.data.sample import Sample, SampleError
+from lens_jax.distribution import sharding
 from lens_jax.training import loop, metrics
 from lens_jax.training.state import TrainState
 from lens_jax.training.stopping import Stopping

@@ -8,7 +8,8 @@ import optax
 import pytest
 from flax import nnx
 
-from lens_jax import checkpoints, sharding
+from lens_jax import checkpoints
+from lens_jax.distribution import sharding
 from lens_jax.inference import Generation, Lens
 from tests import micro
 from tests.training import stages

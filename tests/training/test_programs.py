@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from lens_jax import config as configs
-from lens_jax import sharding
+from lens_jax.distribution import sharding
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import programs
 from tests import micro

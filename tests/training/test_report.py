@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lens_jax import drawing
-from lens_jax.drawing import Answer, add_panel
-from lens_jax.training import report
+from lens_jax.reports import drawing, report
+from lens_jax.reports.drawing import Answer, add_panel
 from lens_jax.training.metrics import StageLog
 
 NASTY = '<script>alert("1")</script> & „Zitat“ 红'

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lens_jax.data.sources import open_source, shapes
-from lens_jax.training import scenes
+from lens_jax.data.sources import open_source
+from lens_jax.preparation import scenes, shapes
 
 NUMBERS = {"train": 3, "val": 2}
 REFS = "data/refer_seg/refcoco/refs(unc).p"

@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lens_jax import checkpoints, processes, sharding
+from lens_jax import checkpoints
 from lens_jax.config import DistributedConfig, MeshConfig
+from lens_jax.distribution import processes, sharding
 from tests import micro
 from tests.training import stages
 

@@ -1,25 +1,4 @@
-"""Official PyTorch weights to checkpoints of ours, and back: `-m tools.convert_weights --help`."""
+"""Official PyTorch weights to checkpoints of lens-jax, and back: `-m tools.convert_weights --help`.
 
-from tools.convert_weights.convert import (
-    Conversion,
-    check_torch,
-    from_torch,
-    lens_table,
-    load_lens_state,
-    parameter_shapes,
-)
-from tools.convert_weights.export import to_torch
-from tools.convert_weights.table import WeightsError
-from tools.convert_weights.verify import verify
-
-__all__ = [
-    "Conversion",
-    "WeightsError",
-    "check_torch",
-    "from_torch",
-    "lens_table",
-    "load_lens_state",
-    "parameter_shapes",
-    "to_torch",
-    "verify",
-]
+The code is `lens_jax.convert_weights`, where a wheel holds it.
+"""

@@ -1,0 +1,319 @@
+"""Compiles a run's programs for a TPU slice without one: `python launch/compile.py --help`."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lens_jax.commands import cli
+from lens_jax.flags import Flags, PositiveInt
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_EXAMPLE = """\
+Further flags are keys of the configuration, as for launch/train.py.
+
+example:
+  python launch/compile.py --config configs/lens_3b_refcoco.yaml --topology v5e:4x4 \\
+      --output refcoco_v5e.json --grpo.per_device_batch_size 2
+  python launch/compile.py --suggest v5e,v5p,v6e"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    # libtpu is only asked to compile, and JAX to compute nothing.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from lens_jax import config as configuration
+    from lens_jax.aot import tpu
+    from lens_jax.commands.cli import UsageError
+    from lens_jax.files import CheckpointError
+
+    flags = _flags()
+    try:
+        options, overrides = flags.parse_known_args(argv)
+        files = [options.config] if options.config else sorted((ROOT / "configs").glob("lens_*"))
+        if options.topology and not options.config:
+            raise UsageError("give --config, the run to compile")
+        stages = [options.stage] if options.stage else ["alignment", "grpo", "evaluation"]
+        if options.suggest:
+            if options.output or options.program or options.hlo_dir or options.slices > 1:
+                raise UsageError("--suggest prints; beside it --config and --stage alone count")
+            found = []
+            for file in files:
+                config = configuration.load(["--config", str(file), *overrides])
+                if len(files) > 1 and options.stage and not has(config, options.stage):
+                    continue
+                for family in options.suggest.split(","):
+                    found.append(suggest(file, config, family, stages))
+            return 0 if all(found) else 1
+        config = configuration.load(["--config", str(options.config), *overrides])
+        if options.output:  # before minutes are spent on what could not be written
+            cli.check_writable(options.output)
+        report = compile_run(
+            config,
+            options.topology,
+            stages,
+            slices=options.slices,
+            only=options.program,
+            hlo_dir=options.hlo_dir,
+        )
+    except (
+        UsageError, configuration.ConfigError, CheckpointError, tpu.TopologyError, OSError
+    ) as error:  # fmt: skip
+        return cli.complain(error)
+    print(table(report))
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if report["fits"] else 1
+
+
+def _flags() -> Flags:
+    from lens_jax.config import key_names
+
+    flags = Flags(
+        others=[f"--{key}" for key in key_names()],
+        prog="launch/compile.py",
+        description="Compiles the programs of a run for a TPU slice, without one, and says whether "
+        "they fit.",
+        epilog=_EXAMPLE,
+    )
+    flags.add_argument("--config", type=Path, help="The run's YAML file; --topology needs it.")
+    slices = flags.add_mutually_exclusive_group(required=True)
+    slices.add_argument("--topology", help="The slice: v5e:4x4, v5p:2x2x4, v6e:8x8, ...")
+    slices.add_argument(
+        "--suggest",
+        metavar="CHIPS",
+        help="Prints the smallest slice of each of these chips that fits, as v5e,v5p,v6e; without "
+        "--config, for every recipe in configs/.",
+    )
+    flags.add_argument(
+        "--slices", type=PositiveInt, default=1, help="How many of it; mesh.data goes over them."
+    )
+    flags.add_argument("--output", type=Path, help="Where the report is written as JSON.")
+    flags.add_argument(
+        "--stage",
+        choices=("alignment", "grpo", "evaluation"),
+        help="Only this one; if not given, the stages that run, and evaluation.",
+    )
+    flags.add_argument(
+        "--program", default="", help="Only programs whose name begins so, as grpo.rollout."
+    )
+    flags.add_argument("--hlo_dir", type=Path, help="Where the scheduled HLO of each is written.")
+    return flags
+
+
+def has(config: Any, stage: str) -> bool:
+    """Whether a run has any step of a stage; it always evaluates."""
+    return stage == "evaluation" or getattr(config, stage).steps > 0
+
+
+def compile_run(
+    config: Any,
+    topology: str,
+    stages: Sequence[str],
+    *,
+    slices: int = 1,
+    only: str = "",
+    hlo_dir: Path | None = None,
+    quick: bool = False,
+) -> dict[str, Any]:
+    """The report that --output writes.
+
+    Args:
+        slices: how many slices of that topology.
+        only: programs whose name begins so.
+        hlo_dir: where their scheduled HLO is written.
+        quick: without updates of shorter completions, which take less than that of the longest,
+            only until a program does not fit, and without compiling what cannot.
+    """
+    from lens_jax.aot.slices import Slice, compile_program, list_programs, suggestions
+    from lens_jax.training import programs
+
+    part = Slice.of(topology, config, slices)
+    rows, names = [], []
+    with programs.precision(config):
+        for program in list_programs(
+            config,
+            model_shapes(config),
+            part.mesh,
+            stages=stages,
+            **text(config),
+        ):
+            names.append(program.name)
+            if not program.name.startswith(only) or (quick and program.shorter):
+                continue
+            if not rows:
+                cli.announce(f"for {topology}", config.run_dir, config.precision)
+            begin = time.monotonic()
+            print(f"compiling {program.name} for {topology} ...", file=sys.stderr, flush=True)
+            row, compiled = compile_program(program, part.mesh, part.chip, hopeless=not quick)
+            print(f"  {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+            advice = [] if row.fits else suggestions(config, part.mesh, program.name)
+            rows.append(dataclasses.asdict(row) | {"suggestions": advice})
+            if hlo_dir and compiled:
+                hlo_dir.mkdir(parents=True, exist_ok=True)
+                (hlo_dir / f"{program.name}.txt").write_text(compiled)
+            if quick and not row.fits:
+                break
+    if not rows:
+        what = ", ".join(names) if names else f"no step of {' and '.join(stages)}"
+        raise cli.UsageError(f"nothing to compile for {topology}: the run has {what}")
+    return {
+        "topology": topology,
+        "slices": slices,
+        "chips": part.mesh.size,
+        "mesh": dict(part.mesh.shape),
+        "fits": all(row["fits"] for row in rows),
+        "programs": rows,
+    }
+
+
+def model_shapes(config: Any) -> Any:
+    """LensConfig of the run's model: from its files, or published by their names."""
+    from lens_jax import checkpoints
+    from lens_jax.config import ConfigError
+    from lens_jax.models.lens import LensConfig
+
+    model = config.model
+    positions = {"context_positions": model.context_positions} if model.context_positions else {}
+    if model.checkpoint and (Path(model.checkpoint) / checkpoints.CONFIG).exists():
+        settings = checkpoints.read_config(model.checkpoint) | positions
+        return checkpoints.model_shapes(model.checkpoint, settings)
+    if not (model.mllm and model.sam):
+        raise ConfigError(
+            f"model.checkpoint {model.checkpoint} does not exist: name what it was made of as "
+            "model.mllm and model.sam to compile without it"
+        )
+    return LensConfig(
+        _mllm_shapes(Path(model.mllm)),
+        _sam_shapes(Path(model.sam)),
+        num_queries=model.num_queries,
+        **positions,
+    )
+
+
+def _mllm_shapes(directory: Path) -> Any:
+    from lens_jax.config import ConfigError
+    from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
+
+    file = directory / "config.json"
+    if file.exists():
+        return QwenVLConfig.from_hf(json.loads(file.read_text()))
+    if directory.name in PRESETS:
+        return PRESETS[directory.name]
+    raise ConfigError(
+        f"model.mllm: {file} does not exist, and shapes are known of {', '.join(PRESETS)} alone"
+    )
+
+
+def _sam_shapes(path: Path) -> Any:
+    from lens_jax.config import ConfigError
+    from lens_jax.models.sam.config import PRESETS, SAM_PRESETS, sam_config
+
+    folder = path if path.is_dir() else path.parent
+    for file in (folder / "sam2_config.json", folder / "sam_config.json"):
+        if file.exists():
+            return sam_config(json.loads(file.read_text()), str(file))
+    named = {f"sam_{name}": shapes for name, shapes in SAM_PRESETS.items()}
+    for version in ("sam2", "sam2.1"):
+        named |= {f"{version}_hiera_{name}": shapes for name, shapes in PRESETS.items()}
+    for name, shapes in named.items():
+        if path.name.startswith(name):
+            return shapes
+    raise ConfigError(
+        f"model.sam: {folder} holds no sam2_config.json, and by name shapes are known of "
+        f"{', '.join(named)} alone"
+    )
+
+
+def text(config: Any) -> dict[str, Any]:
+    """What the programs know of the tokenizer and of how completions are written.
+
+    Without its files that of the tiny checkpoint: its rewards' tables are some megabytes smaller.
+    """
+    from transformers import AutoTokenizer
+
+    from lens_jax.files import blaming
+    from lens_jax.rewards import text_rewards
+
+    places = [config.model.checkpoint, config.model.mllm, ROOT / "checkpoints/tiny/qwen2_5_vl"]
+    place = next(x for x in places if x and (Path(x) / "tokenizer.json").exists())
+    generation = json.loads((Path(place) / "generation_config.json").read_text())
+    ends = generation["eos_token_id"]
+    with blaming(Path(place) / "tokenizer.json"):
+        read_text = text_rewards(AutoTokenizer.from_pretrained(place))
+    return {
+        "read_text": read_text,
+        "end_tokens": tuple(ends) if isinstance(ends, list) else (ends,),
+        "repetition_penalty": generation.get("repetition_penalty") or 1.0,
+    }
+
+
+def suggest(file: Path, config: Any, family: str, stages: Sequence[str]) -> dict[str, Any] | None:
+    """Prints, and returns the report of, the smallest slice of a kind of chip that a run fits."""
+    from lens_jax.aot import tpu
+    from lens_jax.config import ConfigError
+
+    if family not in tpu.SLICES:
+        raise tpu.TopologyError(f"{family}: --suggest knows {', '.join(tpu.SLICES)}")
+    for grid in tpu.SLICES[family]:
+        try:
+            report = compile_run(config, f"{family}:{grid}", stages, quick=True)
+        except ConfigError as error:
+            print(f"{file}: {family}:{grid}: {error}")
+            continue
+        if report["fits"]:
+            most = max(row["resident_bytes_per_chip"] for row in report["programs"])
+            print(
+                f"{file}: {family}:{grid} ({report['chips']} chips) is the smallest that fits, "
+                f"{most / 1e9:.1f} GB on a chip"
+            )
+            return report
+    print(f"{file}: fits no slice of {family}")
+    return None
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    rows = report["programs"]
+    kinds = [*dict.fromkeys(kind for row in rows for kind in row["resident"])]
+    kinds = [kind for kind in kinds if any(row["resident"].get(kind) for row in rows)]
+    memory = [["GB on a chip while it runs", *kinds, "sum", "of", ""]]
+    work = [
+        ["of one chip", "TFLOP", "HBM GB", "collectives GB", "estimated ms", "MFU at most",
+         "compiled in s"]
+    ]  # fmt: skip
+    giga = lambda x, digits=2: "" if x is None else f"{x / 1e9:.{digits}f}"  # noqa: E731
+    for row in rows:
+        memory.append(
+            [
+                row["name"],
+                *(giga(row["resident"].get(kind)) for kind in kinds),
+                giga(row["resident_bytes_per_chip"]),
+                giga(row["hbm_limit"]),
+                "" if row["fits"] else "DOES NOT FIT",
+            ]
+        )
+        time_, bound = row["estimated_ms"], row["model_flops_utilisation_bound"]
+        work.append(
+            [
+                row["name"],
+                f"{row['flops_per_chip'] / 1e12:.1f}",
+                giga(row["traffic_bytes_per_chip"], 1),
+                giga(row["collective_bytes_per_chip"]),
+                "" if time_ is None else f"{time_:.0f}",
+                "" if bound is None else f"{bound:.2f}",
+                f"{row['compile_seconds']:.0f}",
+            ]
+        )
+    several = f"{report['slices']} x " if report["slices"] > 1 else ""
+    lines = [f"{several}{report['topology']}: {report['chips']} chips, {mesh}", ""]
+    lines += [cli.table(memory)]
+    lines += ["", cli.table(work)]
+    for row in rows:
+        lines += [f"{row['name']} does not fit: try {x}" for x in row["suggestions"]]
+    return "\n".join(lines)
