@@ -116,7 +116,7 @@ def write(run_dir: str | os.PathLike[str]) -> Path:
 def render(template: str, **values: Any) -> str:
     """A page from a template beside this module."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lens_jax.training", "."),
+        loader=jinja2.PackageLoader("lens_jax.reports", "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
