@@ -13,14 +13,14 @@ import jax
 import pytest
 
 from lens_jax import config
-from lens_jax.commands import compile, data, demo, evaluate, predict
+from lens_jax.commands import compare, compile, data, demo, evaluate, predict
 from lens_jax.convert_weights import __main__ as convert_weights
 from lens_jax.convert_weights import from_torch
 from lens_jax.preparation import shapes
 from tests import xla
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(
     r"(?:\.venv/bin/)?python (?:launch/(\w+)\.py|-m tools\.(convert_weights)) (.+)"
 )
@@ -46,6 +46,7 @@ def parse(monkeypatch):
     def idle(function):
         return functools.wraps(function)(lambda **options: None)
 
+    monkeypatch.setattr(compare, "compare", lambda options: None)
     monkeypatch.setattr(config, "import_function", lambda path: None)  # the reader's own rewards
     for module, name in ((evaluate, "evaluate"), (predict, "predict"), (demo, "demo")):
         monkeypatch.setattr(module, name, idle(getattr(module, name)))
@@ -53,7 +54,8 @@ def parse(monkeypatch):
         for name, (function, example) in module.COMMANDS.items():
             monkeypatch.setitem(module.COMMANDS, name, (idle(function), example))
     mains = {"convert_weights": convert_weights.main} | {
-        module.__name__.partition(".")[2]: module.main for module in (data, demo, evaluate, predict)
+        module.__name__.rpartition(".")[2]: module.main
+        for module in (compare, data, demo, evaluate, predict)
     }
 
     def call(name: str, argv: list[str]) -> None:
@@ -109,8 +111,8 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_every_module_has_its_line():
-    """docs/code.md names each module of the package, or its folder."""
-    named = set(re.findall(r"`(lens_jax/[\w./]+)`", (ROOT / "docs/code.md").read_text()))
+    """docs/architecture.md names each module of the package, or its folder."""
+    named = set(re.findall(r"`(lens_jax/[\w./]+)`", (ROOT / "docs/architecture.md").read_text()))
     for module in (ROOT / "lens_jax").rglob("*.py"):
         path = module.relative_to(ROOT)
         folders = {f"{folder.as_posix()}/" for folder in path.parents}
@@ -129,7 +131,7 @@ SHORTER = {
 @pytest.mark.nightly
 def test_own_data_and_quickstart_as_printed(tmp_path):
     """Draw, check, fine-tune, evaluate, predict; the tiny model has seen no stage yet."""
-    for name in ("checkpoints", "configs", "launch"):
+    for name in ("checkpoints", "configs", "launch", "lens_jax"):
         (tmp_path / name).symlink_to(ROOT / name)
     run, tiny = tmp_path / "runs" / "tiny", ROOT / "checkpoints" / "tiny"
     from_torch(output=run / "final", mllm=tiny / "qwen2_5_vl", sam=tiny / "sam2", num_queries=8)

@@ -156,14 +156,32 @@ def test_a_config_is_checked_before_it_is_printed(tmp_path, capsys):
     [
         ("lens_jax.commands.predict --reasoning", "--reasoning needs a value: true or false"),
         ("lens_jax.commands.predict --checkpoint", "--checkpoint needs a value: a path"),
-        ("lens_jax.commands.predict --reasoning maybe", "--reasoning: expected true or false, got maybe"),
-        ("lens_jax.commands.evaluate --limit -3", "--limit: expected a whole number of at least 1, got -3"),
-        ("lens_jax.commands.evaluate --limit=", "--limit: expected a whole number of at least 1, got nothing"),
+        (
+            "lens_jax.commands.predict --reasoning maybe",
+            "--reasoning: expected true or false, got maybe",
+        ),
+        (
+            "lens_jax.commands.evaluate --limit -3",
+            "--limit: expected a whole number of at least 1, got -3",
+        ),
+        (
+            "lens_jax.commands.evaluate --limit=",
+            "--limit: expected a whole number of at least 1, got nothing",
+        ),
         ("lens_jax.commands.evaluate --batch_size 2.5", "whole number of at least 1, got 2.5"),
-        ("lens_jax.commands.evaluate --dataset coco", "--dataset: expected one of refcoco, refcoco+"),
-        ("lens_jax.commands.compile --slices -3", "--slices: expected a whole number of at least 1, got -3"),
+        (
+            "lens_jax.commands.evaluate --dataset coco",
+            "--dataset: expected one of refcoco, refcoco+",
+        ),
+        (
+            "lens_jax.commands.compile --slices -3",
+            "--slices: expected a whole number of at least 1, got -3",
+        ),
         ("lens_jax.commands.compile --topology", "--topology needs a value: text"),
-        ("lens_jax.commands.compile --stage 3", "--stage: expected one of alignment, grpo, evaluation, got 3"),
+        (
+            "lens_jax.commands.compile --stage 3",
+            "--stage: expected one of alignment, grpo, evaluation, got 3",
+        ),
         ("lens_jax.commands.compare --output x", "give RUN"),
         ("lens_jax.commands.compare runs/x", "give --output"),
         ("lens_jax.commands.compare --output", "--output needs a value: a path"),
@@ -171,15 +189,33 @@ def test_a_config_is_checked_before_it_is_printed(tmp_path, capsys):
             "lens_jax.commands.train --grpo.steps -3",
             "grpo.steps: expected a whole number of at least 0, got -3",
         ),
-        ("lens_jax.commands.train --grpo.steps", "grpo.steps needs a value: a whole number of at least 0"),
-        ("lens_jax.commands.train --mesh.data=-3", "mesh.data: expected a whole number of at least 1, got -3"),
-        ("lens_jax.commands.train --grpo.entropy_weight x", "grpo.entropy_weight: expected a number, got x"),
-        ("lens_jax.commands.train --data.windows [0]", "each item a whole number of at least 1, got 0"),
-        ("lens_jax.commands.train --grpo.trained language", "grpo.trained: expected a list in brackets, each"),
+        (
+            "lens_jax.commands.train --grpo.steps",
+            "grpo.steps needs a value: a whole number of at least 0",
+        ),
+        (
+            "lens_jax.commands.train --mesh.data=-3",
+            "mesh.data: expected a whole number of at least 1, got -3",
+        ),
+        (
+            "lens_jax.commands.train --grpo.entropy_weight x",
+            "grpo.entropy_weight: expected a number, got x",
+        ),
+        (
+            "lens_jax.commands.train --data.windows [0]",
+            "each item a whole number of at least 1, got 0",
+        ),
+        (
+            "lens_jax.commands.train --grpo.trained language",
+            "grpo.trained: expected a list in brackets, each",
+        ),
         ("lens_jax.commands.train --run_dir", "run_dir needs a value: a path"),
         ("lens_jax.commands.train --config", "config needs a value: a YAML file"),
         ("lens_jax.commands.train --data 5", "data is a section: give its keys, --data.KEY VALUE"),
-        ("lens_jax.commands.train configs/tiny.yaml", "unknown: configs/tiny.yaml; a key is given as"),
+        (
+            "lens_jax.commands.train configs/tiny.yaml",
+            "unknown: configs/tiny.yaml; a key is given as",
+        ),
         ("lens_jax.convert_weights.__main__ from_torch --num_queries -3", "at least 1, got -3"),
         ("tools.export_checkpoint --step -3", "--step: expected a whole number of at least 0 or"),
         (

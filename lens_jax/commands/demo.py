@@ -17,7 +17,7 @@ EXAMPLE = """\
   python launch/demo.py --checkpoint runs/tiny/final
   python launch/demo.py --checkpoint lens --host 0.0.0.0 --port 8080"""
 
-EXAMPLES = Path(__file__).parent / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 QUESTIONS = (
     ("circles.jpg", "the large green circle"),
     ("circles.jpg", "the green triangle"),
