@@ -6,7 +6,7 @@ import typing
 import pytest
 
 from lens_jax import config as configs
-from lens_jax.config import ConfigError
+from lens_jax.config import ConfigError, sections
 from lens_jax.data import images
 from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.training.advantages import RULES
@@ -181,7 +181,7 @@ def test_choices_are_those_of_the_code():
     hints = typing.get_type_hints(configs.GRPOConfig)
     for key, names in (("kl", KL_ESTIMATES), ("advantages", RULES), ("surrogate", SURROGATES)):
         assert set(typing.get_args(hints[key])) == set(names)
-    assert typing.get_args(configs.Part) == PARTS
+    assert typing.get_args(sections.Part) == PARTS
     shared = {f.name for f in dataclasses.fields(configs.RewardsConfig)}
     assert shared == {f.name for f in dataclasses.fields(UnifiedReward)} - {"score"}
     # Both are the published recipe.

@@ -47,7 +47,9 @@ def parse(monkeypatch):
         return functools.wraps(function)(lambda **options: None)
 
     monkeypatch.setattr(compare, "compare", lambda options: None)
-    monkeypatch.setattr(config, "import_function", lambda path: None)  # the reader's own rewards
+    monkeypatch.setattr(
+        config.checks, "import_function", lambda path: None
+    )  # the reader's own rewards
     for module, name in ((evaluate, "evaluate"), (predict, "predict"), (demo, "demo")):
         monkeypatch.setattr(module, name, idle(getattr(module, name)))
     for module in (data, convert_weights):

@@ -20,7 +20,7 @@ HEAD = """\
 A YAML file has one section for each heading below; on the command line a key is `--section.key`.
 Flags win over the file, the file over the defaults, and `launch/train.py --print_config` shows the
 result. The defaults are the published recipe for RefCOCO. *Made by
-`python -m tools.write_config_docs` from `lens_jax/config.py`.*
+`python -m tools.write_config_docs` from `lens_jax/config/sections.py`.*
 """
 
 
@@ -64,7 +64,7 @@ def _flat(text: str) -> str:
 
 
 def write() -> None:
-    """Writes docs/config.md from the dataclasses of lens_jax/config.py."""
+    """Writes docs/config.md from the dataclasses of lens_jax/config."""
     FILE.write_text(page(), encoding="utf-8")
     print(FILE)
 

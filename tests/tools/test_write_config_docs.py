@@ -1,4 +1,4 @@
-"""docs/config.md says what lens_jax/config.py says."""
+"""docs/config.md says what lens_jax/config says."""
 
 import dataclasses
 
