@@ -122,7 +122,8 @@ def test_help_shows_the_defaults_that_hold(tmp_path, capsys, monkeypatch):
 
     steps = configs.load([]).grpo.steps
     default = (
-        f"--grpo.steps N Updates; 0 skips the stage. (whole number of at least 0; default: {steps}"
+        "--grpo.steps N Number of updates. 0 skips the stage. (whole number of at least 0; "
+        f"default: {steps}"
     )
     assert f"{default}, from configs/tiny.yaml)" in shown()
     monkeypatch.chdir(tmp_path)
