@@ -129,13 +129,12 @@ def test_help_shows_the_defaults_that_hold(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("own.yaml").write_text("rollout: {top_k: 7}\n")
     page = shown("--config", "own.yaml")
+    top_k = "--rollout.top_k N Draw from this many of the likeliest tokens. 0: from all."
+    assert f"{top_k} (whole number of at least 0; default: 7, from own.yaml)" in page
     assert (
-        "--rollout.top_k N 0: off. (whole number of at least 0; default: 7, from own.yaml)" in page
+        "--grpo.steps N Number of updates. 0 skips the stage. (whole number of at least 0; " in page
     )
-    assert (
-        "--grpo.steps N Updates; 0 skips the stage. (whole number of at least 0; default: 0)"
-        in page
-    )
+    assert "; default: 0) --grpo.trained" in page
     assert "--model.checkpoint PATH" in page and "(path; default: null)" in page
 
 
