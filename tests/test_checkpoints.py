@@ -34,7 +34,7 @@ def state_at(step):
 def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        if checkpoints._is_key(x):
+        if checkpoints.training._is_key(x):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_array_equal(x, y)
         assert np.asarray(x).dtype == np.asarray(y).dtype
@@ -163,14 +163,14 @@ def test_an_unreadable_checkpoint_is_passed_over(stage, monkeypatch, caplog):
     stage.save(1, state_at(1))
     stage.save(2, state_at(2))
     stage.wait()
-    read = checkpoints._sha256
+    read = checkpoints.manifest._sha256
 
     def failing(file):
         if "/2/" in str(file):
             raise OSError(errno.EIO, "Input/output error", str(file))
         return read(file)
 
-    monkeypatch.setattr(checkpoints, "_sha256", failing)
+    monkeypatch.setattr(checkpoints.manifest, "_sha256", failing)
     assert stage.latest() == 1
     assert "grpo/2 is left out: it cannot be read: [Errno 5] Input/output error: " in caplog.text
 
@@ -309,7 +309,7 @@ def test_remote_directories_go_through_the_same_code(tmp_path, monkeypatch, capl
 
     for name in ("gs", "gcs"):
         fsspec.register_implementation(name, Bucket, clobber=True)
-    monkeypatch.setattr(checkpoints.ocp, "save_async", Written)
+    monkeypatch.setattr(checkpoints.training.ocp, "save_async", Written)
     stage = TrainingCheckpoints("gs://bucket/run/grpo", keep=2)
     for step in (1, 2, 3):
         stage.save(step, {"w": np.ones(3), "step": step})
@@ -344,9 +344,11 @@ def model():
     }
 
 
-@pytest.fixture(params=[checkpoints.PORTION_BYTES, 100], ids=["one portion", "many portions"])
+@pytest.fixture(
+    params=[checkpoints.pretrained.PORTION_BYTES, 100], ids=["one portion", "many portions"]
+)
 def portions(request, monkeypatch):
-    monkeypatch.setattr(checkpoints, "PORTION_BYTES", request.param)
+    monkeypatch.setattr(checkpoints.pretrained, "PORTION_BYTES", request.param)
 
 
 def test_unstack_gives_one_tensor_a_layer(model):
@@ -410,7 +412,7 @@ def test_pretrained_in_another_dtype_and_on_a_mesh(model, portions, tmp_path):
 
 
 def test_writing_never_holds_the_model(monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoints, "PORTION_BYTES", 1000)
+    monkeypatch.setattr(checkpoints.pretrained, "PORTION_BYTES", 1000)
     alive = set()
 
     class Tensor(np.ndarray):

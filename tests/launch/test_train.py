@@ -206,7 +206,7 @@ def test_a_full_disk(checkpoint, data_dir, tmp_path, monkeypatch, capfd, caplog)
             raise OSError(errno.ENOSPC, "No space left on device", str(directory))
         write(directory, *score)
 
-    monkeypatch.setattr(checkpoints, "write_manifest", write_manifest)
+    monkeypatch.setattr(checkpoints.training, "write_manifest", write_manifest)
     flags = STAGE_1 | {"alignment.steps": 3, "alignment.schedule": "constant"}
     argv = arguments(checkpoint, data_dir, tmp_path, **flags)
     assert train.main(argv) == 2
