@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
 from lens_jax.data import images
@@ -27,7 +26,7 @@ from lens_jax.data.sources.folder import (
     read_row,
 )
 from lens_jax.files import printable
-from lens_jax.reports import drawing
+from lens_jax.reports import drawing, pages
 
 if TYPE_CHECKING:
     from lens_jax.data.pipeline import Processor
@@ -162,12 +161,8 @@ def page(report: Report, thumbnails: int) -> str:
     others = [verdict for verdict in usable if not verdict.notes]
     room = min(thumbnails - len(noted), len(others))
     spread = [others[i * len(others) // room] for i in range(room)]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("checking.html").render(
+    return pages.render(
+        "preparation/checking.html",
         data_dir=printable(report.data_dir),
         counts=report.counts(),
         errors=report.errors(),
@@ -316,7 +311,7 @@ def _tally(rows: Iterable[Sequence[Note]]) -> list[tuple[str, int, str]]:
 def _thumbnail(data_dir: Path, row: Row) -> str:
     """The picture with mask and box as a data URI."""
     sample = read_row(data_dir, row)
-    return drawing.data_uri(drawing.overlay(sample.image, sample.box, sample.mask, side=SIDE))
+    return pages.data_uri(drawing.overlay(sample.image, sample.box, sample.mask, side=SIDE))
 
 
 def _box_iou(a: np.ndarray, b: np.ndarray) -> float:

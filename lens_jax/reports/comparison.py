@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lens_jax import files
-from lens_jax.reports import report
-from lens_jax.reports.report import EVALUATIONS, SCORES
+from lens_jax.config.keys import flatten
+from lens_jax.reports import charts, pages
 from lens_jax.training import metrics
+from lens_jax.training.metrics import EVALUATIONS
 
 # Keys of config.yaml that say which samples are scored, and which are trained on.
 ASKED = ("data.dataset", "data.eval_split", "data.reasoning")
@@ -90,21 +91,22 @@ def write(run_dirs: Sequence[Path], file: Path) -> list[str]:
         names = [str(run) for run in run_dirs]
     runs = [Compared.read(run, name) for run, name in zip(run_dirs, names, strict=True)]
     warnings = [text for other in runs[1:] for text in differences_of_data(runs[0], other)]
-    page = report.render(
-        "compare.html",
+    page = pages.render(
+        "reports/compare.html",
         runs=names,
         warnings=warnings,
         evaluated=[EVALUATIONS.get(run.point, "–") for run in runs],
         scores=[
             (score, ["–" if (v := run.scores.get(key)) is None else f"{v:.3f}" for run in runs])
-            for key, score in SCORES.items()
+            for key, score in pages.SCORES.items()
             if score.is_fraction and any(run.scores.get(key) is not None for run in runs)
         ],
         differences=_differing(runs),
-        stages=[(title, _overlaid(runs, key)) for key, title in metrics.STAGE_TITLES.items()],
-        points=report.POINTS,
-        size=(report.WIDTH, report.HEIGHT),
-        plot=report.PLOT,
+        stages=[
+            (title, charts.one_stage({run.name: run.rows for run in runs}, stage))
+            for stage, title in metrics.STAGE_TITLES.items()
+        ],
+        **charts.LAYOUT,
     )
     files.write_text(file, page)
     return warnings
@@ -144,23 +146,6 @@ def _apart(first: Compared, other: Compared, keys: Sequence[str]) -> list[str]:
     ]
 
 
-def _overlaid(runs: Sequence[Compared], stage: str) -> list[report.Chart]:
-    """A chart for each number that CHARTS names, with a line for each run that has it."""
-    parts = {run.name: [r for r in run.rows if r["stage"] == stage] for run in runs}
-    drawn = []
-    for title, meaning, keys in report.CHARTS:
-        named = report.expand(keys, [row for rows in parts.values() for row in rows])
-        for key, label in named.items():
-            series = {
-                name: [[(row["step"], row.get(key)) for row in rows]]
-                for name, rows in parts.items()
-            }
-            heading = title if len(keys) == 1 else f"{title}: {label}"
-            exact = key in report.EXACT
-            drawn.append(report.chart(heading, meaning, series, 0, exact=exact))
-    return [chart for chart in drawn if chart is not None]
-
-
 def _differing(runs: Sequence[Compared]) -> list[tuple[str, list[str]]]:
     """Keys that are not the same in all configurations, with their values."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
@@ -170,15 +155,8 @@ def _differing(runs: Sequence[Compared]) -> list[tuple[str, list[str]]]:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        return dict(_flat(yaml.safe_load(file.read_bytes()))) if file.is_file() else {}
+        values = yaml.safe_load(file.read_bytes()) if file.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise metrics.RunError(f"{file} cannot be read: {reason}") from error
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, part in tree.items():
-            yield from _flat(part, f"{prefix}{key}.")
-    elif prefix:
-        yield prefix.rstrip("."), tree
+    return flatten(values) if isinstance(values, dict) else {}

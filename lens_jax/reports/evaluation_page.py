@@ -14,7 +14,7 @@ from lens_jax.data.pipeline import Evaluation, EvaluationRow
 from lens_jax.data.prompts import box_to_pixels
 from lens_jax.evaluation import Row, summarize
 from lens_jax.progress import counted
-from lens_jax.reports import drawing, report
+from lens_jax.reports import drawing, pages
 
 SHOWN = 8  # samples of each kind
 BINS = 20  # of the histogram of IoUs
@@ -79,12 +79,12 @@ def section(
 
 def write(file: Path, checkpoint: str, sections: Sequence[Section]) -> Path:
     """Writes one self-contained page."""
-    page = report.render(
-        "evaluation_page.html",
+    page = pages.render(
+        "reports/evaluation_page.html",
         checkpoint=checkpoint,
         sections=sections,
         bins=BINS,
-        scores=report.SCORES,
+        scores=pages.SCORES,
         shown=SHOWN_SCORES,
     )
     return files.write_text(file, page)
@@ -121,7 +121,7 @@ def _picture(row: Row, collected: Collector, data: Evaluation) -> dict[str, Any]
     drawn = drawing.overlay(sample.image, box, mask, sample.box, sample.mask == 1)
     panel = {"box": box, "box_iou": row.box_iou, "mask_iou": row.iou}
     return {
-        "uri": drawing.data_uri(drawn),
+        "uri": pages.data_uri(drawn),
         "size": drawn.size,
         "expression": row.expression,
         "completion": row.completion,

@@ -24,6 +24,12 @@ from lens_jax.progress import Bar
 # Names in files and flags -> what a person reads.
 STAGE_TITLES = {"alignment": "alignment (stage 1)", "grpo": "GRPO (stage 2)"}
 STAGES = tuple(STAGE_TITLES)
+# Evaluations in the order they happen: keys of evaluation.json -> headings.
+EVALUATIONS = {
+    "before": "before",
+    "after_alignment": f"after {STAGE_TITLES['alignment']}",
+    "after_grpo": f"after {STAGE_TITLES['grpo']}",
+}
 METRICS = (
     "loss",
     "reward",

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lens_jax.reports import drawing, report
+from lens_jax.reports import charts, drawing, pages, report
 from lens_jax.reports.drawing import Answer, add_panel
-from lens_jax.training.metrics import StageLog
+from lens_jax.training.metrics import EVALUATIONS, StageLog
 
 NASTY = '<script>alert("1")</script> & „Zitat“ 红'
 
@@ -45,7 +45,7 @@ def run(tmp_path, scene):
     after = scores | {"giou": 0.75, "box_iou": None, "ciou": 0.1}
     (run_dir / "evaluation.json").write_text(json.dumps({"before": scores, "after_grpo": after}))
     (run_dir / "config.yaml").write_text(f"run_dir: '{NASTY}'\n")
-    for title in ("before", report.EVALUATIONS["after_grpo"]):
+    for title in ("before", EVALUATIONS["after_grpo"]):
         drawn = answer(scene, title, f"{title} {NASTY}")
         add_panel(run_dir / "samples" / "00.png", image, NASTY, box, mask, drawn)
     return run_dir
@@ -102,28 +102,28 @@ def test_samples_are_shown_with_every_panel(run):
 
 def test_every_metric_that_has_values_has_a_chart(run):
     page = Page(report.write(run).read_text())
-    charts = [a["aria-label"] for a in page.all("svg")]
-    assert charts == ["Reward over steps", "IoU over steps", "Loss over steps"]
+    labels = [a["aria-label"] for a in page.all("svg")]
+    assert labels == ["Reward over steps", "IoU over steps", "Loss over steps"]
     paths = [a["d"] for a in page.all("path")]
     assert all(re.fullmatch(r"[ML\d. -]+", d) for d in paths)
     # Reward's three lines live in stage 2; the loss in both, which are not joined.
     assert [d.count("M") for d in paths] == [1] * 6 + [1] * 2 + [2] * 2
-    assert max(d.count("L") for d in paths) <= report.POINTS
+    assert max(d.count("L") for d in paths) <= charts.POINTS
     assert " mine " in page.text
 
 
 def test_lines_keep_to_the_plot():
-    chart = report.chart("t", "", {"a": [[(1.0, -3.0), (2.0, 1e-9), (3.0, 7.5)]]}, 0)
+    chart = charts.chart("t", "", {"a": [[(1.0, -3.0), (2.0, 1e-9), (3.0, 7.5)]]}, 0)
     numbers = [float(v) for v in re.findall(r"-?[\d.]+", chart.lines[0].raw)]
     xs, ys = numbers[::2], numbers[1::2]
-    assert min(xs) == report.LEFT and max(xs) == report.WIDTH - report.RIGHT
-    assert report.TOP <= min(ys) < max(ys) <= report.HEIGHT - report.BOTTOM
+    assert min(xs) == charts.LEFT and max(xs) == charts.WIDTH - charts.RIGHT
+    assert charts.TOP <= min(ys) < max(ys) <= charts.HEIGHT - charts.BOTTOM
     assert [label for _, label in chart.y_ticks] == ["-5", "0", "5", "10"]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.0, 1e-12, 3e7])
 def test_a_constant_has_a_chart_too(value):
-    chart = report.chart("t", "", {"a": [[(1.0, value)]]}, 0)
+    chart = charts.chart("t", "", {"a": [[(1.0, value)]]}, 0)
     assert "nan" not in chart.lines[0].raw
     labels = [float(label) for _, label in chart.y_ticks]
     assert min(labels) <= value <= max(labels) and len(labels) < 12
@@ -144,7 +144,7 @@ def test_final_numbers_are_the_last_rows(run):
     text = " ".join(Page(report.write(run).read_text()).text.split())
     assert "total 5 smoothed 4.82" in text  # of 500 steps, rising to 5
     assert "mask 0.8 smoothed 0.632" in text  # the first stage's, which ends at its own last row
-    (chart,) = report.charts(
+    (chart,) = charts.both_stages(
         [{"stage": "grpo", "step": s, "loss": v} for s, v in ((1, 2.0), (2, None))]
     )
     assert (chart.lines[0].last, chart.lines[0].smoothed) == ("–", "2")
@@ -157,7 +157,7 @@ def test_the_learning_rate_is_never_smoothed():
         for stage, loss in (("alignment", 1.0), ("grpo", 9.0))
         for s in range(1, 1001)
     ]
-    loss, rate = report.charts(rows)
+    loss, rate = charts.both_stages(rows)
     assert rate.lines[0].smooth is None and rate.lines[0].last == "0"
     for chart in (loss, rate):
         assert len(set(re.findall(r" ([\d.]+)", chart.lines[0].raw))) == 2
@@ -166,7 +166,7 @@ def test_the_learning_rate_is_never_smoothed():
 def test_scores_are_explained_and_have_one_name(run):
     page = Page(report.write(run).read_text())
     for key in ("box_iou", "giou", "ciou", "samples"):
-        assert report.SCORES[key].meaning in page.text
+        assert pages.SCORES[key].meaning in page.text
     assert "intersection over union" in page.text and "expressions" not in page.text
     assert "alignment (stage 1)" in page.text and "40 steps" in page.text
 
