@@ -128,6 +128,11 @@ def _value_words(action: argparse.Action) -> str:
 class _Explaining(argparse.HelpFormatter):
     """Keeps the line breaks of descriptions and examples; says types in words."""
 
+    def add_usage(self, usage, actions, groups, prefix=None) -> None:
+        """Every command has --help: no usage line names it."""
+        shown = [action for action in actions if not isinstance(action, argparse._HelpAction)]
+        super().add_usage(usage, shown, groups, prefix)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "".join(indent + line for line in text.splitlines(keepends=True))
 

@@ -138,6 +138,19 @@ def test_help_shows_the_defaults_that_hold(tmp_path, capsys, monkeypatch):
     assert "--model.checkpoint PATH" in page and "(path; default: null)" in page
 
 
+def test_what_null_means_is_said():
+    from tools.write_config_docs import page
+
+    rows = [line.split(" | ") for line in page().splitlines() if "or null |" in line]
+    assert len(rows) > 9 and [row[0] for row in rows if "null" not in row[3]] == []
+
+
+def test_usage_lines_are_alike():
+    """Every command has --help, and none says so in its usage."""
+    usages = [page.partition("\n\n")[0] for page, *_ in collected()[0].values()]
+    assert [usage for usage in usages if "[-h]" in usage] == []
+
+
 def test_a_config_is_checked_before_it_is_printed(tmp_path, capsys):
     file = tmp_path / "own.yaml"
     file.write_text("data: 5\n")
@@ -211,6 +224,9 @@ def test_a_config_is_checked_before_it_is_printed(tmp_path, capsys):
         ),
         ("lens_jax.commands.train --run_dir", "run_dir needs a value: a path"),
         ("lens_jax.commands.train --config", "config needs a value: a YAML file"),
+        ("lens_jax.commands.train --config no.yaml", "--config: no.yaml: there is no such file"),
+        ("lens_jax.commands.train --config=docs", "--config: docs: a folder, not a file"),
+        ("lens_jax.commands.train --help --config no.yaml", "--config: no.yaml: there is no"),
         ("lens_jax.commands.train --data 5", "data is a section: give its keys, --data.KEY VALUE"),
         (
             "lens_jax.commands.train configs/tiny.yaml",

@@ -19,6 +19,7 @@ from lens_jax import flags
 from lens_jax.config.checks import validate
 from lens_jax.config.keys import dump_yaml, flatten, key_names, leaves
 from lens_jax.config.sections import ConfigError, RunConfig
+from lens_jax.files import explain
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 
@@ -81,6 +82,8 @@ def load(argv: Sequence[str] | None = None, default_config: Path = DEFAULT_CONFI
     if not _config_files(argv):
         argv = ["--config", *files, *argv]
     try:
+        for file in filter(None, files):  # one without a name is the parser's to complain of
+            Path(file).open("rb").close()
         if {"-h", "--help"} & set(argv):
             print(_help(files), end="")
             sys.exit(0)
@@ -92,7 +95,9 @@ def load(argv: Sequence[str] | None = None, default_config: Path = DEFAULT_CONFI
         validate(config)
     except (ConfigError, UnicodeDecodeError, OSError) as error:
         reason = _reason(error)
-        if reason.startswith(_NOT_READ):
+        if isinstance(error, OSError):
+            reason = f"--config: {explain(error)}"
+        elif reason.startswith(_NOT_READ):
             reason = f"{', '.join(files)}: {reason}"
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)

@@ -39,11 +39,13 @@ class ModelConfig:
     """The weights that a run starts from: `checkpoint`, or `mllm` and `sam`, which it converts."""
 
     checkpoint: Place | None = None
-    """A pretrained checkpoint (lens_config.json, params/)."""
+    """A pretrained checkpoint (lens_config.json, params/). null: mllm and sam are converted."""
     mllm: Place | None = None
-    """Hugging Face directory of Qwen2(.5)-VL, which the run converts if there is no checkpoint."""
+    """Hugging Face directory of Qwen2(.5)-VL, which the run converts if there is no checkpoint.
+    null: there is a checkpoint."""
     sam: Place | None = None
-    """A SAM 2 or SAM 1 file or directory, converted together with mllm."""
+    """A SAM 2 or SAM 1 file or directory, converted together with mllm. null: there is a
+    checkpoint."""
     num_queries: PositiveInt = 64
     """Context queries of the fresh context module when mllm and sam are converted."""
     context_positions: Literal["mrope", "text"] | None = None
@@ -84,7 +86,7 @@ class DataConfig:
     curriculum: Place | None = None
     """A file in the folder of each trained data set (refer_seg/refcoco/) with ref_id and
     total_reward of its refs, such as the rows of launch/evaluate.py. The run trains on refs with a
-    reward between 0.2 and 1.8 alone, the easy ones first."""
+    reward between 0.2 and 1.8 alone, the easy ones first. null: all refs, shuffled."""
     reasoning: bool = False
     """Ask for reasoning before the answer, in training and evaluation."""
     eval_split: str = "val"
@@ -120,12 +122,13 @@ class MeshConfig:
     others are 1."""
 
     data: PositiveInt | None = None
-    """Copies of the model. Each has its own part of the batch."""
+    """Copies of the model. Each has its own part of the batch. null: the best number for the
+    devices, or 1 if fsdp or tensor is given."""
     fsdp: PositiveInt | None = None
-    """Parts that parameters and optimizer state are cut into. The batch is cut into as many,
-    too."""
+    """Parts that parameters and optimizer state are cut into. The batch is cut into as many, too.
+    null: as for data."""
     tensor: PositiveInt | None = None
-    """Parts that heads, MLPs and vocabulary are cut into."""
+    """Parts that heads, MLPs and vocabulary are cut into. null: as for data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +140,10 @@ class DistributedConfig:
     """HOST:PORT of process 0, with any free port. null: found on TPU slices, one process
     elsewhere."""
     processes: PositiveInt | None = None
-    """Number of processes."""
+    """Number of processes. null: as for coordinator."""
     process_id: NonNegativeInt | None = None
-    """Number of this process, from 0. No other key differs between processes."""
+    """Number of this process, from 0. No other key differs between processes. null: as for
+    coordinator."""
     join_timeout: PositiveInt = 300
     """Seconds to wait at the start until all processes have come."""
     heartbeat_timeout: PositiveInt = 25

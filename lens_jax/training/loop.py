@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lens_jax import checkpoints, files
+from lens_jax import checkpoints, files, flags
 from lens_jax.config import (
     CheckpointConfig,
     ConfigError,
@@ -493,9 +494,10 @@ def _inspect(directory: Path, config: RunConfig) -> dict[str, Any]:
     longer = [key for key in changed if key in [f"{stage}.steps" for stage in STAGES]]
     if begun and changed:
         if changed != longer[:1]:
+            hint = _train_on(directory, before, config, changed) if longer else ""
             raise ConfigError(
                 f"{directory} holds a run with another configuration ({', '.join(changed)}); "
-                "name another run_dir or remove it"
+                f"name another run_dir or remove it{hint}"
             )
         _check_steps(directory, before, config, changed[0].partition(".")[0], taken)
     return {
@@ -504,6 +506,24 @@ def _inspect(directory: Path, config: RunConfig) -> dict[str, Any]:
         "changed": changed,
         "reconvert": bool(CONVERTED.intersection(changed)),
     }
+
+
+def _train_on(directory: Path, before: RunConfig, config: RunConfig, changed: list[str]) -> str:
+    """The command that trains a finished run longer with other keys; empty for any other run."""
+    final = directory / "final"
+    if not (directory / "report.html").exists():
+        return ""
+    extra = {stage: getattr(config, stage).steps - getattr(before, stage).steps for stage in STAGES}
+    steps = {f"{stage}.steps": max(0, more) for stage, more in extra.items()}
+    if not any(steps.values()):
+        return ""
+    values = leaves(config)
+    given = {key: values[key] for key in changed if key != "model.checkpoint"} | steps
+    said = " ".join(f"--{key} {shlex.quote(flags.shown(v))}" for key, v in given.items())
+    return (
+        f"; to train longer, start from {final}: python launch/train.py "
+        f"--config {directory / 'config.yaml'} --model.checkpoint {final} --run_dir ANOTHER {said}"
+    )
 
 
 def _check_steps(

@@ -165,3 +165,7 @@ def test_other_steps(taken, asked, says, tmp_path):
         found = loop._inspect(tmp_path, config(**asked))
         assert not found["finished"] and found["begun"] == bool(taken)
         assert set(found["changed"]) == asked.keys() - fixed.keys()
+    if "seed" in asked and says:
+        (tmp_path / "report.html").touch()
+        with pytest.raises(ConfigError, match=r"start from .* --seed 1 --grpo\.steps 3 --al"):
+            loop._inspect(tmp_path, config(**asked))
