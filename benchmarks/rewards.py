@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import interpreter  # noqa: F401
+from lens_jax.models.parameters import select
 
 # isort: split
 import jax
@@ -39,7 +40,6 @@ from lens_jax.models.lens import abstract, split_policy
 from lens_jax.preparation.shapes import all_sentences
 from lens_jax.rewards import text_rewards
 from lens_jax.rewards.sentence import TextRewards
-from lens_jax.training.state import among, split
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny" / "qwen2_5_vl"
 SHAPES = {"tiny": (16, 192), "small": (512, 768), "3b": (512, 768)}  # completions, tokens of each
@@ -112,7 +112,7 @@ def one_update(size: common.Size) -> Callable[[], Any]:
     program = update.updates(config, size.dtype, update.given(earned))
     model = abstract(config, dtype=size.dtype)
     nnx.update(model, common.parameters(model))
-    _, trained, frozen = split(model, among(update.GRPOConfig().trained))
+    _, trained, frozen = nnx.split(model, select(update.GRPOConfig().trained), ...)
     reference = jax.tree.map(lambda x: x.astype(size.dtype), split_policy(model)[1])
     batch = Batch(inputs.prompts, inputs.targets, np.arange(size.groups, dtype=np.int32))
     return update.JaxSide(program.ours, trained, frozen, reference, batch, rollout).step

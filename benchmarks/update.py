@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lens_jax import interpreter  # noqa: F401
+from lens_jax.models.parameters import select
 
 # isort: split
 import jax
@@ -40,11 +41,9 @@ from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import grpo
 from lens_jax.training.advantages import group_normalized
 from lens_jax.training.state import (
-    among,
     apply,
     create,
     make_optimizer,
-    split,
 )
 
 OBJECTIVE = grpo.Objective(beta=0.04)
@@ -92,7 +91,7 @@ def updates(
 ) -> SimpleNamespace:
     """Both updates in JAX, and the model's shapes that they take."""
     model = _shapes_of_model(config, dtype, remat)
-    definition, trained, frozen = split(model, among(GRPOConfig().trained))
+    definition, trained, frozen = nnx.split(model, select(GRPOConfig().trained), ...)
     _, policy, rest = split_policy(model)
     return SimpleNamespace(
         ours=grpo.make_update(definition, rest, OPTIMIZER, reward, OBJECTIVE),
@@ -231,7 +230,7 @@ def measure(
     model = abstract(config, dtype=size.dtype)
     nnx.update(model, common.parameters(model))
     params = nnx.state(model)
-    _, trained, frozen = split(model, among(GRPOConfig().trained))
+    _, trained, frozen = nnx.split(model, select(GRPOConfig().trained), ...)
     _, policy, _ = split_policy(model)
     past = jax.tree.map(lambda x: 1.03 * x, policy)
     reference = jax.tree.map(lambda x: x.astype(size.dtype), past)

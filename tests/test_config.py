@@ -8,11 +8,11 @@ import pytest
 from lens_jax import config as configs
 from lens_jax.config import ConfigError, sections
 from lens_jax.data import images
+from lens_jax.models.parameters import PARTS
 from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.training.advantages import RULES
 from lens_jax.training.grpo import Objective
 from lens_jax.training.losses import KL_ESTIMATES, SURROGATES
-from lens_jax.training.state import PARTS
 
 START = "model: {checkpoint: start}\ndata: {data_dir: data}\n"
 
@@ -181,7 +181,7 @@ def test_choices_are_those_of_the_code():
     hints = typing.get_type_hints(configs.GRPOConfig)
     for key, names in (("kl", KL_ESTIMATES), ("advantages", RULES), ("surrogate", SURROGATES)):
         assert set(typing.get_args(hints[key])) == set(names)
-    assert typing.get_args(sections.Part) == PARTS
+    assert typing.get_args(sections.Part) == tuple(PARTS)
     shared = {f.name for f in dataclasses.fields(configs.RewardsConfig)}
     assert shared == {f.name for f in dataclasses.fields(UnifiedReward)} - {"score"}
     # Both are the published recipe.

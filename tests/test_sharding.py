@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from lens_jax.aot import hlo
 from lens_jax.config import ConfigError, MeshConfig
 from lens_jax.distribution import sharding
-from lens_jax.models.inputs import Share
+from lens_jax.distribution.rows import Share
 from tests import tpu
 
 

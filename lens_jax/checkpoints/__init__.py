@@ -5,7 +5,7 @@ Both carry `manifest.json`, the size and SHA-256 of every file, written last: or
 notice a flipped byte, and a directory without a manifest was not written to its end.
 """
 
-from lens_jax.checkpoints.arrays import STACKED, layer_of, stack, unstack
+from lens_jax.checkpoints.arrays import layer_of, stack, unstack
 from lens_jax.checkpoints.manifest import MANIFEST, check_manifest, write_manifest
 from lens_jax.checkpoints.pretrained import (
     CONFIG,
@@ -26,7 +26,6 @@ from lens_jax.files import CheckpointError
 __all__ = [
     "CONFIG",
     "MANIFEST",
-    "STACKED",
     "CheckpointError",
     "TrainingCheckpoints",
     "check_manifest",

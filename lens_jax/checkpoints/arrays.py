@@ -11,9 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from lens_jax.distribution import processes
 from lens_jax.files import CheckpointError
-
-# Subtrees whose leaves are stacked over layers in memory (axis 0) and one array a layer on disk.
-STACKED = ("visual/blocks", "language/layers", "context/blocks")
+from lens_jax.models.parameters import STACKED
 
 
 def flatten(tree: Any) -> dict[str, Any]:

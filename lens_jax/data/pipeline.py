@@ -22,8 +22,9 @@ from PIL import Image
 
 from lens_jax.data import images, processor_files, prompts
 from lens_jax.data.sample import Sample, SampleError, Source, to_rgb
+from lens_jax.distribution.rows import Share
 from lens_jax.files import blaming
-from lens_jax.models.inputs import Batch, Prompts, Share, Targets
+from lens_jax.models.inputs import Batch, Prompts, Targets
 
 log = logging.getLogger("lens_jax")
 

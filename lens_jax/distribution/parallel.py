@@ -15,12 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from lens_jax.distribution import sharding
 from lens_jax.models.layers import Part, gather
+from lens_jax.models.parameters import is_scanned, is_stacked, name_of
 from lens_jax.training import state
 from lens_jax.training.state import Metrics, Sums
 
-# Stacked only when they run, by `layers.scan`: it gathers these and stacks; all other parameters
-# are gathered before the forward pass.
-LISTED = "sam/image_encoder/trunk/blocks/"
 ROWS = ("data", "fsdp")
 
 
@@ -68,10 +66,10 @@ class Devices:
         cut = [dim for dim, axis in enumerate(place.spec) if _fsdp(axis)]
         if not cut:
             return leaf
-        name = sharding.path_of(path)
-        stacked = sharding.is_stacked(name)
-        part = Part(leaf, "fsdp", cut[0] - leaf.ndim, leaf.ndim - stacked, self.dtype)
-        return part if stacked or LISTED in name else gather(part)
+        name = name_of(path)
+        part = Part(leaf, "fsdp", cut[0] - leaf.ndim, leaf.ndim - is_stacked(name), self.dtype)
+        # `layers.scan` gathers a layer when it runs; all else is gathered before the forward pass.
+        return part if is_scanned(name) else gather(part)
 
     def _reduce(self, gradient, place: NamedSharding):
         """Cut ones are summed over `fsdp` as they are computed."""

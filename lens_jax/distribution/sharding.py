@@ -16,9 +16,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lens_jax.checkpoints import STACKED
 from lens_jax.config import ConfigError, MeshConfig
-from lens_jax.models.inputs import Share
+from lens_jax.distribution.rows import Share
+from lens_jax.models.parameters import is_stacked, name_of
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -134,19 +134,9 @@ def shardings(tree: Any, mesh: Mesh, *, kv_heads: int = 1, **options: Any) -> An
     """A NamedSharding for every leaf (array, ShapeDtypeStruct) of parameters or training state."""
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        return place(path_of(path), np.shape(leaf), mesh, kv_heads=kv_heads, **options)
+        return place(name_of(path), np.shape(leaf), mesh, kv_heads=kv_heads, **options)
 
     return jax.tree_util.tree_map_with_path(of, tree)
-
-
-def path_of(path: tuple[Any, ...]) -> str:
-    """A tree's path to a parameter as `parameter_spec` reads it."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-
-
-def is_stacked(path: str) -> bool:
-    """Whether the parameter's first axis is that of layers."""
-    return any(f"{prefix}/" in path for prefix in STACKED)
 
 
 def place(path: str, shape: Sequence[int], mesh: Mesh, **options: Any) -> NamedSharding:

@@ -1,7 +1,5 @@
 """What a model is fed: one prompt a row, static shapes, padding marked by lengths and masks."""
 
-import dataclasses
-
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -52,17 +50,3 @@ class Batch:
     prompts: Prompts
     targets: Targets
     sample_id: Int[Array, "B"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """The rows of a global batch that one process holds: these of its `count` equal parts."""
-
-    parts: tuple[int, ...] = (0,)
-    count: int = 1
-    repeated: tuple[int, ...] = ()
-    """Those of `parts` that a process before this one holds as well: not to be counted twice."""
-
-    @property
-    def whole(self) -> bool:
-        return len(self.parts) == self.count

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from lens_jax.models.attention import XLA, Attention
 from lens_jax.models.context import ContextModule
 from lens_jax.models.inputs import Prompts
+from lens_jax.models.parameters import POLICY, select
 from lens_jax.models.qwen_vl.config import QwenVLConfig, Section
 from lens_jax.models.qwen_vl.head import token_log_probs
 from lens_jax.models.qwen_vl.language import CompletionCache, LanguageModel, PromptCache
@@ -298,4 +299,4 @@ def split_policy(model: LensModel) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     Sampling and the reference need the first part alone: merged with the shapes of the rest, it
     makes a model that can `embed` and `score`.
     """
-    return nnx.split(model, lambda path, _: path[0] in ("visual", "language"), ...)
+    return nnx.split(model, select(POLICY), ...)

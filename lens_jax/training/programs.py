@@ -23,13 +23,14 @@ from lens_jax.distribution import parallel, sharding
 from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
+from lens_jax.models.parameters import is_stacked, name_of, select
 from lens_jax.models.precision import DTYPES, products
 from lens_jax.rewards.sentence import Score
 from lens_jax.rewards.unified import UnifiedReward, check_channel
 from lens_jax.rollout.sampler import Rollout, rollout
 from lens_jax.rollout.sampling import Sampling
 from lens_jax.training import alignment, grpo
-from lens_jax.training.state import TrainState, among, create, make_optimizer, make_schedule, split
+from lens_jax.training.state import TrainState, create, make_optimizer, make_schedule
 
 
 def precision(config: RunConfig) -> AbstractContextManager:
@@ -87,7 +88,7 @@ class Stage:
 
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
         """All parameters of a model in two: trained, and frozen."""
-        return split(nnx.merge(self.definition, params), among(self.parts))[1:]
+        return nnx.split(nnx.merge(self.definition, params), select(self.parts), ...)[1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +239,7 @@ def make_relayout(
     dtype, places = _dtype(config), sharding.sampling_shardings(params, mesh, kv_heads=kv_heads)
 
     def of(path, x, place):
-        if not sharding.is_stacked(sharding.path_of(path)):
+        if not is_stacked(name_of(path)):
             return x.astype(dtype)
         layer = NamedSharding(mesh, P(*place.spec[1:]))
         return jax.lax.map(lambda x: jax.lax.with_sharding_constraint(x.astype(dtype), layer), x)
@@ -256,7 +257,7 @@ def _stage(
     Moments lie with their parameters. Updates must be told: left alone, the compiler may lay out
     the new state otherwise, which copies what was donated and compiles the second step again.
     """
-    definition, trained, frozen = split(model, among(settings.trained))
+    definition, trained, frozen = nnx.split(model, select(settings.trained), ...)
     schedule = make_schedule(
         settings.schedule, settings.learning_rate, settings.warmup_steps, settings.steps
     )

@@ -1,6 +1,6 @@
 """What an update changes, and the optimizer that changes it."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,13 +9,10 @@ import optax
 from flax import nnx, struct
 from jaxtyping import Array, Int
 
-from lens_jax.models.lens import LensModel
-
 Metrics = dict[str, Array]
 Sums = Callable[[nnx.State, Any, Any], tuple[Array, Metrics]]
 """`(params, constants, batch)`: the loss and the metrics, summed over rows of the batch."""
 Differentiate = Callable[[Sums, nnx.State, Any, Any, int], tuple[nnx.State, Metrics]]
-Path = tuple[Any, ...]
 
 
 @struct.dataclass
@@ -35,30 +32,6 @@ def create(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainS
     """A fresh state; each array is copied, as updates donate their state."""
     params = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
-
-
-PARTS = ("visual", "language", "context", "sam_encoder", "sam_decoder")
-
-
-def among(parts: Collection[str]) -> Callable[[Path, Any], bool]:
-    """Selects the parameters of some of `PARTS`. What SAM adds to its image features belongs to
-    its encoder, prompts to its decoder; constants belong to no part."""
-
-    def selected(path: Path, _: Any) -> bool:
-        part = path[0]
-        if part == "sam":
-            prompted = path[1] in ("sam_prompt_encoder", "sam_mask_decoder")
-            part = "sam_decoder" if prompted else "sam_encoder"
-        return part in parts and path[-1] != "positional_encoding_gaussian_matrix"
-
-    return selected
-
-
-def split(
-    model: LensModel, trained: Callable[[Path, Any], bool]
-) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Definition, trained parameters, and everything else."""
-    return nnx.split(model, nnx.All(nnx.Param, trained), ...)
 
 
 def make_schedule(kind: str, peak: float, warmup_steps: int, steps: int) -> optax.Schedule:

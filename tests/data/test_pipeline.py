@@ -16,7 +16,7 @@ from lens_jax.data.sample import Sample, SampleError
 from lens_jax.data.sources import Joined
 from lens_jax.data.sources.folder import Folder
 from lens_jax.data.sources.refcoco import RefCoco
-from lens_jax.models.inputs import Share
+from lens_jax.distribution.rows import Share
 from lens_jax.preparation import checking
 from tests.data.conftest import TINY
 

@@ -14,8 +14,8 @@ from lens_jax.aot import flops
 from lens_jax.models import layers
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import abstract, split_policy
+from lens_jax.models.parameters import select
 from lens_jax.training import alignment
-from lens_jax.training.state import among, split
 from tests import micro
 
 B, G, T = 1, 2, 3
@@ -76,7 +76,9 @@ DEEP = dataclasses.replace(micro.CONFIG, mllm=dataclasses.replace(micro.CONFIG.m
 
 def reading_gradient(remat):
     """Of a weighted sum of what the queries have read, by all of the language model."""
-    definition, _, rest = split(abstract(DEEP, remat=remat), among(("language", "context")))
+    definition, _, rest = nnx.split(
+        abstract(DEEP, remat=remat), select(("language", "context")), ...
+    )
     prompts = micro.collate(DEEP, [micro.row(DEEP, (4, 6), (3, 150), seed=i) for i in range(2)])
     answer, length = np.array([[3, 1, 4], [1, 5, 9]], np.int32), np.array([3, 2], np.int32)
     rng = np.random.default_rng(0)
@@ -93,7 +95,7 @@ def reading_gradient(remat):
 @pytest.fixture(scope="module")
 def readings():
     """By policy: gradients, and the bytes of the program's temporaries."""
-    _, trained, _ = split(micro.model(DEEP), among(("language", "context")))
+    _, trained, _ = nnx.split(micro.model(DEEP), select(("language", "context")), ...)
     found = {}
     for remat in layers.REMAT_POLICIES:
         gradient, embedded = reading_gradient(remat)
@@ -120,7 +122,7 @@ def test_reading_apart_takes_less_memory(readings):
 def test_stage_1_takes_less_memory_where_language_or_tower_train(trained):
     def temporaries(remat):
         model = abstract(DEEP, remat=remat)
-        definition, params, frozen = split(model, among(trained))
+        definition, params, frozen = nnx.split(model, select(trained), ...)
         rows = [micro.row(DEEP, (4, 6), (3, 150), seed=i) for i in range(4)]
         batch = Batch(micro.collate(DEEP, rows), micro.targets(4), np.arange(4, dtype=np.int32))
 

@@ -10,17 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from transformers import AutoTokenizer
 
 from lens_jax.config import AlignmentConfig, GRPOConfig, MeshConfig, RolloutConfig, RunConfig
 from lens_jax.distribution import parallel, sharding
-from lens_jax.models.inputs import Batch, Share
+from lens_jax.distribution.rows import Share
+from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensModel, split_policy
+from lens_jax.models.parameters import select
 from lens_jax.rewards import text_rewards
 from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import alignment, grpo, programs
-from lens_jax.training.state import among, create, make_optimizer, split
+from lens_jax.training.state import create, make_optimizer
 from tests import micro
 
 B, G = 16, 2
@@ -94,7 +97,7 @@ def make_model(config) -> tuple[LensModel, Any, Batch]:
 def make_stages(config) -> dict[str, Stage]:
     model, tokenizer, batch = make_model(config)
 
-    definition, trained, frozen = split(model, among(AlignmentConfig().trained))
+    definition, trained, frozen = nnx.split(model, select(AlignmentConfig().trained), ...)
     align = Stage(
         lambda optimizer, portions, **options: alignment.make_update(
             definition, optimizer, portions, **options
@@ -108,7 +111,7 @@ def make_stages(config) -> dict[str, Stage]:
     reference = jax.tree.map(lambda x: 1.03 * x, policy)
     absent = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
     reward = UnifiedReward(text_rewards(tokenizer), format=1.0)
-    definition_grpo, trained, frozen = split(model, among(GRPOConfig().trained))
+    definition_grpo, trained, frozen = nnx.split(model, select(GRPOConfig().trained), ...)
     reinforce = Stage(
         lambda optimizer, portions, objective=OBJECTIVE, **options: grpo.make_update(
             definition_grpo, absent, optimizer, reward, objective, portions, **options

@@ -13,11 +13,11 @@ from benchmarks.official import OfficialLayout
 from lens_jax.config import GRPOConfig
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import split_policy
+from lens_jax.models.parameters import select
 from lens_jax.rewards.unified import Rewards
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import grpo
 from lens_jax.training.advantages import RULES
-from lens_jax.training.state import among, split
 from tests import micro
 
 B, T = 2, 7
@@ -29,7 +29,7 @@ LENGTHS = [0, 5, T, 1, 3, 6, 2, 4]
 def program(config, group, with_reference, layout):
     """Loss, metrics and gradients, compiled, with their arguments; rewards are given."""
     model = micro.model(config)
-    definition, trained, frozen = split(model, among(GRPOConfig().trained))
+    definition, trained, frozen = nnx.split(model, select(GRPOConfig().trained), ...)
     _, policy, rest = split_policy(model)
     rng = np.random.default_rng(group)
     reference = jax.tree.map(lambda x: 1.03 * x, policy) if with_reference else None

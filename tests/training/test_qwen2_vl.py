@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from transformers import AutoTokenizer
 
 from lens_jax import checkpoints
 from lens_jax.config import AlignmentConfig, GRPOConfig
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import split_policy
+from lens_jax.models.parameters import select
 from lens_jax.rewards import text_rewards
 from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import alignment, grpo
-from lens_jax.training.state import among, create, split
+from lens_jax.training.state import create
 from tests import micro
 
 TOKENIZER = Path(__file__).parents[2] / "checkpoints" / "tiny" / "qwen2_5_vl"
@@ -42,7 +44,7 @@ def test_a_step_of_each_stage():
     targets = dataclasses.replace(micro.targets(2), box=np.array(BOXES, np.float32))
     batch = Batch(micro.collate(config, rows), targets, np.arange(2, dtype=np.int32))
 
-    definition, trained, frozen = split(model, among(AlignmentConfig().trained))
+    definition, trained, frozen = nnx.split(model, select(AlignmentConfig().trained), ...)
     update = alignment.make_update(definition, KEEP_GRADIENTS, 1)
     state, metrics = jax.jit(update)(create(trained, KEEP_GRADIENTS), frozen, batch)
     check(state, metrics, trains=("context/",))
@@ -57,7 +59,7 @@ def test_a_step_of_each_stage():
     _, policy, rest = split_policy(model)
     absent = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
     reward = UnifiedReward(text_rewards(tokenizer))
-    definition, trained, frozen = split(model, among(GRPOConfig().trained))
+    definition, trained, frozen = nnx.split(model, select(GRPOConfig().trained), ...)
     objective = grpo.Objective(beta=0.0)
     update = grpo.make_update(definition, absent, KEEP_GRADIENTS, reward, objective, 1)
     state, metrics = jax.jit(update)(

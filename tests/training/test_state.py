@@ -8,16 +8,14 @@ import pytest
 from flax import nnx
 
 from lens_jax.config import AlignmentConfig, GRPOConfig
+from lens_jax.models.parameters import PARTS, select
 from lens_jax.models.sam.sam2 import Sam2
 from lens_jax.training.state import (
-    PARTS,
     accumulate,
-    among,
     apply,
     create,
     make_optimizer,
     make_schedule,
-    split,
 )
 from tests import micro
 
@@ -127,14 +125,14 @@ def model(request):
 
 def test_alignment_trains_the_context_module_alone(model):
     everything = names(nnx.state(model))
-    _, trained, frozen = split(model, among(AlignmentConfig().trained))
+    _, trained, frozen = nnx.split(model, select(AlignmentConfig().trained), ...)
     assert names(trained) == {name for name in everything if name.startswith("context/")}
     assert names(trained) | names(frozen) == everything and not names(trained) & names(frozen)
 
 
 def test_grpo_trains_all_but_sams_image_side(model):
     everything = names(nnx.state(model))
-    _, trained, frozen = split(model, among(GRPOConfig().trained))
+    _, trained, frozen = nnx.split(model, select(GRPOConfig().trained), ...)
     assert names(trained) | names(frozen) == everything and not names(trained) & names(frozen)
     matrix = {name for name in everything if name.endswith("positional_encoding_gaussian_matrix")}
     encoder = {name for name in everything if name.startswith("sam/image_encoder/")}
@@ -147,18 +145,18 @@ def test_grpo_trains_all_but_sams_image_side(model):
 
 def test_parts_cover_every_parameter_once(model):
     everything = names(nnx.state(model))
-    parts = [names(split(model, among((part,)))[1]) for part in PARTS]
+    parts = {part: names(nnx.split(model, select((part,)), ...)[1]) for part in PARTS}
     constant = {name for name in everything if name.endswith("positional_encoding_gaussian_matrix")}
-    assert all(parts) and sum(map(len, parts)) == len(everything - constant)
-    assert set().union(*parts) == everything - constant
-    language, encoder = (parts[PARTS.index(name)] for name in ("language", "sam_encoder"))
+    assert all(parts.values()) and sum(map(len, parts.values())) == len(everything - constant)
+    assert set().union(*parts.values()) == everything - constant
+    language, encoder = parts["language"], parts["sam_encoder"]
     assert all(name.startswith("language/") for name in language)
     assert not any("decoder" in name or "prompt" in name for name in encoder)
 
 
 @pytest.mark.parametrize("parts", [*((part,) for part in PARTS), GRPOConfig().trained], ids=str)
 def test_moments_exist_for_trained_parameters_alone(model, parts):
-    _, trained, _ = split(model, among(parts))
+    _, trained, _ = nnx.split(model, select(parts), ...)
     state = jax.eval_shape(lambda p: create(p, adamw()), trained)
     sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (trained, state.moments)]
     counts = sum(x.size for x in jax.tree.leaves(state.moments) if x.ndim == 0)
