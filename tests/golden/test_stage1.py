@@ -9,8 +9,8 @@ from flax import nnx
 
 from lens_jax.config import AlignmentConfig
 from lens_jax.models.inputs import Batch, Targets
+from lens_jax.models.parameters import select
 from lens_jax.training import alignment
-from lens_jax.training.state import among, split
 from tests.golden import support
 
 LOSS, GRADIENT, MASKS, EMBEDDING = 1e-4, 1e-3, 8e-4, 2e-4
@@ -82,7 +82,7 @@ def programs():
 
 
 def run(programs, tag, model, batch):
-    definition, trained, frozen = split(model, among(tag.trained))
+    definition, trained, frozen = nnx.split(model, select(tag.trained), ...)
 
     def program(trained, frozen, batch):
         def loss(params):

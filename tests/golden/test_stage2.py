@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from lens_jax.config import GRPOConfig, RewardsConfig
 from lens_jax.models.inputs import Batch, Targets
 from lens_jax.models.lens import Score, split_policy
+from lens_jax.models.parameters import select
 from lens_jax.models.resample import upsample_logits, valid_pixels
 from lens_jax.rewards import text_rewards
 from lens_jax.rewards.unified import UnifiedReward
@@ -27,12 +28,12 @@ from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import grpo
 from lens_jax.training.advantages import RULES
 from lens_jax.training.losses import KL_ESTIMATES, token_mean
-from lens_jax.training.state import among, create, split
+from lens_jax.training.state import create
 from tests.golden import support, weights
 
 LOGPS, LOSS, GRADIENT, MASKS, KL, REWARD = 4e-4, 1e-4, 1e-3, 8e-4, 1e-3, 2e-3
 BETA = 0.04
-TRAINED = among(GRPOConfig().trained)
+TRAINED = select(GRPOConfig().trained)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def case(golden_dir, golden_weights, golden):
     def make(scheme):
         model = support.lens_model(golden_dir, golden_weights, scheme)
         batch, rollout = inputs(model.config, golden, golden_dir)
-        definition, trained, frozen = split(model, TRAINED)
+        definition, trained, frozen = nnx.split(model, TRAINED, ...)
 
         def run(trained, frozen, batch, rollout, cotangents, through):
             def forward(params):
@@ -275,7 +276,7 @@ def test_whole_update(golden_dir, golden, norms, score, case):
     """The program that training runs, on the tag of the official reasoning recipe."""
     tag, case = "main", case("text")
     past = support.lens_model(golden_dir, weights.reference(golden_dir), "text")
-    definition, trained, frozen = split(case.model, TRAINED)
+    definition, trained, frozen = nnx.split(case.model, TRAINED, ...)
     _, reference, rest = split_policy(past)
     objective = grpo.Objective(beta=BETA)
     update = grpo.make_update(
