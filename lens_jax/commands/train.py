@@ -66,7 +66,7 @@ def train(argv: list[str] | None, stopping: "Stopping") -> int:
     from lens_jax.convert_weights import WeightsError
     from lens_jax.data.sample import SampleError
     from lens_jax.distribution import processes
-    from lens_jax.training import loop, metrics
+    from lens_jax.training import job, metrics, run, setup
 
     converted = Path(config.run_dir) / "start"
 
@@ -78,12 +78,12 @@ def train(argv: list[str] | None, stopping: "Stopping") -> int:
         processes.by_main(lambda: convert(config, converted, stopping))
         return converted
 
-    start = loop.Start(lambda holds: check(config, converted if holds else None), make)
+    start = setup.Start(lambda holds: check(config, converted if holds else None), make)
     try:
         processes.start(config.distributed)
         stopping.alone = jax.process_count() == 1
-        loop.run(config, start, stopping)
-    except loop.Stopped as stop:
+        run.run(config, start, stopping)
+    except job.Stopped as stop:
         if processes.is_main():
             stopping.report(f"{stop}")
         return stopping.code
@@ -93,7 +93,7 @@ def train(argv: list[str] | None, stopping: "Stopping") -> int:
         return processes.leave(cli.complain(error))
     except (
         configuration.ConfigError, SampleError, WeightsError,
-        loop.NotFinite, metrics.RunError, processes.RemoteError,
+        job.NotFinite, metrics.RunError, processes.RemoteError,
     ) as error:  # fmt: skip
         return processes.leave(cli.complain(error))
     except Exception as error:

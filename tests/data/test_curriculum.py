@@ -8,7 +8,7 @@ import pytest
 from lens_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, load, validate
 from lens_jax.data import curriculum
 from lens_jax.data.sources.refcoco import RefCoco
-from lens_jax.training.loop import _train_source
+from lens_jax.training.setup import _train_source
 
 
 class Refs(RefCoco):

@@ -12,7 +12,7 @@ from lens_jax import checkpoints
 from lens_jax import config as configs
 from lens_jax.commands import train
 from lens_jax.distribution import processes
-from lens_jax.training import loop, metrics
+from lens_jax.training import metrics, run
 from tests.launch import runs
 
 STEPS = 40  # more than two processes get to
@@ -65,11 +65,11 @@ def test_all_are_started_with_the_same_configuration(monkeypatch):
     place = configs.DistributedConfig("host:1", 2, 1)
     gathered = []
     monkeypatch.setattr(processes, "gather", lambda mine: [*gathered, mine])
-    loop._agree(config)
+    run._agree(config)
     gathered += [{k: v for k, v in configs.leaves(config).items() if "distributed" not in k}]
-    loop._agree(dataclasses.replace(config, distributed=place))
+    run._agree(dataclasses.replace(config, distributed=place))
     with pytest.raises(configs.ConfigError, match=r"process 1 .* than process 0 \(seed\)"):
-        loop._agree(dataclasses.replace(config, distributed=place, seed=config.seed + 1))
+        run._agree(dataclasses.replace(config, distributed=place, seed=config.seed + 1))
 
 
 @pytest.mark.nightly

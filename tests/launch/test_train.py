@@ -12,7 +12,7 @@ import pytest
 
 from lens_jax import checkpoints, config
 from lens_jax.commands import train
-from lens_jax.training import loop, metrics
+from lens_jax.training import metrics, run_directory, scoring, stages
 from tests.launch import runs
 from tests.launch.runs import arguments
 from tools import export_checkpoint, kill_test
@@ -110,16 +110,16 @@ def test_a_stopped_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, mo
     """Stopped in an evaluation, and after the first step of each stage, by the signal that
     clusters send and by Ctrl-C."""
     directory = tmp_path / "stopped"
-    write, evaluate = metrics.StageLog.write, loop.evaluate
+    write, evaluate = metrics.StageLog.write, scoring.evaluate
 
     def evaluate_and_stop(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(loop, "evaluate", evaluate_and_stop)
+    monkeypatch.setattr(scoring, "evaluate", evaluate_and_stop)
     assert train.main(arguments(checkpoint, data_dir, directory)) == 0
     assert not (directory / "evaluation.json").exists() and not metrics.read(directory)
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(scoring, "evaluate", evaluate)
 
     sent = {"alignment": (signal.SIGTERM, 0, 2), "grpo": (signal.SIGINT, 130, 3)}
 
@@ -143,8 +143,8 @@ def test_a_stopped_run_goes_on_exactly(whole, checkpoint, data_dir, tmp_path, mo
     # A row that a killed process wrote after its last checkpoint is written anew.
     (directory / "metrics.jsonl").open("a").write('{"stage": "grpo", "step": 2}\n')
     monkeypatch.setattr(metrics.StageLog, "write", write)
-    replaced, vacate = [], loop.vacate
-    monkeypatch.setattr(loop, "vacate", lambda state: [replaced.append(state), vacate(state)][1])
+    replaced, vacate = [], stages.vacate
+    monkeypatch.setattr(stages, "vacate", lambda state: [replaced.append(state), vacate(state)][1])
     assert train.main(arguments(checkpoint, data_dir, directory)) == 0
     goes_on = f"{directory}: goes on at grpo step 1 of 3, from {place}"
     assert [x for x in capfd.readouterr().out.splitlines() if "goes on" in x] == [goes_on]
@@ -303,15 +303,15 @@ def test_a_refused_start_leaves_nothing(checkpoint, data_dir, tmp_path, refused)
 def test_begun_anew_before_the_first_update(tmp_path):
     """With other flags: what they replace is removed, and what a step has trained is not."""
     old, new = (config.RunConfig(run_dir=str(tmp_path), seed=seed) for seed in (1, 2))
-    loop._claim(tmp_path, old, loop._inspect(tmp_path, old))
+    run_directory.claim(tmp_path, old, run_directory.inspect(tmp_path, old))
     (tmp_path / "start").mkdir()
     (tmp_path / "evaluation.json").write_text('{"before": {"giou": 1}}')
-    found = loop._inspect(tmp_path, new)
+    found = run_directory.inspect(tmp_path, new)
     assert found == {"finished": False, "begun": False, "changed": ["seed"], "reconvert": True}
     assert (tmp_path / "start").exists()
-    loop._claim(tmp_path, new, found)
+    run_directory.claim(tmp_path, new, found)
     assert not (tmp_path / "start").exists() and not (tmp_path / "evaluation.json").exists()
     assert config.read_yaml(tmp_path / "config.yaml") == new
     (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics.row("alignment", 1, {})) + "\n")
     with pytest.raises(config.ConfigError, match=r"another configuration \(seed\)"):
-        loop._inspect(tmp_path, old)
+        run_directory.inspect(tmp_path, old)

@@ -15,7 +15,7 @@ from lens_jax.config import AlignmentConfig, CheckpointConfig, ConfigError, Data
 from lens_jax.data.pipeline import Buckets, Processor
 from lens_jax.data.sample import Sample, SampleError
 from lens_jax.distribution import sharding
-from lens_jax.training import loop, metrics
+from lens_jax.training import metrics, run_directory, stages
 from lens_jax.training.state import TrainState
 from lens_jax.training.stopping import Stopping
 from tests.training.stages import TOKENIZER
@@ -60,7 +60,7 @@ def train(processor, directory, source, steps, **data):
     def step(state, batch):
         return state, {"loss": 1.0, "skipped_updates": 0}
 
-    loop._train(job, "alignment", settings, state, step, lambda _: 0.0, first_sample=0)
+    stages.train(job, "alignment", settings, state, step, lambda _: 0.0, first_sample=0)
     return metrics.read(directory)
 
 
@@ -159,13 +159,13 @@ def test_other_steps(taken, asked, says, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if says:
         with pytest.raises(ConfigError, match=says) as error:
-            loop._inspect(tmp_path, config(**asked))
+            run_directory.inspect(tmp_path, config(**asked))
         assert "\n" not in str(error.value)
     else:
-        found = loop._inspect(tmp_path, config(**asked))
+        found = run_directory.inspect(tmp_path, config(**asked))
         assert not found["finished"] and found["begun"] == bool(taken)
         assert set(found["changed"]) == asked.keys() - fixed.keys()
     if "seed" in asked and says:
         (tmp_path / "report.html").touch()
         with pytest.raises(ConfigError, match=r"start from .* --seed 1 --grpo\.steps 3 --al"):
-            loop._inspect(tmp_path, config(**asked))
+            run_directory.inspect(tmp_path, config(**asked))

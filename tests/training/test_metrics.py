@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from lens_jax.config import ConfigError
-from lens_jax.training import loop, metrics
+from lens_jax.training import metrics, stages
 from lens_jax.training.metrics import METRICS, RunError, StageLog
 
 
@@ -65,11 +65,11 @@ def test_the_end_of_the_first_stage_again_leaves_the_second(tmp_path):
 def test_a_stage_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path):
     """As with another checkpoint.directory; a kill before the first checkpoint is no such case."""
     write(tmp_path, "grpo", 1, 8)
-    loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
-    loop._refuse_to_forget(tmp_path, "alignment", "elsewhere", every=1)
+    stages.refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
+    stages.refuse_to_forget(tmp_path, "alignment", "elsewhere", every=1)
     write(tmp_path, "grpo", 9, 9)
     with pytest.raises(ConfigError, match="has logged 9 steps of grpo, and elsewhere holds no"):
-        loop._refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
+        stages.refuse_to_forget(tmp_path, "grpo", "elsewhere", every=4)
 
 
 @pytest.mark.parametrize("line", [b"{", b"[1]", b'{"step": 1}', b'{"stage": "grpo"}', b"\xff"])
