@@ -5,12 +5,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
   $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help train test lint
+.PHONY: help train test test-compiled lint
 
 help:
-	@echo 'make train  trains and evaluates the tiny model (configs/tiny.yaml, 10 minutes): runs/tiny/report.html'
-	@echo 'make test   runs the tests'
-	@echo 'make lint   checks style'
+	@echo 'make train          trains and evaluates the tiny model (configs/tiny.yaml, 10 minutes): runs/tiny/report.html'
+	@echo 'make test           runs the tests'
+	@echo 'make test-compiled  runs those that compile for TPUs or have published sizes'
+	@echo 'make lint           checks style'
 	@echo
 	@echo 'Each installs what it needs into .venv first. ARGS="--grpo.steps 3" goes on to the command;'
 	@echo 'PYTHON=python3.12 names another Python; CONSTRAINTS= takes the newest packages, not the tested.'
@@ -20,6 +21,9 @@ train: .venv/.train
 
 test: .venv/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+test-compiled: .venv/.test
+	$(BIN)/python -m pytest -m compiled $(ARGS)
 
 lint: .venv/.test
 	$(BIN)/ruff check

@@ -58,6 +58,7 @@ def test_between_slices_lies_data_alone():
         sharding.make_mesh(MeshConfig(fsdp=8), devices)
 
 
+@pytest.mark.compiled
 def test_between_slices_travel_sums_of_gradients_in_parts():
     """Weights are gathered within each slice; of their gradient a chip sends what it keeps."""
     mesh = sharding.make_mesh(MeshConfig(), tpu.devices("v5e:2x2", slices=2))

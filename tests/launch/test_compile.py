@@ -92,6 +92,7 @@ def policy_bytes(shapes: LensConfig, itemsize: int) -> int:
     return itemsize * sum(math.prod(x.shape) for x in leaves)
 
 
+@pytest.mark.compiled
 def test_report(compiled):
     report, _ = compiled
     assert (report["topology"], report["chips"], report["fits"]) == ("v5e:2x2", CHIPS, True)
@@ -108,6 +109,7 @@ def test_report(compiled):
     assert flops["grpo.relayout"] == 0 < flops["grpo.rollout"] < flops[f"grpo.update[{TOKENS}]"]
 
 
+@pytest.mark.compiled
 def test_what_lies_on_a_chip(compiled, shapes):
     """Parameters and moments in parts, the reference too, the copy for sampling whole."""
     _, rollout, update = compiled[0]["programs"]
@@ -125,6 +127,7 @@ def test_what_lies_on_a_chip(compiled, shapes):
     assert rollout["resident"]["caches"] == rows * tokens * per_token
 
 
+@pytest.mark.compiled
 def test_every_parameter_lies_there_once(shapes):
     """Beside a re-layout, too, which reads trained and frozen ones."""
     run = RUN | {"model.mllm": "x", "model.sam": "x", "grpo.trained": "[visual, context]"}
@@ -139,6 +142,7 @@ def test_every_parameter_lies_there_once(shapes):
     assert slices.bytes_per_chip(held) == pytest.approx(whole, rel=1e-6)  # constants besides
 
 
+@pytest.mark.compiled
 def test_relayout_gathers_once(compiled, shapes):
     """In 16 bits: the conversion comes before the way."""
     relayout = compiled[0]["programs"][0]
@@ -147,10 +151,12 @@ def test_relayout_gathers_once(compiled, shapes):
     assert relayout["collective_bytes_per_chip"] > 0.8 * policy_bytes(shapes, 2)
 
 
+@pytest.mark.compiled
 def test_sampling_needs_no_other_chip(compiled):
     assert module(compiled, "grpo.rollout").collectives() == []
 
 
+@pytest.mark.compiled
 def test_update_gathers_layer_by_layer(compiled, shapes):
     """No program ever holds all layers of a matrix."""
     program = module(compiled, f"grpo.update[{TOKENS}]")
@@ -171,6 +177,7 @@ def test_update_gathers_layer_by_layer(compiled, shapes):
     assert found and not whole & found
 
 
+@pytest.mark.compiled
 def test_update_moves_weights_and_gradients_alone(compiled, shapes):
     """For each portion those that train at most twice, the others once, the gradients in parts."""
     _, _, update = compiled[0]["programs"]
@@ -221,6 +228,7 @@ def test_evaluation(shapes):
     assert rows["write"].resident["caches"] > 0
 
 
+@pytest.mark.compiled
 def test_what_does_not_fit_says_what_to_change():
     (chip, *_) = devices()
     place = jax.sharding.SingleDeviceSharding(chip)

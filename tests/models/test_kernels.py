@@ -291,6 +291,7 @@ def shapes(batch, length, heads, kv_heads, head_dim):
     return *tokens[:3], of(dtype=bool), tokens[3]
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("method", "inputs"),
     [
@@ -312,6 +313,7 @@ def test_compiled(method, inputs):
     assert length < 1000 or compiled.memory_analysis().temp_size_in_bytes < scores / 4
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(("remat", "calls"), [("none", 3), ("dots", 3), ("full", 4)])
 def test_what_is_computed_again(remat, calls):
     """In a stack of layers `dots` keeps what the forward kernel wrote, `full` runs it twice."""
@@ -334,6 +336,7 @@ def test_what_is_computed_again(remat, calls):
     assert compiled.as_text().count("tpu_custom_call") == calls
 
 
+@pytest.mark.compiled
 def test_compiled_for_a_mesh():
     """Each chip attends to its rows and heads, without a word to the others."""
     mesh = mesh_of(1, 2, 2, devices=tpu.devices())
@@ -351,6 +354,7 @@ def test_compiled_for_a_mesh():
     assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "permute"))
 
 
+@pytest.mark.compiled
 def test_one_chip_within_an_update():
     """An update's shard_map leaves `tensor` out, which Pallas refuses unless it is added."""
     mesh = mesh_of(1, 1, 1, devices=tpu.devices()[:1])

@@ -165,6 +165,7 @@ def parameters(mllm: QwenVLConfig) -> int:
     return sum(int(np.prod(x.shape)) for part in parts for x in jax.tree.leaves(nnx.state(part)))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("size", SIZES)
 def test_published_shapes(size):
     hidden, mlp, layers, heads, kv_heads, vocabulary, tied, vision_mlp, count = SIZES[size]
@@ -243,6 +244,7 @@ def published_qwen2(size):
     )
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("size", QWEN2_SIZES)
 def test_published_shapes_of_qwen2(size):
     mllm = QwenVLConfig.from_hf(published_qwen2(size))
@@ -254,6 +256,7 @@ def test_published_shapes_of_qwen2(size):
     assert mllm == PRESETS.get(f"Qwen2-VL-{size}-Instruct", mllm)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("size", ["2B", "7B"])
 def test_the_table_is_the_published_model(size):
     """Names and shapes of transformers' own model."""

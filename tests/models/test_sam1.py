@@ -188,6 +188,7 @@ def test_bfloat16_stays_near_float32(pair):
 PUBLISHED = {"vit_b": 93_735_472, "vit_l": 312_342_832, "vit_h": 641_090_608}
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     config = SAM_PRESETS[name]

@@ -305,6 +305,7 @@ def abstract(config: Sam2Config) -> dict:
 
 
 # Millions of parameters that Meta publishes, and those of the parts an image model leaves out.
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     "name, published", [("tiny", 38.9), ("small", 46.0), ("base_plus", 80.8), ("large", 224.4)]
 )

@@ -17,6 +17,8 @@ from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import PRESETS
 from lens_jax.models.sam.config import PRESETS as SAM2
 
+pytestmark = pytest.mark.compiled
+
 ROOT = Path(__file__).parents[2]
 SHAPES = LensConfig(PRESETS["Qwen2.5-VL-3B-Instruct"], SAM2["large"])
 CHIPS, PROMPTS, GROUP = 4, 8, 8  # PROMPTS on each chip

@@ -164,6 +164,7 @@ def test_all_errors_come_at_once():
     assert [e.target for e in plan.entries] == ["x/a", "x/b", "c", "unused/spare/x"]
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("size", ["tiny", "large"])
 def test_the_table_covers_published_sizes(size):
     """Shapes of LENS-3B: one entry for every parameter, none left over."""
