@@ -7,7 +7,7 @@ libtpu, whose compiler runs on any machine; nothing is executed, and no time is 
     python benchmarks/attention.py --chip v5e --rows 4 --json attention.json
 """
 
-import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,9 +23,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks import common
+from benchmarks import common, frame
 from lens_jax.flags import PositiveInt
 from lens_jax.models.attention import Attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    size: common.SizeName = "3b"
+    """Of the model."""
+    chip: frame.Chip = "v5e"
+    """Compiled for this TPU."""
+    rows: PositiveInt = 4
+    """Prompts on a chip."""
+    json: Path | None = None
+    """File for {name: {ours, theirs, ratio, unit}}."""
 
 
 def cases(size: common.Size) -> Iterator[tuple[str, Any, tuple[int, int, int, int], bool]]:
@@ -70,8 +82,8 @@ def compile_one(attention: Attention, method, shape, gradients: bool, rows: int,
     return jax.jit(pull).lower(*parts, valid, parts[0]).compile()
 
 
-def benchmark(options: argparse.Namespace) -> None:
-    device = common.chip(options.chip, options.size)
+def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
+    device = frame.chip(options.chip, options.size)
     rows = {}
     for name, *case in cases(common.SIZES[options.size]):
         ours, theirs = (
@@ -83,17 +95,13 @@ def benchmark(options: argparse.Namespace) -> None:
             "operands and results": lambda x: x.cost_analysis()["bytes accessed"],
         }.items():
             a, b = read(ours) / 1e6, read(theirs) / 1e6
-            rows[f"{name}: {what}"] = common.Comparison(a, b, b / max(a, 1e-6), "MB")
+            rows[f"{name}: {what}"] = frame.Comparison(a, b, b / max(a, 1e-6), "MB")
     title = f"splash (ours) against XLA (theirs), {options.rows} rows, one layer, {options.chip}"
-    common.report(title, rows, options.json)
+    return title, rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = common.flags(__doc__)
-    flags.add_argument("--size", choices=common.SIZES, default="3b", help="Of the model.")
-    flags.add_argument("--chip", choices=common.CHIPS, default="v5e", help="Compiled for this TPU.")
-    flags.add_argument("--rows", type=PositiveInt, default=4, help="Prompts on a chip.")
-    return common.run(benchmark, flags, argv)
+    return frame.run(measure, Options, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,24 @@
-"""What the benchmarks share: sizes, random weights and inputs, timing side by side, the report."""
+"""Sizes of the benchmarks, with random weights and inputs for them."""
 
-import argparse
 import dataclasses
-import json
-import os
-import statistics
-import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import topologies
 from jaxtyping import Float
 
-from lens_jax.commands import cli
 from lens_jax.data.images import arrange_windows, window_layout
 from lens_jax.data.prompts import rope_positions
-from lens_jax.flags import Flags, PositiveInt, UsageError, from_doc
 from lens_jax.models.inputs import Prompts, Targets
 from lens_jax.models.lens import LensConfig, LensModel, abstract
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.sam.config import Sam2Config
 
 SizeName = Literal["tiny", "small", "3b"]
-Device = Literal["cpu", "gpu"]
-# Kinds of TPU that can be compiled for, each with its smallest slice.
-CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,74 +194,20 @@ class Inputs:
     targets: Targets
 
 
-def flags(doc: str) -> Flags:
-    """The parser of a benchmark with this docstring, with the flag that all have: --json."""
-    parser = Flags(**from_doc(doc))
-    parser.add_argument("--json", type=Path, help="File for {name: {ours, theirs, ratio, unit}}.")
-    return parser
+def random_model(
+    size: Size, *, seed: int = 0, context_positions: str = "mrope", weights: Any = None
+) -> LensModel:
+    """A model of this size that computes in the size's dtype, with random weights.
 
+    Args:
+        weights: their dtype, by default the size's.
+    """
+    model = abstract(size.config(context_positions), dtype=size.dtype)
 
-def parser(doc: str, *, repeats: int) -> Flags:
-    """The flags of most benchmarks: --size, --device, --repeats, --json."""
-    parser = flags(doc)
-    parser.add_argument("--size", choices=SIZES, default="small", help="Of model and inputs.")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="Where ours runs.")
-    parser.add_argument(
-        "--repeats", type=PositiveInt, default=repeats, help="Rounds of both sides."
-    )
-    return parser
-
-
-def run(
-    benchmark: Callable[[argparse.Namespace], None], parser: Flags, argv: Sequence[str] | None
-) -> int:
-    """Calls a benchmark with its flags; returns the exit code, 2 after a mistake."""
-
-    def checked(options: argparse.Namespace) -> None:
-        if options.json is not None:  # before minutes are spent on what could not be written
-            cli.check_writable(options.json)
-        try:
-            benchmark(options)
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                f"{error.name} is not installed, which this benchmark needs: pip install -e "
-                '".[test]" has it'
-            ) from error
-
-    return cli.run_flags(checked, parser, argv)
-
-
-def use(device: Device, size: SizeName) -> None:
-    """Chooses JAX's platform, before anything is computed, and says so."""
-    # Otherwise an installed libtpu looks for its chips first.
-    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
-    try:
-        cli.announce(f"size {size}", jnp.dtype(SIZES[size].dtype).name)
-    except (RuntimeError, AssertionError) as error:  # JAX's, where it finds no such device
-        raise UsageError(f"--device {device}: JAX finds none on this machine") from error
-
-
-def chip(name: str, size: SizeName) -> jax.Device:
-    """A TPU of this kind to compile for. None need be there, only libtpu."""
-    use("cpu", size)
-    # libtpu reads these when it is loaded: nothing to ask about, and not the only process.
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[name]).devices[0]
-
-
-def parameters(model: LensModel, seed: int = 0, dtype: Any = jnp.float32) -> nnx.State:
-    """Random parameters for a model of shapes, drawn by numpy, which compiles nothing."""
-
-    def draw(path, x):
+    def draw(path, x):  # by numpy, which compiles nothing
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-        values = np.random.default_rng((seed, zlib.crc32(name.encode()))).standard_normal(
-            x.shape, np.float32
-        )
+        rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
+        values = rng.standard_normal(x.shape, np.float32)
         kind = name.rpartition("/")[2]
         if kind == "scale":
             values = 1 + 0.1 * values
@@ -281,16 +215,9 @@ def parameters(model: LensModel, seed: int = 0, dtype: Any = jnp.float32) -> nnx
             values *= x.shape[-2] ** -0.5
         else:
             values *= 0.05
-        return jnp.asarray(values, dtype)
+        return jnp.asarray(values, weights or size.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, nnx.state(model))
-
-
-def random_model(size: Size, seed: int = 0, dtype: Any = None) -> LensModel:
-    """A model of this size with random weights; computes in `dtype`, by default the size's."""
-    dtype = size.dtype if dtype is None else dtype
-    model = abstract(size.config(), dtype=dtype)
-    nnx.update(model, parameters(model, seed, dtype))
+    nnx.update(model, jax.tree_util.tree_map_with_path(draw, nnx.state(model)))
     return model
 
 
@@ -369,51 +296,3 @@ def _targets(size: Size, b: int, units: tuple[int, int], rng: np.random.Generato
         answer=rng.integers(0, 100, (b, size.completion)).astype(np.int32),
         answer_length=np.full(b, size.completion, np.int32),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """One line of a table; `ratio` above 1 is in our favour."""
-
-    ours: float
-    theirs: float
-    ratio: float
-    unit: str
-
-
-def interleaved(
-    sides: Mapping[str, Callable[[], Any]], repeats: int
-) -> dict[str, Float[np.ndarray, "repeats"]]:
-    """Seconds of each side, called in turn `repeats` times after one call that does not count.
-
-    A neighbour's load thus falls on all sides alike.
-    """
-    for side in sides.values():
-        jax.block_until_ready(side())
-    seconds = {name: np.empty(repeats) for name in sides}
-    for i in range(repeats):
-        for name, side in sides.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(side())
-            seconds[name][i] = time.perf_counter() - begin
-    return seconds
-
-
-def faster(
-    ours: Float[np.ndarray, "repeats"], theirs: Float[np.ndarray, "repeats"], unit: str = "s"
-) -> Comparison:
-    """Medians of interleaved seconds; the ratio is the median of the rounds' own ratios."""
-    medians = statistics.median(ours), statistics.median(theirs)
-    return Comparison(*medians, ratio=statistics.median(theirs / ours), unit=unit)
-
-
-def report(title: str, rows: Mapping[str, Comparison], file: Path | None) -> None:
-    """Prints a table; writes `{name: {ours, theirs, ratio, unit}}` to `file`."""
-    width = max(map(len, rows))
-    print(f"\n{title}\n{'':{width}}  {'ours':>12}  {'theirs':>12}  {'ratio':>7}  unit")
-    for name, row in rows.items():
-        print(f"{name:{width}}  {row.ours:12.5g}  {row.theirs:12.5g}  {row.ratio:7.2f}  {row.unit}")
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        values = {name: dataclasses.asdict(row) for name, row in rows.items()}
-        file.write_text(json.dumps(values, indent=2) + "\n")

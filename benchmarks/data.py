@@ -8,8 +8,8 @@ runs on one core, without threads.
     python benchmarks/data.py --size small --json data.json
 """
 
-import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -26,18 +26,24 @@ from lens_jax import interpreter  # noqa: F401
 import numpy as np
 from PIL import Image
 
-from benchmarks import common
+from benchmarks import common, frame
 from lens_jax.data import images
 from lens_jax.data.pipeline import Buckets, Pipeline, Processor
 from lens_jax.data.prompts import IMAGE_TOKEN, Templates
 from lens_jax.data.sample import Sample, Source
 from lens_jax.data.sources import open_source
+from lens_jax.flags import PositiveInt
 from lens_jax.preparation import shapes
 
 QWEN = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny" / "qwen2_5_vl"
 WIDTH, HEIGHT = 640, 480
 SAMPLES, BATCH = 32, 8  # of one round; of one batch
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(frame.Options):
+    repeats: PositiveInt = 7
 
 
 def write_pictures(directory: Path, scenes: int = 32) -> None:
@@ -114,7 +120,7 @@ def agree(processor: Processor, official: OfficialDataset) -> None:
     }
     for name, values in pairs.items():
         if values.shape != theirs[name].shape or not np.allclose(values, theirs[name], atol=1e-5):
-            raise SystemExit(f"error: {name} differ between the sides; nothing is timed")
+            frame.stop(f"{name} differ between the sides")
     print(f"the same sample: {len(patches)} patches, {len(ours.prompt.tokens)} tokens")
 
 
@@ -158,22 +164,18 @@ def sides(size: common.Size, directory: Path) -> dict[str, Callable[[], None]]:
     return {"ours": ours, "theirs": theirs}
 
 
-def benchmark(options: argparse.Namespace) -> None:
+def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
     with tempfile.TemporaryDirectory() as directory, one_core():
         write_pictures(Path(directory))
-        seconds = common.interleaved(
-            sides(common.SIZES[options.size], Path(directory)), options.repeats
-        )
-    row = common.faster(**seconds)
-    rate = common.Comparison(
-        SAMPLES / row.ours, SAMPLES / row.theirs, row.ratio, "samples/s on a core"
-    )
-    title = f"preparing samples, {WIDTH} x {HEIGHT} pixels, size {options.size}"
-    common.report(title, {"pipeline": rate}, options.json)
+        both = sides(common.SIZES[options.size], Path(directory))
+        row = frame.compare(**both, repeats=options.repeats)
+    rates = SAMPLES / row.ours, SAMPLES / row.theirs
+    rows = {"pipeline": frame.Comparison(*rates, row.ratio, "samples/s on a core")}
+    return f"preparing samples, {WIDTH} x {HEIGHT} pixels, size {options.size}", rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return common.run(benchmark, common.parser(__doc__, repeats=7), argv)
+    return frame.run(measure, Options, argv, __doc__)
 
 
 if __name__ == "__main__":

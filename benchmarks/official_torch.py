@@ -60,8 +60,8 @@ class OfficialUpdate:
         self.precision = (
             torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext()
         )
-        tensors = _official(config, params)
-        self.qwen = self._place(_qwen(size, tensors, attention))
+        tensors = official_tensors(config, params)
+        self.qwen = self._place(load_qwen(size, tensors, attention))
         self.sam = self._place(_sam(config, tensors, attention))
         self.context = {
             name: torch.nn.Parameter(torch.from_numpy(x).to(self.device))
@@ -69,7 +69,9 @@ class OfficialUpdate:
             if name.startswith(PREFIXES)
         }
         del tensors
-        self.reference = self._place(_qwen(size, _official(config, reference), attention))
+        self.reference = self._place(
+            load_qwen(size, official_tensors(config, reference), attention)
+        )
         self.reference.requires_grad_(False)
         if half:
             self.reference.to(torch.bfloat16)
@@ -219,7 +221,7 @@ class OfficialUpdate:
         return model.to(self.device).train()
 
 
-def _official(config: LensConfig, params: nnx.State) -> dict[str, np.ndarray]:
+def official_tensors(config: LensConfig, params: nnx.State) -> dict[str, np.ndarray]:
     """Our parameters under their official names; of a part of them, that part."""
     flat = dict(checkpoints.unstack(nnx.to_pure_dict(params)))
     return {
@@ -229,9 +231,16 @@ def _official(config: LensConfig, params: nnx.State) -> dict[str, np.ndarray]:
     }
 
 
-def _qwen(size: Size, tensors: Mapping[str, np.ndarray], attention: str) -> torch.nn.Module:
+def load_qwen(
+    size: Size,
+    tensors: Mapping[str, np.ndarray],
+    attention: str | None = None,
+    dtype: str = "float32",
+) -> torch.nn.Module:
+    """A Qwen2.5-VL of transformers with those of `tensors` that are its own."""
     own = {name: x for name, x in tensors.items() if name.startswith(qwen_vl.PREFIXES)}
-    return _load(transformers.Qwen2_5_VLForConditionalGeneration, size.qwen, own, attention)
+    model_class = transformers.Qwen2_5_VLForConditionalGeneration
+    return _load(model_class, size.qwen, own, attention, dtype)
 
 
 def _sam(config: LensConfig, tensors: Mapping[str, np.ndarray], attention: str) -> torch.nn.Module:
@@ -247,13 +256,17 @@ def _sam(config: LensConfig, tensors: Mapping[str, np.ndarray], attention: str) 
 
 
 def _load(
-    model_class: Any, hf: Mapping[str, Any], tensors: Mapping[str, np.ndarray], attention: str
+    model_class: Any,
+    hf: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    attention: str | None,
+    dtype: str = "float32",
 ) -> torch.nn.Module:
     model, info = model_class.from_pretrained(
         None,
         config=transformers.AutoConfig.for_model(**hf),
         state_dict={name: torch.from_numpy(x) for name, x in tensors.items()},
-        dtype=torch.float32,
+        dtype=getattr(torch, dtype),
         attn_implementation=attention,
         output_loading_info=True,
     )

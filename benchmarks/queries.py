@@ -6,7 +6,6 @@ picture, prompt and completion once more, as every scheme but `mrope` has to.
     python benchmarks/queries.py --size small --device cpu --json queries.json
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import common
+from benchmarks import common, frame
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensModel
 from lens_jax.rollout.sampler import generate
@@ -77,31 +76,26 @@ def agree(ours: jax.Array, theirs: jax.Array, exact: bool) -> None:
     error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     print(f"largest difference: {error:.1e} of the largest value")
     if exact and error > 1e-3:
-        raise SystemExit("error: the sides read different things; nothing is timed")
+        frame.stop("the sides read different things")
 
 
-def benchmark(options: argparse.Namespace) -> None:
-    common.use(options.device, options.size)
-    size = common.SIZES[options.size]
-    exact = size.dtype == jnp.float32
-    model = common.random_model(size)
-    prompts = common.random_inputs(size, rows=ROWS).prompts
+def measure(options: frame.Options) -> tuple[str, dict[str, frame.Comparison]]:
     rows = {}
-    with jax.default_matmul_precision("highest" if exact else "default"):
+    with frame.on_device(options) as size:
+        model = common.random_model(size)
+        prompts = common.random_inputs(size, rows=ROWS).prompts
         for tokens in (size.completion, size.reasoning):
             alone, whole = sides(model, prompts, tokens)
-            agree(*(np.asarray(side(), np.float32) for side in alone.values()), exact)
+            values = (np.asarray(side(), np.float32) for side in alone.values())
+            agree(*values, exact=size.dtype == jnp.float32)
             name = f"{ROWS} x {size.prompt} + {tokens}"
             for part, both in (("queries alone", alone), ("from the picture on", whole)):
-                seconds = common.interleaved(both, options.repeats)
-                rows[f"{name}, {part}"] = common.faster(**seconds)
-    precision = jnp.dtype(size.dtype).name
-    title = f"queries after a rollout, size {options.size}, {precision}, {options.device}"
-    common.report(title, rows, options.json)
+                rows[f"{name}, {part}"] = frame.compare(**both, repeats=options.repeats)
+    return f"queries after a rollout, {frame.setting(options)}", rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return common.run(benchmark, common.parser(__doc__, repeats=5), argv)
+    return frame.run(measure, frame.Options, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ timed, but the bytes that they move are counted.
     python benchmarks/rewards.py --chip v5e
 """
 
-import argparse
+import dataclasses
 import random
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Int
 
-from benchmarks import common, update
+from benchmarks import common, frame, update
 from benchmarks.official_text import expected
 from lens_jax.aot import hlo
 from lens_jax.data.processor_files import read_tokenizer
+from lens_jax.flags import PositiveInt
 from lens_jax.models.inputs import Batch
-from lens_jax.models.lens import abstract, split_policy
+from lens_jax.models.lens import split_policy
 from lens_jax.preparation.shapes import all_sentences
 from lens_jax.rewards import text_rewards
 from lens_jax.rewards.sentence import TextRewards
@@ -45,6 +47,13 @@ TOKENIZER = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny" / "qwen
 SHAPES = {"tiny": (16, 192), "small": (512, 768), "3b": (512, 768)}  # completions, tokens of each
 
 Arguments = tuple[Int[np.ndarray, "N T"], Int[np.ndarray, "N"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(frame.Options):
+    repeats: PositiveInt = 9
+    chip: frame.Chip | None = None
+    """Compile for this TPU instead."""
 
 
 def thoughts(encode: Callable[[str], list[int]], count: int, tokens: int) -> Arguments:
@@ -99,7 +108,7 @@ def agree(ours: TextRewards, theirs: TextRewards) -> None:
     ours, theirs = jax.device_get((ours, theirs))
     for name, values in theirs.items():
         if not np.array_equal(ours[name], values):
-            raise SystemExit(f"error: {name} differs between the sides; nothing is timed")
+            frame.stop(f"{name} differs between the sides")
     counts = {name: int(values.sum()) for name, values in theirs.items() if name != "box"}
     print(f"of {len(theirs['box'])} completions:", *(f"{n} {name}," for name, n in counts.items()))
 
@@ -110,15 +119,14 @@ def one_update(size: common.Size) -> Callable[[], Any]:
     inputs, rollout = common.random_inputs(size), update.random_rollout(size, size.completion)
     earned = np.random.default_rng(2).random(rollout.lengths.shape, np.float32)
     program = update.updates(config, size.dtype, update.given(earned))
-    model = abstract(config, dtype=size.dtype)
-    nnx.update(model, common.parameters(model))
+    model = common.random_model(size, weights=np.float32)
     _, trained, frozen = nnx.split(model, select(update.GRPOConfig().trained), ...)
     reference = jax.tree.map(lambda x: x.astype(size.dtype), split_policy(model)[1])
     batch = Batch(inputs.prompts, inputs.targets, np.arange(size.groups, dtype=np.int32))
     return update.JaxSide(program.ours, trained, frozen, reference, batch, rollout).step
 
 
-def measure(size: common.SizeName, repeats: int) -> dict[str, common.Comparison]:
+def against_host(options: Options) -> dict[str, frame.Comparison]:
     """Rows of the table."""
     tokenizer = read_tokenizer(TOKENIZER)[0]
 
@@ -127,32 +135,26 @@ def measure(size: common.SizeName, repeats: int) -> dict[str, common.Comparison]
 
     score = jax.jit(text_rewards(tokenizer))
     rows = {}
-    count, tokens = SHAPES[size]
-    for name, make in {"thoughts": thoughts, "digits and brackets": digits}.items():
-        arguments = jax.device_put(make(encode, count, tokens))
-        sides = {
-            "ours": lambda arguments=arguments: score(*arguments),
-            "theirs": lambda arguments=arguments: on_host(tokenizer, *arguments),
-        }
-        agree(*(side() for side in sides.values()))
-        seconds = common.interleaved(sides, repeats)
-        rows[f"{count} x {tokens} tokens, {name}"] = common.faster(**seconds)
-
-    model = common.SIZES[size]
-    arguments = jax.device_put(thoughts(encode, model.groups * model.group, model.reasoning))
-    with jax.default_matmul_precision("highest" if size != "3b" else "default"):
-        seconds = common.interleaved(
-            {"ours": lambda: score(*arguments), "theirs": one_update(model)}, repeats
-        )
-    share = f"{model.groups} x {model.group} x {model.reasoning} tokens, and an update"
-    return rows | {share: common.faster(**seconds)}
+    count, tokens = SHAPES[options.size]
+    with frame.on_device(options) as size:
+        for name, make in {"thoughts": thoughts, "digits and brackets": digits}.items():
+            arguments = jax.device_put(make(encode, count, tokens))
+            ours, theirs = partial(score, *arguments), partial(on_host, tokenizer, *arguments)
+            agree(ours(), theirs())
+            name = f"{count} x {tokens} tokens, {name}"
+            rows[name] = frame.compare(ours, theirs, options.repeats)
+        shape = size.groups, size.group, size.reasoning
+        arguments = jax.device_put(thoughts(encode, size.groups * size.group, size.reasoning))
+        name = " x ".join(map(str, shape)) + " tokens, and an update"
+        rows[name] = frame.compare(partial(score, *arguments), one_update(size), options.repeats)
+    return rows
 
 
 def compiled(chip: str, size: common.SizeName) -> None:
     """Prints what the rewards move on a TPU of this kind."""
     count, tokens = SHAPES[size]
     score = text_rewards(read_tokenizer(TOKENIZER)[0])
-    place = SingleDeviceSharding(common.chip(chip, size))
+    place = SingleDeviceSharding(frame.chip(chip, size))
     shapes = (
         jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
         for shape in [(count, tokens), (count,)]
@@ -166,22 +168,16 @@ def compiled(chip: str, size: common.SizeName) -> None:
     print(f"  if every token counts: {most:8.2f} bytes a token, the most there can be")
 
 
-def benchmark(options: argparse.Namespace) -> None:
+def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
     if options.chip:
-        return compiled(options.chip, options.size)
-    common.use(options.device, options.size)
-    rows = measure(options.size, options.repeats)
-    common.report(
-        f"text rewards on the device (ours) and on the host, size {options.size}, {options.device}",
-        rows,
-        options.json,
-    )
+        compiled(options.chip, options.size)
+        return "", {}
+    title = f"text rewards on the device (ours) and on the host, {frame.setting(options)}"
+    return title, against_host(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = common.parser(__doc__, repeats=9)
-    flags.add_argument("--chip", choices=common.CHIPS, help="Compile for this TPU instead.")
-    return common.run(benchmark, flags, argv)
+    return frame.run(measure, Options, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ no end token shortens either side.
     python benchmarks/rollout.py --size small --device cpu --json rollout.json
 """
 
-import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,9 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from benchmarks import common
-from lens_jax import checkpoints
-from lens_jax.convert_weights.qwen_vl import table
+from benchmarks import common, frame
 from lens_jax.models.lens import LensModel, split_policy
 from lens_jax.rollout.sampler import rollout
 from lens_jax.rollout.sampling import GREEDY
@@ -88,7 +84,11 @@ def in_torch(model: LensModel, size: common.Size, case: Case, device: str) -> Ca
     """transformers' generate on left-padded rows, each prompt G times: tokens [B * G, T]."""
     import torch
 
-    theirs = transformers_model(model, size).to(device)
+    from benchmarks.official_torch import load_qwen, official_tensors
+
+    tensors = official_tensors(model.config, split_policy(model)[1])
+    theirs = load_qwen(size, tensors, dtype=jnp.dtype(size.dtype).name).to(device).eval()
+    theirs.generation_config.eos_token_id = None
     prompts, copies = case.inputs.prompts, case.group
     width = prompts.tokens.shape[1]
     ids = np.stack(
@@ -115,61 +115,28 @@ def in_torch(model: LensModel, size: common.Size, case: Case, device: str) -> Ca
     return write
 
 
-def transformers_model(model: LensModel, size: common.Size) -> Any:
-    """Our weights as a Qwen2.5-VL of transformers, in the size's precision."""
-    import torch
-    import transformers
-
-    params = dict(checkpoints.unstack(nnx.to_pure_dict(split_policy(model)[1])))
-    tensors = {
-        entry.source: torch.tensor(
-            np.ascontiguousarray(entry.transform.inverse(params[entry.target].astype(np.float32)))
-        )
-        for entry in table(model.config.mllm).entries
-    }
-    theirs, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        None,
-        config=transformers.AutoConfig.for_model(**size.qwen),
-        state_dict=tensors,
-        dtype=getattr(torch, jnp.dtype(size.dtype).name),
-        output_loading_info=True,
-    )
-    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
-        raise ValueError(f"transformers has no place, or nothing, for {', '.join(wrong)}")
-    theirs.generation_config.eos_token_id = None
-    return theirs.eval()
-
-
 def agree(ours: Int[np.ndarray, "B G T"], theirs: Int[np.ndarray, "N T"], exact: bool) -> None:
     """Raises SystemExit unless the tokens are the same; in bfloat16 it prints how many are."""
     same = ours.reshape(theirs.shape) == theirs
     print(f"identical tokens: {same.sum()} of {same.size}")
     if exact and not same.all():
-        raise SystemExit("error: the sides write different tokens; nothing is timed")
+        frame.stop("the sides write different tokens")
 
 
-def benchmark(options: argparse.Namespace) -> None:
-    # PyTorch shares the device.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    common.use(options.device, options.size)
-    size = common.SIZES[options.size]
-    exact = size.dtype == jnp.float32
-    model = common.random_model(size, dtype=size.dtype)
+def measure(options: frame.Options) -> tuple[str, dict[str, frame.Comparison]]:
     rows = {}
-    with jax.default_matmul_precision("highest" if exact else "default"):
+    with frame.on_device(options) as size:
+        model = common.random_model(size)
         for name, case in cases(size):
             ours = in_jax(model, case)
-            theirs = in_torch(model, size, case, {"cpu": "cpu", "gpu": "cuda"}[options.device])
-            agree(np.asarray(ours()), theirs(), exact)
-            seconds = common.interleaved({"ours": ours, "theirs": theirs}, options.repeats)
-            rows[name] = common.faster(**seconds)
-    precision = jnp.dtype(size.dtype).name
-    title = f"rollout against transformers, size {options.size}, {precision}, {options.device}"
-    common.report(title, rows, options.json)
+            theirs = in_torch(model, size, case, frame.PLATFORMS[options.device])
+            agree(np.asarray(ours()), theirs(), exact=size.dtype == jnp.float32)
+            rows[name] = frame.compare(ours, theirs, options.repeats)
+    return f"rollout against transformers, {frame.setting(options)}", rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return common.run(benchmark, common.parser(__doc__, repeats=5), argv)
+    return frame.run(measure, frame.Options, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ sides must agree before anything is timed.
     python benchmarks/update.py --size small --device cpu --json update.json
 """
 
-import argparse
+import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import common
+from benchmarks import common, frame
 from benchmarks.official import OfficialLayout
 from lens_jax.aot import flops
 from lens_jax.config import GRPOConfig, RunConfig
@@ -53,6 +52,14 @@ OPTIMIZER = make_optimizer(
 )
 # Relative differences of losses and gradient norms between the sides.
 TOLERANCE = {jnp.float32: 1e-3, jnp.bfloat16: 5e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(frame.Options):
+    completion: PositiveInt | None = None
+    """Tokens of a completion; if not given, the size's, 40 at small."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """PyTorch's kernel."""
 
 
 def given(earned: np.ndarray) -> Callable[..., Rewards]:
@@ -211,25 +218,31 @@ def random_rollout(size: common.Size, completion: int) -> Rollout:
     )
 
 
-def measure(
-    size: common.Size, completion: int, *, device: common.Device, repeats: int, attention: str
-) -> dict[str, common.Comparison]:
-    """Rows of the table; all sides in turn in this process."""
+def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
+    """The title and rows of the table; all sides in turn in this process."""
+    with frame.on_device(options) as size:
+        completion = options.completion or size.completion
+        title = (
+            f"update, {size.groups} groups of {size.group}, prompt {size.prompt}, completion "
+            f"{completion}, {frame.setting(options)}"
+        )
+        return title, compare(size, completion, options)
+
+
+def compare(size: common.Size, completion: int, options: Options) -> dict[str, frame.Comparison]:
     from benchmarks.official_torch import OfficialUpdate
 
-    # As official checkpoints need it; the other scheme costs the same.
-    config = size.config("text")
     inputs = common.random_inputs(size)
     rollout = random_rollout(size, completion)
     rng = np.random.default_rng(2)
     earned = rng.random(rollout.lengths.shape, np.float32)
+    # As official checkpoints need it; the other scheme costs the same.
+    model = common.random_model(size, context_positions="text", weights=jnp.float32)
+    config, params = model.config, nnx.state(model)
     # Each side with what makes it fastest.
     program = updates(config, size.dtype, given(earned), RunConfig().remat)
     official = updates(config, size.dtype, given(earned)).official
 
-    model = abstract(config, dtype=size.dtype)
-    nnx.update(model, common.parameters(model))
-    params = nnx.state(model)
     _, trained, frozen = nnx.split(model, select(GRPOConfig().trained), ...)
     _, policy, _ = split_policy(model)
     past = jax.tree.map(lambda x: 1.03 * x, policy)
@@ -239,7 +252,7 @@ def measure(
 
     ours = JaxSide(program.ours, trained, *data)
     theirs = JaxSide(official, trained, *data)
-    memory = PeakMemory(device)
+    memory = PeakMemory(options.device)
     in_torch = OfficialUpdate(
         size,
         config,
@@ -251,8 +264,8 @@ def measure(
         OBJECTIVE,
         learning_rate=LEARNING_RATE,
         max_grad_norm=MAX_GRAD_NORM,
-        attention=attention,
-        device={"cpu": "cpu", "gpu": "cuda"}[device],
+        attention=options.attention,
+        device=frame.PLATFORMS[options.device],
     )
     first = {"ours": ours.step(), "official, JAX": theirs.step()}
     with memory:
@@ -260,13 +273,13 @@ def measure(
     agree(first, TOLERANCE[size.dtype])
 
     sides = {"ours": ours.step, "JAX": theirs.step, "PyTorch": in_torch.step}
-    seconds = common.interleaved(sides, repeats)
+    seconds = frame.interleaved(sides, options.repeats)
     own = ours.peak_bytes / 2**20
     counted = [x / 1e9 for x in operations(size, size.prompt, completion, size.grid)]
-    row = lambda a, b, unit: common.Comparison(a, b, b / a, unit)  # noqa: E731
+    row = lambda a, b, unit: frame.Comparison(a, b, b / a, unit)  # noqa: E731
     return {
-        "time, official layout in PyTorch": common.faster(seconds["ours"], seconds["PyTorch"]),
-        "time, official layout in JAX": common.faster(seconds["ours"], seconds["JAX"]),
+        "time, official layout in PyTorch": frame.faster(seconds["ours"], seconds["PyTorch"]),
+        "time, official layout in JAX": frame.faster(seconds["ours"], seconds["JAX"]),
         "FLOPs a group, official layout in JAX": row(*counted, "GFLOP"),
         "peak memory, official layout in PyTorch": row(own, memory.peak_bytes / 2**20, "MiB"),
         "peak memory, official layout in JAX": row(own, theirs.peak_bytes / 2**20, "MiB"),
@@ -276,7 +289,7 @@ def measure(
 class PeakMemory:
     """What PyTorch allocates at most while this is entered, counted from when it was made."""
 
-    def __init__(self, device: common.Device):
+    def __init__(self, device: frame.Device):
         self.on_gpu = device == "gpu"
         self.before = 0 if self.on_gpu else _resident("VmRSS")
         self.peak_bytes = 0
@@ -310,42 +323,11 @@ def agree(first: dict[str, tuple[float, float]], tolerance: float) -> None:
     for name, values in first.items():
         print(f"{name:18} loss {values[0]:.6f}, gradient norm {values[1]:.6f}")
         if not np.allclose(values, expected, rtol=tolerance, atol=0):
-            raise SystemExit(f"error: {name} computes something else than ours; nothing is timed")
-
-
-def benchmark(options: argparse.Namespace) -> None:
-    # PyTorch shares the device.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    common.use(options.device, options.size)
-    size = common.SIZES[options.size]
-    completion = options.completion or size.completion
-    title = (
-        f"update, size {options.size}, {size.groups} groups of {size.group}, prompt "
-        f"{size.prompt}, completion {completion}, {jnp.dtype(size.dtype).name}, {options.device}"
-    )
-    precision = "highest" if size.dtype == jnp.float32 else "default"
-    with jax.default_matmul_precision(precision):
-        rows = measure(
-            size,
-            completion,
-            device=options.device,
-            repeats=options.repeats,
-            attention=options.attention,
-        )
-    common.report(title, rows, options.json)
+            frame.stop(f"{name} computes something else than ours")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = common.parser(__doc__, repeats=5)
-    flags.add_argument(
-        "--completion",
-        type=PositiveInt,
-        help="Tokens of a completion; if not given, the size's, 40 at small.",
-    )
-    flags.add_argument(
-        "--attention", choices=("sdpa", "eager"), default="sdpa", help="PyTorch's kernel."
-    )
-    return common.run(benchmark, flags, argv)
+    return frame.run(measure, Options, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from lens_jax import interpreter  # noqa: F401, the first of all imports that may fail
 
 # isort: split
+import jsonargparse
+
 from lens_jax import files, interrupts, progress
 from lens_jax.flags import Flags, Parser, UsageError, from_doc, nearest, plain
 
@@ -73,8 +75,9 @@ def run_settings(
     Args:
         doc: the module's docstring (`flags.from_doc`).
     """
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(**from_doc(doc))
-    parser.add_class_arguments(settings)
+    parser.add_class_arguments(settings, as_group=False)
     try:
         options = parser.parse_args(argv).as_dict()
         command(settings(**{name: plain(value) for name, value in options.items()}))
