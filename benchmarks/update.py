@@ -29,11 +29,11 @@ from flax import nnx
 
 from benchmarks import common, frame
 from benchmarks.official import OfficialLayout
-from lens_jax.aot import flops
+from lens_jax.aot import flops, shapes
 from lens_jax.config import GRPOConfig, RunConfig
 from lens_jax.data.images import window_layout
 from lens_jax.flags import PositiveInt
-from lens_jax.models.inputs import Batch, Prompts, Targets
+from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
 from lens_jax.rewards.unified import Rewards
 from lens_jax.rollout.sampler import Rollout
@@ -149,34 +149,14 @@ def operations(
 def _shapes(
     config: LensConfig, group: int, prompt: int, completion: int, slots: tuple[int, int]
 ) -> tuple[Batch, Rollout]:
-    array = jax.ShapeDtypeStruct
-    side, canvas = config.sam.image_size, (640, 640)
-    prompts = Prompts(
-        patches=array((1, *slots, config.mllm.vision.patch_dim), jnp.float32),
-        patch_positions=array((1, *slots, 2), jnp.int32),
-        patch_mask=array((1, *slots), bool),
-        tokens=array((1, prompt), jnp.int32),
-        image_index=array((1, prompt), jnp.int32),
-        length=array((1,), jnp.int32),
-        positions=array((1, 3, prompt), jnp.int32),
-        next_position=array((1,), jnp.int32),
-        sam_pixels=array((1, side, side, 3), jnp.uint8),
+    batch = shapes.batch(config, 1, slots=slots, prompt=prompt, answer=1, canvas=(640, 640))
+    tokens, lengths = (1, group, completion), (1, group)
+    return batch, Rollout(
+        tokens=shapes.array(tokens, jnp.int32),
+        lengths=shapes.array(lengths, jnp.int32),
+        log_probs=shapes.array(tokens, jnp.float32),
+        ended=shapes.array(lengths, bool),
     )
-    targets = Targets(
-        box=array((1, 4), jnp.float32),
-        mask=array((1, *canvas), bool),
-        mask_size=array((1, 2), jnp.int32),
-        answer=array((1, 1), jnp.int32),
-        answer_length=array((1,), jnp.int32),
-    )
-    tokens, lengths = array((1, group, completion), jnp.int32), array((1, group), jnp.int32)
-    rollout = Rollout(
-        tokens=tokens,
-        lengths=lengths,
-        log_probs=array(tokens.shape, jnp.float32),
-        ended=array(lengths.shape, bool),
-    )
-    return Batch(prompts, targets, array((1,), jnp.int32)), rollout
 
 
 # ---- time and memory -----------------------------------------------------------------------------

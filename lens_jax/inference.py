@@ -15,8 +15,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from PIL import Image
 
-from lens_jax import checkpoints
-from lens_jax.aot import tpu
+from lens_jax import checkpoints, libtpu
 from lens_jax.data import processor_files
 from lens_jax.data.arrays import to_picture
 from lens_jax.data.images import FACTOR, smart_resize, upsample_logits
@@ -290,7 +289,7 @@ class Lens:
                 f"mesh: {short(mesh)} is no mesh; lens_jax.distribution.sharding.make_mesh makes "
                 "one, None is one device"
             )
-        tpu.pass_over_if_absent()
+        libtpu.pass_over_if_absent()
         precision = default() if precision is None else precision
         if not isinstance(precision, str) or precision not in DTYPES:
             raise ValueError(f"precision: {precision!r} is none of {', '.join(DTYPES)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lens_jax.aot import tpu
+from lens_jax import libtpu
 
 SCRIPT = """
 import os, sys
@@ -25,7 +25,7 @@ assert all("libtpu.so" not in line for line in open("/proc/self/maps"))
 
 
 @pytest.mark.skipif(
-    any(any(Path("/dev").glob(x)) for x in tpu.DEVICES), reason="there may be a TPU here"
+    any(any(Path("/dev").glob(x)) for x in libtpu.DEVICES), reason="there may be a TPU here"
 )
 def test_libtpu_is_silent_where_no_tpu_is():
     """It is not even loaded, unless something speaks for a TPU."""

@@ -36,6 +36,8 @@ _FREE = frozenset(
         "replica-id",
         "opt-barrier",
         "conditional",
+        "while",
+        "call",
         "copy-done",
         "slice-done",
         "async-done",
@@ -138,18 +140,11 @@ class Module:
         What the compiler keeps in fast memory, as layouts with `S(n)` say, is free. A loop counts
         as often as it runs, one of unknown length `unknown_trips` times.
         """
-        computation = computation or self.entry
-        total = 0
-        for instruction in self.computations[computation].values():
-            if instruction.op == "while":
-                trips = self.trips(instruction)
-                body = self.traffic(instruction.called("body"), unknown_trips=unknown_trips)
-                total += body * (unknown_trips if trips is None else trips)
-            elif instruction.op == "call":
-                total += self.traffic(instruction.called("to_apply"), unknown_trips=unknown_trips)
-            elif instruction.op not in _FREE:
-                total += self._moved(computation, instruction)
-        return total
+        return sum(
+            times * self._moved(body, instruction)
+            for body, instruction, times in self._runs(computation, unknown_trips)
+            if instruction.op not in _FREE
+        )
 
     def cycles(self, computation: str | None = None, *, unknown_trips: int = 1) -> int:
         """Cycles that the compiler estimates for one run of a computation (the entry).
@@ -157,7 +152,7 @@ class Module:
         Only TPU programs carry estimates, and kernels and collectives none.
         """
         total = 0
-        for instruction, times in self._runs(computation, unknown_trips):
+        for _, instruction, times in self._runs(computation, unknown_trips):
             found = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
             if found and int(found[1]) < _NO_ESTIMATE:
                 total += times * int(found[1])
@@ -174,8 +169,7 @@ class Module:
         network of the hosts, is `between slices`.
         """
         total: dict[str, int] = {}
-        computation = computation or self.entry
-        for body, times in self._bodies(computation, unknown_trips):
+        for body, times in self._bodies(computation or self.entry, unknown_trips):
             seen = set()
             for instruction in self._straight(body):
                 kind = instruction.op.removesuffix("-start")
@@ -244,31 +238,35 @@ class Module:
         }
 
     def _bodies(self, computation: str, unknown_trips: int) -> Iterator[tuple[str, int]]:
-        """A computation and the bodies of its loops, with how often each runs."""
+        """A computation, those it calls and the bodies of its loops, with how often each runs."""
         yield computation, 1
         for instruction in self._straight(computation):
+            times = 1
             if instruction.op == "while":
                 trips = self.trips(instruction)
-                trips = unknown_trips if trips is None else trips
-                for body, times in self._bodies(instruction.called("body"), unknown_trips):
-                    yield body, trips * times
+                times = unknown_trips if trips is None else trips
+            elif instruction.op != "call":
+                continue
+            called = instruction.called("body") or instruction.called("to_apply")
+            for body, inner in self._bodies(called, unknown_trips):
+                yield body, times * inner
 
     def _straight(self, computation: str) -> Iterator[Instruction]:
-        """The instructions of a computation and of all it calls but loops."""
+        """The instructions of a computation and of its fusions, sums and branches."""
         for instruction in self.computations[computation].values():
             yield instruction
-            if instruction.op != "while":
+            if instruction.op not in ("while", "call"):
                 for key in ("calls", "to_apply", "true_computation", "false_computation"):
                     if (name := instruction.called(key)) and name in self.computations:
                         yield from self._straight(name)
 
     def _runs(
         self, computation: str | None, unknown_trips: int
-    ) -> Iterator[tuple[Instruction, int]]:
-        """The instructions of a computation and of its loops, with how often each runs."""
+    ) -> Iterator[tuple[str, Instruction, int]]:
+        """The instructions of `_bodies`, each with its body and how often it runs."""
         for body, times in self._bodies(computation or self.entry, unknown_trips):
             for instruction in self.computations[body].values():
-                yield instruction, times
+                yield body, instruction, times
 
     def _moved(self, computation: str, instruction: Instruction) -> int:
         """Bytes that one instruction reads and writes."""

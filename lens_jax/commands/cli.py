@@ -120,9 +120,9 @@ def prepare_jax() -> None:
     progress.show_warnings()
     import jax
 
-    from lens_jax.aot import tpu
+    from lens_jax import libtpu
 
-    tpu.pass_over_if_absent()
+    libtpu.pass_over_if_absent()
     if jax.config.jax_compilation_cache_dir is None:
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "lens-jax")
         jax.config.update("jax_compilation_cache_dir", str(cache))

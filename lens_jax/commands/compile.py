@@ -129,7 +129,8 @@ def compile_run(
         quick: without updates of shorter completions, which take less than that of the longest,
             only until a program does not fit, and without compiling what cannot.
     """
-    from lens_jax.aot.slices import Slice, compile_program, list_programs, suggestions
+    from lens_jax.aot.compiling import Slice, compile_program, suggestions
+    from lens_jax.aot.run_programs import list_programs
     from lens_jax.training import programs
 
     part = Slice.of(topology, config, slices)

@@ -17,7 +17,8 @@ from flax import nnx
 
 from benchmarks.common import SIZES
 from lens_jax import config as configs
-from lens_jax.aot import hlo, slices, tpu
+from lens_jax.aot import compiling, hlo, run_programs, tpu
+from lens_jax.aot import shapes as aot_shapes
 from lens_jax.commands import compile as command
 from lens_jax.distribution import sharding
 from lens_jax.models.lens import LensConfig, abstract
@@ -134,12 +135,12 @@ def test_every_parameter_lies_there_once(shapes):
     config = configs.load([str(x) for key, value in run.items() for x in (f"--{key}", value)])
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     options = dict(stages=["grpo"], read_text=None, end_tokens=(1,), repetition_penalty=1.0)
-    relayout = next(slices.list_programs(config, shapes, mesh, **options))
+    relayout = next(run_programs.list_programs(config, shapes, mesh, **options))
     held = [relayout.named["parameters"]]
     held += [relayout.beside[name] for name in ("parameters", "frozen")]
     leaves = jax.tree.leaves(nnx.state(abstract(shapes)))
     whole = 4 * sum(math.prod(x.shape) for x in leaves)
-    assert slices.bytes_per_chip(held) == pytest.approx(whole, rel=1e-6)  # constants besides
+    assert aot_shapes.bytes_per_chip(held) == pytest.approx(whole, rel=1e-6)  # constants besides
 
 
 @pytest.mark.compiled
@@ -210,10 +211,10 @@ def test_evaluation(shapes):
     rows = {}
     with programs.precision(config):
         official = dataclasses.replace(shapes, context_positions="text")
-        listed = [x.name for x in slices.list_programs(config, official, mesh, **options)]
+        listed = [x.name for x in run_programs.list_programs(config, official, mesh, **options)]
         assert listed == [f"evaluation.{x}" for x in ("relayout", "write", "read", "draw")]
-        for program in slices.list_programs(config, shapes, mesh, **options):
-            row, _ = slices.compile_program(program, mesh, tpu.CHIPS["v5e"])
+        for program in run_programs.list_programs(config, shapes, mesh, **options):
+            row, _ = compiling.compile_program(program, mesh, tpu.CHIPS["v5e"])
             assert row.fits and min(row.resident.values()) >= 0
             rows[program.name.removeprefix("evaluation.")] = row
     assert [*rows] == ["relayout", "write", "draw"]
@@ -236,10 +237,10 @@ def test_what_does_not_fit_says_what_to_change():
 
     def compile_for(gib, **options):
         x = jax.ShapeDtypeStruct((gib, 2**28), jnp.float32, sharding=place)
-        program = slices.Program(
+        program = run_programs.Program(
             "grpo.update", jax.jit(lambda x: jnp.sort(x, axis=0)), (x,), {"x": x}, {}
         )
-        return slices.compile_program(program, mesh, tpu.CHIPS["v5e"], **options)
+        return compiling.compile_program(program, mesh, tpu.CHIPS["v5e"], **options)
 
     row, text = compile_for(40)
     assert not row.fits and text is None and row.hbm_bytes_per_chip > 4e10
@@ -251,9 +252,9 @@ def test_what_does_not_fit_says_what_to_change():
     assert not row.fits and text is None and row.hbm_bytes_per_chip > 20 * 2**30
     assert row.resident["temporaries"] > 8 * 2**30 and row.compile_seconds > 0
     config = configs.RunConfig(grpo=configs.GRPOConfig(steps=1, batch_size=8))
-    first, second, *_ = slices.suggestions(config, mesh, "grpo.update")
+    first, second, *_ = compiling.suggestions(config, mesh, "grpo.update")
     assert (first, second) == ("--grpo.per_device_batch_size 4", "--remat full")
-    first, *_ = slices.suggestions(config, mesh, "evaluation.draw")
+    first, *_ = compiling.suggestions(config, mesh, "evaluation.draw")
     assert first == "--data.eval_batch_size 16"
 
 
