@@ -32,11 +32,11 @@ class OfficialLayout:
     def sam_features(self, prompts: Prompts) -> SamFeatures:
         return self.model.sam_features(self.copies(prompts))
 
-    def masks(
+    def decode_masks(
         self, features: SamFeatures, hidden: Float[Array, "B G M D"], *, stability: bool
     ) -> SamMasks:
         alone = hidden.reshape(-1, 1, *hidden.shape[2:])
-        masks = self.model.masks(features, alone, stability=stability)
+        masks = self.model.decode_masks(features, alone, stability=stability)
         return jax.tree.map(lambda x: x.reshape(*hidden.shape[:2], *x.shape[2:]), masks)
 
     def score(

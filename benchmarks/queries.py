@@ -33,7 +33,7 @@ ROWS = 8  # pictures that launch/predict.py asks about together
 def sides(
     model: LensModel, prompts: Prompts, tokens: int
 ) -> tuple[dict[str, Callable[[], jax.Array]], dict[str, Callable[[], jax.Array]]]:
-    """Hidden states [B, 1, M, D] of the queries: each side alone, and from the picture on."""
+    """Hidden states [B, 1, Q, D] of the queries: each side alone, and from the picture on."""
     definition, state = nnx.split(model)
     prompts = jax.device_put(prompts)
     sample_id = jnp.arange(len(prompts.tokens))
@@ -41,7 +41,7 @@ def sides(
     def write(state):
         model = nnx.merge(definition, state)
         embedded = model.embed(prompts)
-        written, *caches = generate(
+        written, caches = generate(
             model,
             prompts,
             embedded,
@@ -55,11 +55,12 @@ def sides(
         return embedded, written.tokens, written.lengths, caches
 
     def go_on(state, embedded, completions, lengths, caches):
-        return nnx.merge(definition, state).read_on(prompts, completions, lengths, *caches)
+        model = nnx.merge(definition, state)
+        return model.encode_queries(prompts, embedded, completions, lengths, caches)
 
     def read_again(state, embedded, completions, lengths, caches):
         model = nnx.merge(definition, state)
-        return model.read(prompts, embedded, completions[:, 0], lengths[:, 0])
+        return model.encode_queries(prompts, embedded, completions, lengths)
 
     reads = {"ours": jax.jit(go_on), "theirs": jax.jit(read_again)}
     whole = {

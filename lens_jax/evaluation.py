@@ -14,7 +14,7 @@ from lens_jax.data.images import upsample_logits
 from lens_jax.data.pipeline import Evaluation, EvaluationRow
 from lens_jax.data.sample import Sample
 from lens_jax.distribution import processes
-from lens_jax.inference import Lens, format_of
+from lens_jax.inference.lens import Lens, format_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,8 +44,7 @@ from lens_jax.convert_weights.sam2 import tensors_from_params
 from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.mask_decoder import SamMasks
-from lens_jax.models.sam.sam2 import Sam2
-from lens_jax.models.sam.segmenter import SamFeatures
+from lens_jax.models.sam.segmenter import Sam2, SamFeatures
 from lens_jax.preparation import shapes
 
 CONFIG = Sam2Config(

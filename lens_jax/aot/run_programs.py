@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lens_jax import inference
 from lens_jax.aot import shapes
 from lens_jax.config import RunConfig
 from lens_jax.data.pipeline import Buckets
 from lens_jax.distribution import sharding
+from lens_jax.inference import programs as inference
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel
 from lens_jax.rewards.sentence import Score
@@ -89,15 +89,14 @@ def _evaluation(config, mesh, model, end_tokens, repetition_penalty) -> Iterator
     prompts, ids = batch.prompts, batch.sample_id
     key = shapes.placed(jax.eval_shape(partial(jax.random.key, 0)), sharding.replicated(mesh))
     sampling = dataclasses.replace(GREEDY, repetition_penalty=repetition_penalty)
-    write = partial(
-        inference.write, definition=definition, max_new_tokens=inference.round_up(longest)
-    )
+    limit = inference.bucket_length(longest)
+    generate = partial(inference.generate, definition=definition, max_new_tokens=limit)
     arguments = (copy, prompts, ids, key, sampling, np.array(end_tokens, np.int32), ids)
     by_rows = sharding.batch_sharding(mesh)
-    written, embedded, hidden = shapes.placed(jax.eval_shape(write, *arguments), by_rows)
+    written, embedded, hidden = shapes.placed(jax.eval_shape(generate, *arguments), by_rows)
     yield Program(
         "evaluation.write",
-        jax.jit(write, keep_unused=True),
+        jax.jit(generate, keep_unused=True),
         arguments,
         named=named | {"batch": prompts},
         beside=beside,
@@ -105,21 +104,21 @@ def _evaluation(config, mesh, model, end_tokens, repetition_penalty) -> Iterator
         caches=_cache_bytes(config, model, mesh, rows, 1, copy),
     )
     if hidden is None:
-        read = partial(inference.read, definition=definition)
+        encode = partial(inference.encode_queries, definition=definition)
         tokens = shapes.array((rows, written.tokens.shape[2]), jnp.int32, by_rows)
         arguments = (copy, prompts, embedded, tokens, ids)
         yield Program(
             "evaluation.read",
-            jax.jit(read, keep_unused=True),
+            jax.jit(encode, keep_unused=True),
             arguments,
             named=named | {"batch": arguments[1:]},
             beside=beside,
         )
-        hidden = shapes.placed(jax.eval_shape(read, *arguments), by_rows)
-    draw = partial(inference.draw, definition=definition)
+        hidden = shapes.placed(jax.eval_shape(encode, *arguments), by_rows)
+    decode = partial(inference.decode_masks, definition=definition)
     yield Program(
         "evaluation.draw",
-        jax.jit(draw, keep_unused=True),
+        jax.jit(decode, keep_unused=True),
         (copy, prompts.sam_pixels, hidden),
         named=named | {"batch": (prompts.sam_pixels, hidden)},
         beside=beside | {"batch": dataclasses.replace(prompts, sam_pixels=None)},

@@ -109,6 +109,7 @@ def evaluate(
     from lens_jax.data.pipeline import Evaluation
     from lens_jax.data.sources import open_source
     from lens_jax.distribution import sharding
+    from lens_jax.inference import inputs
     from lens_jax.models import precision as precisions
     from lens_jax.progress import Bar, counted
     from lens_jax.reports import evaluation_page
@@ -176,7 +177,7 @@ def evaluate(
             lens.processor,
             together,
             # Masks are compared at original size; of the truth only the box goes with the batch.
-            buckets=dataclasses.replace(inference.BUCKETS, answer_tokens=range(64, 8192, 64)),
+            buckets=dataclasses.replace(inputs.BUCKETS, answer_tokens=range(64, 8192, 64)),
             limit=limit,
             max_length=length_limit(name, max_length),
             reasoning=reasoning,

@@ -139,7 +139,7 @@ def _run(
     hidden, _ = model.language.prefill(embedded, prompts.positions, mask)
     lengths = jnp.full((1, 1), completion.shape[-1])
     score = model.score(prompts, embedded, completion[None, None], lengths, with_queries=True)
-    masks = model.masks(model.sam_features(prompts), score.hidden, stability=False)
+    masks = model.decode_masks(model.sam_features(prompts), score.hidden, stability=False)
     return {
         "logits": logits(hidden, model.language.head)[0],
         "SAM's prompt token": model.context(score.hidden)[0, 0],

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lens_jax.distribution import sharding
-from lens_jax.models.layers import Part, gather
+from lens_jax.distribution.sharded import ShardedParameter, gather
 from lens_jax.models.parameters import is_scanned, is_stacked, name_of
 from lens_jax.training import state
 from lens_jax.training.state import Metrics, Sums
@@ -67,7 +67,8 @@ class Devices:
         if not cut:
             return leaf
         name = name_of(path)
-        part = Part(leaf, "fsdp", cut[0] - leaf.ndim, leaf.ndim - is_stacked(name), self.dtype)
+        rank = leaf.ndim - is_stacked(name)
+        part = ShardedParameter(leaf, "fsdp", cut[0] - leaf.ndim, rank, self.dtype)
         # `layers.scan` gathers a layer when it runs; all else is gathered before the forward pass.
         return part if is_scanned(name) else gather(part)
 

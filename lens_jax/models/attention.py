@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from lens_jax.models import kernels
-from lens_jax.models.layers import keep
+from lens_jax.models.layers import save
 
 MASKED = -1e30  # finite, so that a row without any key stays finite too
 LONG = 2**21  # scores of long sequences that XLA holds at a time: 8 MiB, which caches keep
@@ -120,7 +120,7 @@ def _attend_forward(blocks, queries, parts):
         return None, ((out / total).astype(queries.dtype), most + jnp.log(total))
 
     _, (out, log_total) = _scan_blocks(attend, blocks, None, [queries, *_masks(parts)])
-    out, log_total = keep((out, log_total))
+    out, log_total = save((out, log_total))
     return out, (queries, parts, out, log_total)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from lens_jax.models.layers import KEPT
+from lens_jax.models.layers import SAVED
 
 LANES = 128
 SHIFT = 16
@@ -112,7 +112,7 @@ def splash(
             block_q_dq=block,
             block_kv_dq=block,
         ),
-        residual_checkpoint_name=KEPT,
+        residual_checkpoint_name=SAVED,
     )
     lengthen = lambda x: jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
     # Only tokens of one segment see each other: that of all queries and of the valid keys.

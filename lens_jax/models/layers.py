@@ -1,4 +1,4 @@
-"""Stacks of equal layers, run by scan; parameters in parts; products that widen."""
+"""Layers of every part of the model, and stacks of equal layers that run by scan."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,88 +6,79 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-KEPT = "kept"  # the name of what `keep` marks
-# What a backward pass keeps instead of computing again, by name.
+from lens_jax.distribution.sharded import gather, has_sharded_layers
+
+SAVED = "saved"  # the name of what `save` marks
+# What a backward pass saves instead of computing again, by name.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(KEPT),
+        jax.checkpoint_policies.save_only_these_names(SAVED),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-def keep(x: Any) -> Any:
-    """Marks what took matrix products inside a `custom_vjp`, where policies do not see them."""
-    return jax.tree.map(lambda x: checkpoint_name(x, KEPT), x)
+def save(x: Any) -> Any:
+    """Names the results of products inside a `custom_vjp`, where policies do not see them."""
+    return jax.tree.map(lambda x: checkpoint_name(x, SAVED), x)
 
 
-@struct.dataclass
-class Part:
-    """A device's part of a parameter that is cut over a mesh axis; gathered where it is used.
+def linear(inputs: int, outputs: int, *, wide: bool = False, **options: Any) -> nnx.Linear:
+    """A linear layer. Every projection of the model is made here; options are those of nnx.Linear.
 
-    It may lie in a stack, behind axes of layers: those come off first, so that never more than a
-    layer is whole. What the gradient of the whole is summed to is the gradient of the part.
+    Args:
+        wide: there are far more outputs than inputs, which changes how the gradient is computed.
     """
-
-    value: Array
-    mesh_axis: str = struct.field(pytree_node=False)
-    axis: int = struct.field(pytree_node=False)
-    """The one that is cut, from the end."""
-    rank: int = struct.field(pytree_node=False)
-    """Axes of the parameter, without those of stacks."""
-    dtype: Any = struct.field(pytree_node=False)
-    """Converted before the way: that of the products."""
-
-    def whole(self) -> Array:
-        value = self.value.astype(self.dtype)
-        return lax.all_gather(value, self.mesh_axis, axis=value.ndim + self.axis, tiled=True)
+    if wide:
+        options["dot_general"] = wide_product
+    return nnx.Linear(inputs, outputs, **options)
 
 
-def gather(state: Any) -> Any:
-    """Parameters made whole, but not those that are still in stacks."""
-
-    def of(x):
-        return x.whole() if is_part(x) and x.value.ndim == x.rank else x
-
-    return jax.tree.map(of, state, is_leaf=is_part)
+def layer_norm(width: int, epsilon: float = 1e-6, **options: Any) -> nnx.LayerNorm:
+    """LayerNorm over the last axis with the two-pass variance, as PyTorch computes it."""
+    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, **options)
 
 
-def is_part(x: Any) -> bool:
-    return isinstance(x, Part)
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The exact GELU, by the error function."""
+    return jax.nn.gelu(x, approximate=False)
 
 
-def _keep_all_but_gathered(primitive, *_, **__) -> bool:
-    return primitive.name != "all_gather"
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """CLIP's approximation of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
 
 
 @jax.custom_vjp
-def _widen(x, kernel):
+def _wide_product(x, kernel):
     return x @ kernel
 
 
-def _widen_backward(residuals, gradient):
+def _wide_product_backward(residuals, gradient):
     x, kernel = residuals
     rows = tuple(range(x.ndim - 1))
     return gradient @ kernel.T, lax.dot_general(x, gradient, ((rows, rows), ((), ())))
 
 
-_widen.defvjp(lambda x, kernel: (keep(x @ kernel), (x, kernel)), _widen_backward)
+_wide_product.defvjp(lambda x, kernel: (save(x @ kernel), (x, kernel)), _wide_product_backward)
 
 
-def widen(x: Float[Array, "... I"], kernel: Float[Array, "I O"], *_, **__) -> Float[Array, "... O"]:
+def wide_product(
+    x: Float[Array, "... I"], kernel: Float[Array, "I O"], *_, **__
+) -> Float[Array, "... O"]:
     """The `dot_general` of a linear layer with far more outputs than inputs.
 
-    One factor of the kernel's gradient has to be turned. It is the inputs here, which are small,
-    where automatic differentiation takes the outputs' gradient: on CPU that is slow.
+    One factor of the kernel's gradient has to be transposed. Here it is the inputs, which are
+    small. Automatic differentiation transposes the outputs' gradient, which is slow on CPU.
     """
-    return _widen(x, kernel)
+    return _wide_product(x, kernel)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -106,20 +97,23 @@ def scan(
 ) -> tuple[Any, Any]:
     """Runs `carry, out = step(layer, carry)` over layers [first, last); stacks the outs.
 
-    Layers in parts are gathered one by one, and again in the backward pass.
+    Sharded layers are gathered one by one, and again in the backward pass.
     """
     definition, state = nnx.split(layers)
-    parts = [x for x in jax.tree.leaves(state, is_leaf=is_part) if is_part(x)]
-    in_parts = any(x.value.ndim == x.rank + 1 for x in parts)
+    is_sharded = has_sharded_layers(state)
     state = jax.tree.map(lambda x: x[first:last], state)
 
     def body(carry, layer_state):
         return step(nnx.merge(definition, gather(layer_state)), carry)
 
-    if remat != "none" or in_parts:
-        policy = REMAT_POLICIES[remat] or _keep_all_but_gathered
+    if remat != "none" or is_sharded:
+        policy = REMAT_POLICIES[remat] or _save_all_but_gathered
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     return lax.scan(body, carry, state)
+
+
+def _save_all_but_gathered(primitive, *_, **__) -> bool:
+    return primitive.name != "all_gather"
 
 
 def periods(layers: nnx.Module, kinds: Sequence[Any]) -> tuple[nnx.Module, int]:
@@ -136,8 +130,8 @@ def periods(layers: nnx.Module, kinds: Sequence[Any]) -> tuple[nnx.Module, int]:
 
 def stacks(modules: Iterable[nnx.Module]) -> Iterator[tuple[nnx.Module, int]]:
     """Stacks of the equal ones among neighbours, and how many each holds."""
-    parts = (nnx.split(module) for module in modules)
-    for definition, run in itertools.groupby(parts, lambda part: part[0]):
+    split = (nnx.split(module) for module in modules)
+    for definition, run in itertools.groupby(split, lambda pair: pair[0]):
         states = [state for _, state in run]
         yield nnx.merge(definition, jax.tree.map(lambda *x: jnp.stack(x), *states)), len(states)
 

@@ -1,8 +1,8 @@
-"""LENS: a vision-language model that reasons in text, context queries that read it, SAM that draws.
+"""LENS: a vision-language model that reasons in text, context queries that read it, SAM for masks.
 
-A group of G completions of one prompt is scored in a single packed pass: the prompt, the picture's
-patches and SAM's image features are computed once, only completions, queries and the mask decoder
-are per completion.
+A group of G completions of one prompt is scored in a single packed pass: the prompt, the image's
+patches and SAM's features are computed once; only completions, queries and the mask decoder run
+for every completion.
 """
 
 import dataclasses
@@ -23,16 +23,14 @@ from lens_jax.models.qwen_vl.language import CompletionCache, LanguageModel, Pro
 from lens_jax.models.qwen_vl.vision import VisionTower
 from lens_jax.models.sam.config import Sam2Config, SamConfig, sam_config
 from lens_jax.models.sam.mask_decoder import SamMasks
-from lens_jax.models.sam.sam import Sam
-from lens_jax.models.sam.sam2 import Sam2
-from lens_jax.models.sam.segmenter import SamFeatures
+from lens_jax.models.sam.segmenter import Sam1, Sam2, SamFeatures
 
 POSITION_SCHEMES = ("mrope", "text")
 
 
 @dataclasses.dataclass(frozen=True)
 class LensConfig:
-    """Shapes of the whole.
+    """Shapes of the whole model.
 
     `context_positions` is the position scheme of every pass with queries: `mrope` continues Qwen's
     multimodal positions; `text` counts tokens from 0, image tokens included, as the official code
@@ -55,7 +53,7 @@ class LensConfig:
 
     @property
     def head_dims(self) -> tuple[int, ...]:
-        """Of all that `Attention` attends for: language model, vision tower and SAM 2's trunk."""
+        """Head widths of all that uses `Attention`: language model, vision tower, SAM 2's trunk."""
         sam = self.sam
         trunk = (sam.embed_dim // sam.num_heads,) if isinstance(sam, Sam2Config) else ()
         return self.mllm.head_dim, self.mllm.vision.head_dim, *trunk
@@ -87,11 +85,11 @@ class LensConfig:
 
 @struct.dataclass
 class Score:
-    """What a scoring pass yields. Positions at and after a completion's length are arbitrary."""
+    """Results of a scoring pass; arbitrary at and after a completion's length."""
 
     log_probs: Float[Array, "B G T"]
     entropy: Float[Array, "B G T"]
-    hidden: Float[Array, "B G M D"] | None = None  # the queries' hidden states, if they ran
+    hidden: Float[Array, "B G Q D"] | None = None  # the queries' hidden states, if they ran
 
 
 class LensModel(nnx.Module):
@@ -121,7 +119,7 @@ class LensModel(nnx.Module):
             dtype=dtype,
         )
         if isinstance(config.sam, SamConfig):
-            self.sam = Sam(config.sam, rngs=rngs, dtype=dtype)
+            self.sam = Sam1(config.sam, rngs=rngs, dtype=dtype)
         else:
             self.sam = Sam2(config.sam, **options)
 
@@ -131,8 +129,30 @@ class LensModel(nnx.Module):
             prompts.patches, prompts.patch_positions, prompts.patch_mask, remat=self.remat
         )
         index = prompts.image_index[..., None]
-        pictures = jnp.take_along_axis(merged, jnp.maximum(index, 0), axis=1)
-        return jnp.where(index >= 0, pictures, self.language.embed_tokens(prompts.tokens))
+        images = jnp.take_along_axis(merged, jnp.maximum(index, 0), axis=1)
+        return jnp.where(index >= 0, images, self.language.embed_tokens(prompts.tokens))
+
+    def score(
+        self,
+        prompts: Prompts,
+        embedded: Float[Array, "B P D"],
+        completions: Int[Array, "B G T"],
+        lengths: Int[Array, "B G"],
+        **options: Any,
+    ) -> Score:
+        """Log-probabilities of completions and, with queries, the queries' hidden states.
+
+        Arguments and options are those of `hidden_states`.
+        """
+        b, g, t = completions.shape
+        prompt_hidden, hidden = self.hidden_states(
+            prompts, embedded, completions, lengths, **options
+        )
+        last = jnp.take_along_axis(prompt_hidden, prompts.length[:, None, None] - 1, axis=1)
+        last = jnp.broadcast_to(last[:, None], (b, g, 1, last.shape[-1]))
+        before = jnp.concatenate([last, hidden[:, :, : t - 1]], axis=2)
+        log_probs, entropy = token_log_probs(before, self.language.head, completions)
+        return Score(log_probs, entropy, hidden[:, :, t:] if hidden.shape[2] > t else None)
 
     def hidden_states(
         self,
@@ -144,10 +164,10 @@ class LensModel(nnx.Module):
         with_queries: bool,
         positions: str | None = None,
     ) -> tuple[Float[Array, "B P D"], Float[Array, "B G S D"]]:
-        """One packed pass; hidden states of prompts and of completions [+ queries], S = T [+ M].
+        """One packed pass; hidden states of prompts and of completions [+ queries], S = T [+ Q].
 
         Args:
-            embedded: what `embed` made of the prompts.
+            embedded: the prompts as `embed` returns them.
             completions: tokens after the prompt, right padded.
             lengths: how many of them count; the end token is one of them.
             with_queries: append the context queries to every completion.
@@ -160,11 +180,11 @@ class LensModel(nnx.Module):
         offsets = jnp.broadcast_to(jnp.arange(t), (b, g, t))
         valid = offsets < lengths[..., None]
         if with_queries:
-            m = self.config.num_queries
-            queries = self.context.queries[...].astype(own.dtype)
-            own = jnp.concatenate([own, jnp.broadcast_to(queries, (b, g, *queries.shape))], axis=2)
-            offsets = jnp.concatenate([offsets, lengths[..., None] + jnp.arange(m)], axis=2)
-            valid = jnp.concatenate([valid, jnp.ones((b, g, m), bool)], axis=2)
+            queries = self._queries(b, g, own.dtype)
+            q = queries.shape[2]
+            own = jnp.concatenate([own, queries], axis=2)
+            offsets = jnp.concatenate([offsets, lengths[..., None] + jnp.arange(q)], axis=2)
+            valid = jnp.concatenate([valid, jnp.ones((b, g, q), bool)], axis=2)
         return self.language.packed(
             embedded,
             own,
@@ -175,113 +195,91 @@ class LensModel(nnx.Module):
             remat=self.remat,
         )
 
-    def read(
+    def encode_queries(
+        self,
+        prompts: Prompts,
+        embedded: Float[Array, "B P D"],
+        completions: Int[Array, "B G T"],
+        lengths: Int[Array, "B G"],
+        caches: tuple[PromptCache, CompletionCache] | None = None,
+    ) -> Float[Array, "B G Q D"]:
+        """The queries' hidden states after given completions, in a pass of the queries alone.
+
+        It gives the numbers of `hidden_states`, but training the queries differentiates Q tokens
+        instead of the whole sequence.
+
+        Args:
+            caches: those of the rollout that sampled the completions, which then need not run
+                again. They hold the rollout's positions: the scheme must be `mrope`. Without
+                caches G is 1.
+        """
+        b, g, t = completions.shape
+        queries = self._queries(b, g, embedded.dtype)
+        if caches is None:
+            prompt, first = self._read(prompts, embedded, completions[:, 0], lengths[:, 0])
+            past, own, start = None, queries, lengths
+            sees = [jnp.tri(queries.shape[2], dtype=bool)[None, None]]
+        else:
+            # No step of decoding has read a completion's last token.
+            prompt, past = caches
+            first, start = prompts.next_position, lengths - 1
+            last = jnp.take_along_axis(completions, start[..., None], axis=2)
+            own = jnp.concatenate([self.language.embed_tokens(last), queries], axis=2)
+            s = own.shape[2]
+            before = jnp.arange(t) < start[..., None, None]
+            sees = [jnp.broadcast_to(x, (b, g, s, x.shape[-1])) for x in (before, jnp.tri(s) > 0)]
+        hidden = self.language.extend(
+            own,
+            first[:, None, None] + (start[..., None] + jnp.arange(own.shape[2])),
+            jnp.concatenate(sees, axis=-1),
+            prompt,
+            past,
+            remat=self.remat,
+        )
+        return hidden if past is None else hidden[:, :, 1:]
+
+    def _read(
         self,
         prompts: Prompts,
         embedded: Float[Array, "B P D"],
         completion: Int[Array, "B T"],
         length: Int[Array, "B"],
-    ) -> Float[Array, "B 1 M D"]:
-        """The queries' hidden states after one given completion a prompt.
-
-        The numbers of `hidden_states`. Queries run apart from what they read, so that training the
-        queries alone differentiates M tokens, not the sequence.
-        """
+    ) -> tuple[PromptCache, Int[Array, "B"]]:
+        """Keys and values of prompts with their completions; the first positions after prompts."""
         b, t = completion.shape
-        offsets = jnp.arange(t)
         prompt_positions, first = self._positions(prompts)
-        own_positions = jnp.broadcast_to((first[:, None] + offsets)[:, None], (b, 3, t))
+        own_positions = jnp.broadcast_to((first[:, None] + jnp.arange(t))[:, None], (b, 3, t))
+        valid = [
+            jnp.arange(embedded.shape[1]) < prompts.length[:, None],
+            jnp.arange(t) < length[:, None],
+        ]
         _, cache = self.language.prefill(
             jnp.concatenate([embedded, self.language.embed_tokens(completion)], axis=1),
             jnp.concatenate([prompt_positions, own_positions], axis=2),
-            jnp.concatenate(
-                [
-                    jnp.arange(embedded.shape[1]) < prompts.length[:, None],
-                    offsets < length[:, None],
-                ],
-                axis=1,
-            ),
+            jnp.concatenate(valid, axis=1),
             remat=self.remat,
         )
-        queries = self.context.queries[...].astype(embedded.dtype)
-        m = len(queries)
-        return self.language.extend(
-            jnp.broadcast_to(queries, (b, 1, *queries.shape)),
-            (first + length)[:, None, None] + jnp.arange(m),
-            jnp.tri(m, dtype=bool)[None, None],
-            cache,
-            remat=self.remat,
-        )
+        return cache, first
 
-    def read_on(
-        self,
-        prompts: Prompts,
-        completions: Int[Array, "B G T"],
-        lengths: Int[Array, "B G"],
-        prompt: PromptCache,
-        past: CompletionCache,
-    ) -> Float[Array, "B G M D"]:
-        """The queries' hidden states after completions that the rollout has just written.
-
-        They go on from the rollout's caches, so this needs the positions of the rollout: scheme
-        `mrope`. Each completion's last token comes along, for no step of decoding has read it.
-        """
-        b, g, t = completions.shape
-        last = jnp.take_along_axis(completions, lengths[..., None] - 1, axis=2)
-        queries = self.context.queries[...]
-        own = self.language.embed_tokens(last)
-        queries = jnp.broadcast_to(queries.astype(own.dtype), (b, g, *queries.shape))
-        offsets = (lengths - 1)[..., None] + jnp.arange(1 + self.config.num_queries)
-        s = offsets.shape[-1]
-        before = jnp.arange(t) < (lengths - 1)[..., None, None]
-        mask = [jnp.broadcast_to(x, (b, g, s, x.shape[-1])) for x in (before, jnp.tri(s) > 0)]
-        return self.language.extend(
-            jnp.concatenate([own, queries], axis=2),
-            prompts.next_position[:, None, None] + offsets,
-            jnp.concatenate(mask, axis=-1),
-            prompt,
-            past,
-        )[:, :, 1:]
+    def _queries(self, b: int, g: int, dtype) -> Float[Array, "b g Q D"]:
+        queries = self.context.queries[...].astype(dtype)
+        return jnp.broadcast_to(queries, (b, g, *queries.shape))
 
     def _positions(
         self, prompts: Prompts, scheme: str | None = None
     ) -> tuple[Int[Array, "B 3 P"], Int[Array, "B"]]:
-        """Rotary positions of the prompts' tokens, and the first one after each."""
+        """Rotary positions of the prompts' tokens, and the first one after each prompt."""
         if (scheme or self.config.context_positions) == "mrope":
             return prompts.positions, prompts.next_position
         b, p = prompts.tokens.shape
         return jnp.broadcast_to(jnp.arange(p), (b, 3, p)), prompts.length
 
-    def score(
-        self,
-        prompts: Prompts,
-        embedded: Float[Array, "B P D"],
-        completions: Int[Array, "B G T"],
-        lengths: Int[Array, "B G"],
-        *,
-        with_queries: bool,
-        positions: str | None = None,
-    ) -> Score:
-        """Log-probabilities of completions and, with queries, what these have read.
-
-        Arguments as for `hidden_states`.
-        """
-        b, g, t = completions.shape
-        prompt_hidden, hidden = self.hidden_states(
-            prompts, embedded, completions, lengths, with_queries=with_queries, positions=positions
-        )
-        last = jnp.take_along_axis(prompt_hidden, prompts.length[:, None, None] - 1, axis=1)
-        last = jnp.broadcast_to(last[:, None], (b, g, 1, last.shape[-1]))
-        before = jnp.concatenate([last, hidden[:, :, : t - 1]], axis=2)
-        log_probs, entropy = token_log_probs(before, self.language.head, completions)
-        return Score(log_probs, entropy, hidden[:, :, t:] if with_queries else None)
-
     def sam_features(self, prompts: Prompts) -> SamFeatures:
-        """SAM's image features, once per picture."""
+        """SAM's image features, once for each image."""
         return self.sam.encode(self.sam.normalize(prompts.sam_pixels))
 
-    def masks(
-        self, features: SamFeatures, hidden: Float[Array, "B G M D"], *, stability: bool
+    def decode_masks(
+        self, features: SamFeatures, hidden: Float[Array, "B G Q D"], *, stability: bool
     ) -> SamMasks:
         """Masks from the queries' hidden states; `stability`: the multimask rule of evaluation."""
         token = self.context(hidden)[:, :, None]
@@ -294,9 +292,9 @@ def abstract(config: LensConfig, dtype=jnp.float32, **options: Any) -> LensModel
 
 
 def split_policy(model: LensModel) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Definition, the part that reads and writes text, and the rest (context module, SAM).
+    """Definition, the parameters that read and generate text, and the rest (context module, SAM).
 
-    Sampling and the reference need the first part alone: merged with the shapes of the rest, it
-    makes a model that can `embed` and `score`.
+    Sampling and the reference need the policy alone: merged with the shapes of the rest, it makes
+    a model that can `embed` and `score`.
     """
     return nnx.split(model, select(POLICY), ...)

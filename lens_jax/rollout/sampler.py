@@ -33,7 +33,7 @@ class Rollout:
 
 
 def rollout(*args, **options) -> Rollout:
-    """Draws completions; arguments as for `generate`."""
+    """Samples completions; arguments as for `generate`."""
     return generate(*args, **options)[0]
 
 
@@ -50,13 +50,13 @@ def generate(
     sampling: Sampling,
     limit: Int[Array, "B"] | None = None,
     together: Sequence[str] = (),
-) -> tuple[Rollout, PromptCache, CompletionCache]:
-    """Draws `num_completions` (G) completions of at most `max_new_tokens` (T) tokens a prompt.
+) -> tuple[Rollout, tuple[PromptCache, CompletionCache]]:
+    """Samples `num_completions` (G) completions of at most `max_new_tokens` (T) tokens a prompt.
 
-    `embedded` is what `model.embed` made of the prompts. Positions are Qwen's multimodal ones.
-    Keys fold in sample, completion and token, so that a completion does not depend on what else is
-    in the batch. The caches returned with the completions, for `model.read_on`, hold every token
-    but the last of each.
+    `embedded` holds the prompts as `model.embed` returns them. Positions are Qwen's multimodal
+    ones. Keys fold in sample, completion and token, so that a completion does not depend on what
+    else is in the batch. The caches returned with the completions, for `model.encode_queries`,
+    hold every token but the last of each.
 
     Args:
         end_tokens: each of them ends a completion; the first one pads it. May be traced.
@@ -77,7 +77,7 @@ def generate(
     penalty = sampling.repetition_penalty
     rows = jnp.arange(b)[:, None, None], jnp.arange(num_completions)[None, :, None]
 
-    def write(hidden, index, out, seen):
+    def append(hidden, index, out, seen):
         """Adds token `index` to the completions that go on."""
         z = all_logits(hidden, language.head)
         chosen_from = z if penalty == 1.0 else penalize(z, seen, penalty)
@@ -101,7 +101,7 @@ def generate(
         embedded = language.embed_tokens(token)
         position = prompts.next_position + index
         hidden, cache = language.decode(embedded, position, index, prompt_cache, cache)
-        out, seen = write(hidden, index + 1, out, seen)
+        out, seen = append(hidden, index + 1, out, seen)
         return index + 1, cache, out, seen, unfinished(index + 1, out)
 
     def unfinished(index, out):
@@ -124,7 +124,7 @@ def generate(
     start = jnp.broadcast_to(last, (*shape, last.shape[-1]))
     cache = language.empty_cache(*shape, max_new_tokens)
     first = jnp.int32(0)
-    out, seen = write(start, first, empty, seen)
+    out, seen = append(start, first, empty, seen)
     state = first, cache, out, seen, unfinished(first, out)
     _, cache, out, _, _ = lax.while_loop(lambda state: state[-1], step, state)
-    return out, prompt_cache, cache
+    return out, (prompt_cache, cache)

@@ -22,11 +22,13 @@ Update = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]
 
 
 def sums(model: LensModel, batch: Batch, *, stability: bool = True) -> tuple[jax.Array, Metrics]:
-    """The loss and the metrics, summed over samples; `stability` as in `LensModel.masks`."""
+    """The loss and the metrics, summed over samples; `stability` as in `LensModel.decode_masks`."""
     prompts, targets = batch.prompts, batch.targets
     embedded = model.embed(prompts)
-    hidden = model.read(prompts, embedded, targets.answer, targets.answer_length)
-    masks = model.masks(model.sam_features(prompts), hidden, stability=stability)
+    hidden = model.encode_queries(
+        prompts, embedded, targets.answer[:, None], targets.answer_length[:, None]
+    )
+    masks = model.decode_masks(model.sam_features(prompts), hidden, stability=stability)
     canvas = targets.mask.shape[1:]
     logits = upsample_logits(masks.logits, targets.mask_size, canvas)
     valid = valid_pixels(targets.mask_size, canvas)

@@ -61,7 +61,7 @@ def sums(
     hidden = score.hidden
     if objective.detach_segmentation:
         hidden = jax.lax.stop_gradient(hidden)
-    masks = model.masks(model.sam_features(prompts), hidden, stability=False)
+    masks = model.decode_masks(model.sam_features(prompts), hidden, stability=False)
     canvas = targets.mask.shape[1:]
     logits = upsample_logits(masks.logits, targets.mask_size, canvas)
     valid = valid_pixels(targets.mask_size, canvas)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens_jax import Lens, inference
+from lens_jax import Lens
 from lens_jax.config import MeshConfig
 from lens_jax.data.sources import open_source
 from lens_jax.distribution import sharding
+from lens_jax.inference import programs
 from lens_jax.rollout.sampler import Rollout
 
 SENTENCES = ("the red circle", "the square on the left", "it")
@@ -116,8 +117,8 @@ def test_drawn_completions_depend_on_the_seed(lens, image):
 
 
 def test_few_numbers_of_rows():
-    assert [inference.bucket_rows(n) for n in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
-    assert [inference.bucket_rows(n, 3) for n in (1, 3, 4, 7, 12, 13)] == [3, 3, 6, 12, 12, 24]
+    assert [programs.bucket_rows(n) for n in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert [programs.bucket_rows(n, 3) for n in (1, 3, 4, 7, 12, 13)] == [3, 3, 6, 12, 12, 24]
 
 
 def test_programs_serve_other_rows_and_prompts(lens, image, monkeypatch):
@@ -135,9 +136,9 @@ def test_programs_serve_other_rows_and_prompts(lens, image, monkeypatch):
         return Rollout(tokens, ones, tokens * 0.0, ones > 0), None, hidden
 
     def compiled() -> tuple[int, int]:
-        return write._cache_size(), inference.draw._cache_size()
+        return write._cache_size(), programs.decode_masks._cache_size()
 
-    monkeypatch.setattr(inference, "write", write)
+    monkeypatch.setattr(programs, "generate", write)
     assert len(lens.segment_batch([image] * 3, SENTENCES)) == 3
     once = compiled()
     assert len(lens.segment_batch([image] * 4, ["it"] * 4)) == 4
@@ -151,15 +152,15 @@ def test_float32_multiplies_in_float32(lens, image, monkeypatch):
     texts = {}
 
     def spy(name):
-        program = getattr(inference, name)
+        program = getattr(programs, name)
 
         def call(*args, **options):
             texts[name] = program.lower(*args, **options).as_text()
             return program(*args, **options)
 
-        monkeypatch.setattr(inference, name, call)
+        monkeypatch.setattr(programs, name, call)
 
-    for name in ("write", "embed", "read", "draw"):
+    for name in ("generate", "encode_queries", "decode_masks"):
         spy(name)
     with jax.default_matmul_precision("default"):
         lens.segment(image, SENTENCES[0])
@@ -168,22 +169,22 @@ def test_float32_multiplies_in_float32(lens, image, monkeypatch):
         products = [x for x in text.split("\n") if ".dot_general" in x or ".convolution" in x]
         assert len(products) > 5, name
         assert all("HIGHEST, HIGHEST" in x or x.count("precision HIGHEST") == 2 for x in products)
-    assert len(texts) == 4
+    assert len(texts) == 3
 
 
 @pytest.mark.parametrize(
     ("images", "prompts", "reason"),
     [
-        ("a", ["it"], "a list of pictures"),
-        (1, ["it"], "a list of pictures"),
-        ([1], "it", "a list of sentences"),
-        ([1], None, "a list of sentences"),
+        ("a", ["it"], "a list of images"),
+        (1, ["it"], "a list of images"),
+        ([1], "it", "a list of expressions"),
+        ([1], None, "a list of expressions"),
         (frozenset("a"), ["it"], "an array [N, H, W, 3], not frozenset"),
-        ([1, 1], ["it"], "2 pictures and 1 sentence: "),
-        ([1], [], "1 picture and 0 sentences"),
-        ([1], [None], "the sentence is text, not NoneType"),
-        ([1], [["it"]], "the sentence is text, not list"),
-        ([1, 1], ["it", " \n"], "the sentence, number 2 of 2 is empty"),
+        ([1, 1], ["it"], "2 images and 1 expression: "),
+        ([1], [], "1 image and 0 expressions"),
+        ([1], [None], "the expression is text, not NoneType"),
+        ([1], [["it"]], "the expression is text, not list"),
+        ([1, 1], ["it", " \n"], "the expression, number 2 of 2 is empty"),
         ([1, 2], ["it", "it"], "0 to 1, not 2 to 2"),
         (["none.png"], ["it"], "none.png: no such picture"),
     ],
@@ -201,9 +202,9 @@ def test_what_cannot_be_asked_is_one_line(lens, image, images, prompts, reason):
 
 def test_wrong_options_are_one_line(lens, checkpoint, image):
     for prompt in (None, "", " ", ["it"], "\u200b", "\ufeff", "\x07", "a\ud800"):
-        with pytest.raises(ValueError, match="the sentence is"):
+        with pytest.raises(ValueError, match="the expression is"):
             lens.segment(image, prompt)
-        with pytest.raises(ValueError, match="the sentence is"):
+        with pytest.raises(ValueError, match="the expression is"):
             lens.mask_logits(image, prompt, "it")
     for temperature in (-1, float("nan"), float("inf"), 1e-40, 1e300, "a", None, True):
         with pytest.raises(ValueError, match="temperature"):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens_jax.models.sam.sam2 import Sam2
+from lens_jax.models.sam.segmenter import Sam2
 
 torch = pytest.importorskip("torch")
 

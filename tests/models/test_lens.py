@@ -171,7 +171,7 @@ def test_reading_apart_equals_the_packed_pass(scheme):
     weight = np.random.default_rng(3).standard_normal((len(tokens), 1, config.num_queries, 32))
 
     def apart(model, tokens, lengths):
-        return model.read(prompts, model.embed(prompts), tokens[:, 0], lengths[:, 0])
+        return model.encode_queries(prompts, model.embed(prompts), tokens[:, :1], lengths[:, :1])
 
     def together(model, tokens, lengths):
         return packed(model, prompts, tokens, lengths)[2]

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lens_jax.aot import flops
+from lens_jax.distribution.sharded import ShardedParameter
 from lens_jax.models import layers
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import abstract, split_policy
@@ -87,7 +88,9 @@ def reading_gradient(remat):
 
     def loss(trained, embedded):
         model = nnx.merge(definition, trained, rest)
-        return (weights * model.read(prompts, embedded, answer, length)).sum()
+        return (
+            weights * model.encode_queries(prompts, embedded, answer[:, None], length[:, None])
+        ).sum()
 
     return jax.grad(loss, argnums=(0, 1)), embedded
 
@@ -153,7 +156,7 @@ def test_layers_in_parts(remat):
 
     def in_parts(params):
         def of(x):
-            return layers.Part(x, "fsdp", -2, 2, x.dtype) if x.ndim == 3 else x
+            return ShardedParameter(x, "fsdp", -2, 2, x.dtype) if x.ndim == 3 else x
 
         return jax.tree.map(of, params)
 

@@ -20,7 +20,7 @@ from lens_jax.convert_weights.sam2 import (
 from lens_jax.models.sam.config import PRESETS, Sam2Config
 from lens_jax.models.sam.hiera import bicubic_matrix
 from lens_jax.models.sam.mask_decoder import stability_score
-from lens_jax.models.sam.sam2 import Sam2
+from lens_jax.models.sam.segmenter import Sam2
 from tests.models import segmenters
 from tests.models.segmenters import (
     KINDS,

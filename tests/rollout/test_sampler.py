@@ -231,7 +231,7 @@ def test_every_prompt_has_its_own_temperature(policy, drawn):
 
 
 def test_queries_go_on_from_the_caches(policy):
-    """What `read_on` computes equals a second pass over prompt and completion."""
+    """`encode_queries` with caches equals a second pass over prompt and completion."""
     definition, params, rest = policy
     prompts = micro.collate(micro.CONFIG, ROWS, more_tokens=2)
 
@@ -239,7 +239,7 @@ def test_queries_go_on_from_the_caches(policy):
     def both(params):
         model = nnx.merge(definition, params, rest)
         embedded = model.embed(prompts)
-        written, *caches = generate(
+        written, caches = generate(
             model,
             prompts,
             embedded,
@@ -252,7 +252,11 @@ def test_queries_go_on_from_the_caches(policy):
         )
         tokens, lengths = written.tokens, written.lengths
         again = model.hidden_states(prompts, embedded, tokens, lengths, with_queries=True)[1]
-        return written, model.read_on(prompts, tokens, lengths, *caches), again[:, :, T:]
+        return (
+            written,
+            model.encode_queries(prompts, embedded, tokens, lengths, caches),
+            again[:, :, T:],
+        )
 
     written, ours, expected = both(params)
     micro.close(ours, expected, 1e-5)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from lens_jax.convert_weights.sam2 import params_from_tensors
 from lens_jax.models.sam.config import Sam2Config
-from lens_jax.models.sam.sam2 import Sam2
+from lens_jax.models.sam.segmenter import Sam2
 from lens_jax.preparation import shapes
 from tests import xla
 from tools import make_tiny_sam

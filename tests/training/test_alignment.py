@@ -20,13 +20,13 @@ class Drawing:
     def embed(self, prompts):
         return None
 
-    def read(self, prompts, embedded, answer, length):
+    def encode_queries(self, prompts, embedded, answer, length):
         return None
 
     def sam_features(self, prompts):
         return None
 
-    def masks(self, features, hidden, *, stability):
+    def decode_masks(self, features, hidden, *, stability):
         return SimpleNamespace(logits=self.logits)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from lens_jax.config import AlignmentConfig, GRPOConfig
 from lens_jax.models.parameters import PARTS, select
-from lens_jax.models.sam.sam2 import Sam2
+from lens_jax.models.sam.segmenter import Sam2
 from lens_jax.training.state import (
     accumulate,
     apply,

@@ -166,7 +166,7 @@ class Scripted:
     def score(self, *_, **__):
         return Score(self.log_probs, jnp.zeros_like(self.log_probs))
 
-    def masks(self, *_, **__):
+    def decode_masks(self, *_, **__):
         return SimpleNamespace(logits=jnp.zeros((*self.log_probs.shape[:2], 4, 4)))
 
 

@@ -1,6 +1,7 @@
 """Qwen2's decoder with multimodal rotary positions: packed groups, prompts, single tokens."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lens_jax.models import layers
-from lens_jax.models.attention import (
-    XLA,
-    Attention,
-    Prefix,
-    cached_attention,
-    heads_first,
-)
+from lens_jax.models.attention import XLA, Attention, Prefix, cached_attention, heads_first
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.rope import Rotation, multimodal_rotation, rotate
 
@@ -46,21 +41,19 @@ class CompletionCache:
 class DecoderLayer(nnx.Module):
     """Pre-norm grouped-query attention and SwiGLU; the caller attends between the two halves."""
 
-    def __init__(self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        width, mlp, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-        self.head_dim = head_dim
-        norm = dict(epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
-        linear = dict(dtype=dtype, rngs=rngs)
-        self.input_norm = nnx.RMSNorm(width, **norm)
-        self.post_attention_norm = nnx.RMSNorm(width, **norm)
-        self.q_proj = nnx.Linear(width, config.num_heads * head_dim, **linear)
-        self.k_proj = nnx.Linear(width, config.num_kv_heads * head_dim, **linear)
-        self.v_proj = nnx.Linear(width, config.num_kv_heads * head_dim, **linear)
-        self.o_proj = nnx.Linear(config.num_heads * head_dim, width, use_bias=False, **linear)
-        wide = dict(use_bias=False, dot_general=layers.widen, **linear)
-        self.gate_proj = nnx.Linear(width, mlp, **wide)
-        self.up_proj = nnx.Linear(width, mlp, **wide)
-        self.down_proj = nnx.Linear(mlp, width, use_bias=False, **linear)
+    def __init__(self, config: QwenVLConfig, **options: Any):
+        width, mlp, self.head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+        heads, kv_heads = (n * self.head_dim for n in (config.num_heads, config.num_kv_heads))
+        self.input_norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **options)
+        self.post_attention_norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **options)
+        self.q_proj = layers.linear(width, heads, **options)
+        self.k_proj = layers.linear(width, kv_heads, **options)
+        self.v_proj = layers.linear(width, kv_heads, **options)
+        options["use_bias"] = False
+        self.o_proj = layers.linear(heads, width, **options)
+        self.gate_proj = layers.linear(width, mlp, wide=True, **options)
+        self.up_proj = layers.linear(width, mlp, wide=True, **options)
+        self.down_proj = layers.linear(mlp, width, **options)
 
     def project(
         self, x: Float[Array, "... L D"], rotation: Rotation
@@ -92,12 +85,11 @@ class LanguageModel(nnx.Module):
         dtype=jnp.float32,
         attention: Attention = XLA,
     ):
-        self.config = config
-        self.attention = attention
+        self.config, self.attention = config, attention
         table = dict(num_embeddings=config.vocab_size, features=config.hidden_size, dtype=dtype)
         self.embed_tokens = nnx.Embed(**table, rngs=rngs)
         self.layers = layers.stack(
-            lambda r: DecoderLayer(config, rngs=r, dtype=dtype), config.num_layers, rngs
+            lambda rngs: DecoderLayer(config, rngs=rngs, dtype=dtype), config.num_layers, rngs
         )
         self.norm = nnx.RMSNorm(
             config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs

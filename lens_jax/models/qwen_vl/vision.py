@@ -6,6 +6,7 @@ They differ in norms, in MLPs, and in that Qwen2.5-VL attends within windows in 
 import itertools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,31 +19,29 @@ from lens_jax.models.qwen_vl.config import VisionConfig
 from lens_jax.models.rope import Rotation, grid_rotation, rotate
 
 
-def _norm(config: VisionConfig, *, rngs: nnx.Rngs, dtype) -> nnx.Module:
-    options = dict(epsilon=1e-6, dtype=dtype, rngs=rngs)
+def _norm(config: VisionConfig, **options: Any) -> nnx.Module:
     if config.family == "qwen2_vl":
-        return nnx.LayerNorm(config.hidden_size, use_fast_variance=False, **options)
-    return nnx.RMSNorm(config.hidden_size, **options)
+        return layers.layer_norm(config.hidden_size, **options)
+    return nnx.RMSNorm(config.hidden_size, epsilon=1e-6, **options)
 
 
 class VisionBlock(nnx.Module):
-    """Pre-norm attention and MLP, on windows [B, W, S] or on whole pictures [B, 1, W*S]."""
+    """Pre-norm attention and MLP, on windows [B, W, S] or on whole images [B, 1, W*S]."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: VisionConfig, **options: Any):
         width, mlp = config.hidden_size, config.intermediate_size
         self.family, self.num_heads = config.family, config.num_heads
-        linear = dict(dtype=dtype, rngs=rngs)
-        self.norm1 = _norm(config, **linear)
-        self.norm2 = _norm(config, **linear)
-        self.qkv = nnx.Linear(width, 3 * width, **linear)
-        self.proj = nnx.Linear(width, width, **linear)
+        self.norm1 = _norm(config, **options)
+        self.norm2 = _norm(config, **options)
+        self.qkv = layers.linear(width, 3 * width, **options)
+        self.proj = layers.linear(width, width, **options)
         if self.family == "qwen2_vl":
-            self.fc1 = nnx.Linear(width, mlp, **linear)
-            self.fc2 = nnx.Linear(mlp, width, **linear)
+            self.fc1 = layers.linear(width, mlp, **options)
+            self.fc2 = layers.linear(mlp, width, **options)
         else:
-            self.gate_proj = nnx.Linear(width, mlp, dot_general=layers.widen, **linear)
-            self.up_proj = nnx.Linear(width, mlp, dot_general=layers.widen, **linear)
-            self.down_proj = nnx.Linear(mlp, width, **linear)
+            self.gate_proj = layers.linear(width, mlp, wide=True, **options)
+            self.up_proj = layers.linear(width, mlp, wide=True, **options)
+            self.down_proj = layers.linear(mlp, width, **options)
 
     def __call__(
         self, x: Float[Array, "B W S d"], rotation: Rotation, attend: Callable[..., Array]
@@ -58,27 +57,26 @@ class VisionBlock(nnx.Module):
     def mlp(self, x: Float[Array, "B W S d"]) -> Float[Array, "B W S d"]:
         """Quick GELU (Qwen2-VL) or SwiGLU."""
         if self.family == "qwen2_vl":
-            h = self.fc1(x)
-            return self.fc2(h * jax.nn.sigmoid(1.702 * h))
+            return self.fc2(layers.quick_gelu(self.fc1(x)))
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class PatchMerger(nnx.Module):
     """Four neighbouring patches become one token of the language model's width."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: VisionConfig, **options: Any):
         self.merged = config.hidden_size * config.merge_size**2
-        self.norm = _norm(config, rngs=rngs, dtype=dtype)
-        self.fc1 = nnx.Linear(self.merged, self.merged, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(self.merged, config.out_hidden_size, dtype=dtype, rngs=rngs)
+        self.norm = _norm(config, **options)
+        self.fc1 = layers.linear(self.merged, self.merged, **options)
+        self.fc2 = layers.linear(self.merged, config.out_hidden_size, **options)
 
     def __call__(self, x: Float[Array, "B W S d"]) -> Float[Array, "B U D"]:
         x = self.norm(x).reshape(x.shape[0], -1, self.merged)
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(layers.gelu(self.fc1(x)))
 
 
 class VisionTower(nnx.Module):
-    """Pictures, cut into patches in window order (`Prompts`), to tokens of the language model."""
+    """Tokens of the language model from images, cut into patches in window order (`Prompts`)."""
 
     def __init__(
         self,
@@ -88,13 +86,12 @@ class VisionTower(nnx.Module):
         dtype=jnp.float32,
         attention: Attention = XLA,
     ):
-        self.config = config
-        self.attention = attention
-        self.patch_embed = nnx.Linear(
-            config.patch_dim, config.hidden_size, use_bias=False, dtype=dtype, rngs=rngs
+        self.config, self.attention = config, attention
+        self.patch_embed = layers.linear(
+            config.patch_dim, config.hidden_size, use_bias=False, rngs=rngs, dtype=dtype
         )
         self.blocks = layers.stack(
-            lambda r: VisionBlock(config, rngs=r, dtype=dtype), config.depth, rngs
+            lambda rngs: VisionBlock(config, rngs=rngs, dtype=dtype), config.depth, rngs
         )
         self.merger = PatchMerger(config, rngs=rngs, dtype=dtype)
 
@@ -106,7 +103,7 @@ class VisionTower(nnx.Module):
         *,
         remat: str = "none",
     ) -> Float[Array, "B U D"]:
-        """Merged tokens, U = W * S / 4, still in window order; those of padding are arbitrary."""
+        """Merged tokens, U = W * S / 4, in window order still; those of padding are arbitrary."""
         config = self.config
         x = self.patch_embed(patches)
         rotation = grid_rotation(positions, config.head_dim)
@@ -141,7 +138,7 @@ class VisionTower(nnx.Module):
 
 
 def _attend_whole(kernel: Attention, mask: Bool[Array, "B W S"], *parts: Array) -> Array:
-    """Pictures [B, 1, W * S, N, H] to all of their patches."""
+    """Attention of images [B, 1, W * S, N, H] to all of their patches."""
     return kernel.full(*(x[:, 0] for x in parts), mask.reshape(len(mask), -1))[:, None]
 
 

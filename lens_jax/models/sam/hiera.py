@@ -1,8 +1,10 @@
-"""Hiera, SAM 2's image trunk: a hierarchical ViT with windowed attention.
+"""SAM 2's image encoder: Hiera, a hierarchical ViT with windowed attention, and a feature pyramid.
 
 Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles" (2023), with
 the windowed position embedding of Bolya et al., "Window Attention is Bugged" (2023).
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lens_jax.models import layers
-from lens_jax.models.attention import XLA, Attention
+from lens_jax.models.attention import Attention
 from lens_jax.models.sam.config import Sam2Config
-from lens_jax.models.sam.layers import Mlp, gelu, layer_norm
-
-NORM_EPSILON = 1e-6
+from lens_jax.models.sam.layers import Mlp
 
 
 def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 C"]:
@@ -61,11 +61,11 @@ def bicubic_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "O I"]:
     return matrix.astype(np.float32)
 
 
-class PatchEmbed(nnx.Module):
+class HieraPatchEmbed(nnx.Module):
     """A 7x7 convolution with stride 4."""
 
-    def __init__(self, dim: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.proj = nnx.Conv(3, dim, (7, 7), strides=4, padding=3, dtype=dtype, rngs=rngs)
+    def __init__(self, dim: int, **options: Any):
+        self.proj = nnx.Conv(3, dim, (7, 7), strides=4, padding=3, **options)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H//4 W//4 C"]:
         return self.proj(images)
@@ -74,7 +74,7 @@ class PatchEmbed(nnx.Module):
 class MultiScaleAttention(nnx.Module):
     """Self-attention over each map of a batch; the queries may be pooled 2x2.
 
-    `whole` attends when maps are whole pictures.
+    `whole` attends when maps are whole images.
     """
 
     def __init__(
@@ -84,13 +84,11 @@ class MultiScaleAttention(nnx.Module):
         heads: int,
         pool: bool,
         whole: Attention | None,
-        *,
-        rngs: nnx.Rngs,
-        dtype: jnp.dtype,
+        **options: Any,
     ):
         self.heads, self.pool, self.whole = heads, pool, whole
-        self.qkv = nnx.Linear(dim, 3 * dim_out, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(dim_out, dim_out, dtype=dtype, rngs=rngs)
+        self.qkv = layers.linear(dim, 3 * dim_out, **options)
+        self.proj = layers.linear(dim_out, dim_out, **options)
 
     def __call__(self, x: Float[Array, "N H W I"]) -> Float[Array, "N h w O"]:
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
@@ -112,20 +110,16 @@ class MultiScaleBlock(nnx.Module):
         heads: int,
         window: int,
         attention: Attention,
-        *,
-        rngs: nnx.Rngs,
-        dtype: jnp.dtype,
+        **options: Any,
     ):
         self.window, self.pool = window, dim != dim_out
-        self.norm1 = layer_norm(dim, NORM_EPSILON, rngs=rngs, dtype=dtype)
+        self.norm1 = layers.layer_norm(dim, **options)
         whole = None if window or self.pool else attention
-        self.attn = MultiScaleAttention(
-            dim, dim_out, heads, self.pool, whole, rngs=rngs, dtype=dtype
-        )
-        self.norm2 = layer_norm(dim_out, NORM_EPSILON, rngs=rngs, dtype=dtype)
-        self.mlp = Mlp((dim_out, 4 * dim_out, dim_out), gelu, rngs=rngs, dtype=dtype)
+        self.attn = MultiScaleAttention(dim, dim_out, heads, self.pool, whole, **options)
+        self.norm2 = layers.layer_norm(dim_out, **options)
+        self.mlp = Mlp((dim_out, 4 * dim_out, dim_out), layers.gelu, **options)
         if self.pool:
-            self.proj = nnx.Linear(dim, dim_out, dtype=dtype, rngs=rngs)
+            self.proj = layers.linear(dim, dim_out, **options)
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
         shortcut, x = x, self.norm1(x)
@@ -140,21 +134,21 @@ class MultiScaleBlock(nnx.Module):
 
 
 class Hiera(nnx.Module):
-    """The trunk: pictures to one feature map a stage."""
+    """The trunk: one feature map a stage for each image."""
 
     def __init__(
         self,
         config: Sam2Config,
         *,
+        attention: Attention,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-        attention: Attention = XLA,
+        dtype: jnp.dtype,
     ):
-        self.grid, self.dtype = config.image_size // 4, dtype
+        self.grid, options = config.image_size // 4, dict(rngs=rngs, dtype=dtype)
         init = nnx.initializers.truncated_normal(0.02)
         dim, window = config.embed_dim, config.window_spec[0]
         background = config.window_pos_embed_bkg_spatial_size
-        self.patch_embed = PatchEmbed(dim, rngs=rngs, dtype=dtype)
+        self.patch_embed = HieraPatchEmbed(dim, **options)
         self.pos_embed = nnx.Param(init(rngs.params(), (*background, dim)))
         self.pos_embed_window = nnx.Param(init(rngs.params(), (window, window, dim)))
         self.stage_ends = tuple(int(end) - 1 for end in np.cumsum(config.stages))
@@ -171,14 +165,13 @@ class Hiera(nnx.Module):
                         config.num_heads * 2**stage,
                         0 if is_global else config.window_spec[before],
                         attention,
-                        rngs=rngs,
-                        dtype=dtype,
+                        **options,
                     )
                 )
         self.blocks = nnx.List(blocks)
 
     def position_embedding(self) -> Float[Array, "h w C"]:
-        """A coarse embedding of the whole picture plus one that repeats in every window."""
+        """A coarse embedding of the whole image plus one that repeats in every window."""
         rows, columns = (bicubic_matrix(size, self.grid) for size in self.pos_embed.shape[:2])
         background = jnp.einsum("hi,wj,ijc->hwc", rows, columns, self.pos_embed[...])
         repeat = self.grid // self.pos_embed_window.shape[0]
@@ -198,3 +191,40 @@ class Hiera(nnx.Module):
             if last in self.stage_ends:
                 features.append(x)
         return features
+
+
+class FpnNeck(nnx.Module):
+    """The feature pyramid (Lin et al., "Feature Pyramid Networks", 2017).
+
+    It projects every stage to `d_model`; coarse levels flow into the next finer ones. `convs` (1x1,
+    so linear) run from the coarsest level to the finest, as in the original.
+    """
+
+    def __init__(self, config: Sam2Config, **options: Any):
+        self.top_down, self.scalp = config.fpn_top_down_levels, config.scalp
+        self.convs = nnx.List(
+            layers.linear(dim, config.d_model, **options) for dim in config.stage_dims[::-1]
+        )
+
+    def __call__(self, stages: list[Float[Array, "B h w I"]]) -> list[Float[Array, "B h w C"]]:
+        """Feature levels, finest first, without the `scalp` coarsest ones."""
+        coarsest = len(stages) - 1
+        levels, previous = [], None
+        for level in range(coarsest, -1, -1):
+            x = self.convs[coarsest - level](stages[level])
+            if level in self.top_down and previous is not None:
+                x = x + previous.repeat(2, axis=1).repeat(2, axis=2)
+            levels.insert(0, x)
+            previous = x
+        return levels[: len(levels) - self.scalp]
+
+
+class HieraEncoder(nnx.Module):
+    """Trunk and feature pyramid."""
+
+    def __init__(self, config: Sam2Config, *, attention: Attention, **options: Any):
+        self.trunk = Hiera(config, attention=attention, **options)
+        self.neck = FpnNeck(config, **options)
+
+    def __call__(self, images: Float[Array, "B A A 3"]) -> list[Float[Array, "B h w C"]]:
+        return self.neck(self.trunk(images))

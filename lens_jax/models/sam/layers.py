@@ -2,11 +2,14 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from lens_jax.models.layers import linear
 
 
 class Mlp(nnx.Module):
@@ -16,30 +19,15 @@ class Mlp(nnx.Module):
         self,
         sizes: tuple[int, ...],
         activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
-        *,
-        rngs: nnx.Rngs,
-        dtype: jnp.dtype,
+        **options: Any,
     ):
         self.activation = activation
-        self.layers = nnx.List(
-            nnx.Linear(size_in, size_out, dtype=dtype, rngs=rngs)
-            for size_in, size_out in itertools.pairwise(sizes)
-        )
+        self.layers = nnx.List(linear(*pair, **options) for pair in itertools.pairwise(sizes))
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         return self.layers[-1](x)
-
-
-def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The exact GELU, by the error function."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-def layer_norm(dim: int, epsilon: float, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
-    """LayerNorm over the last axis with the two-pass variance, as PyTorch computes it."""
-    return nnx.LayerNorm(dim, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 class Upscale2x(nnx.Module):

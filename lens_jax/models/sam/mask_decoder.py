@@ -1,16 +1,19 @@
 """The mask decoder of SAM 1 and SAM 2: a two-way transformer between prompt tokens and the image.
 
-Everything before the first image-to-token attention is the same for all prompts of a picture, so
+Everything before the first image-to-token attention is the same for all prompts of an image, so
 image arrays enter with a prompt axis of length 1 and get their own values only there.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
+from lens_jax.models.layers import gelu, layer_norm, linear
 from lens_jax.models.sam.config import DecoderConfig, Sam2Config
-from lens_jax.models.sam.layers import Mlp, Upscale2x, gelu, layer_norm
+from lens_jax.models.sam.layers import Mlp, Upscale2x
 
 TRANSFORMER_EPSILON = 1e-5  # PyTorch's default; the upscaling path has 1e-6
 
@@ -19,9 +22,9 @@ HighRes = tuple[Float[Array, "B 4*h 4*w C//8"], Float[Array, "B 2*h 2*w C//4"]]
 
 @struct.dataclass
 class SamMasks:
-    """What the decoder says to each prompt; one mask is selected out of those of all tokens.
+    """Masks of each prompt, one for every mask token, of which one is selected.
 
-    `logits` (float32, a quarter of the picture's side) is the mask of `selected_token`; `iou` the
+    `logits` (float32, a quarter of the image's side) is the mask of `selected_token`; `iou` the
     predicted quality of every token's mask, `object_score` the logit that there is an object at
     all, `stability` the share of token 0's mask that survives a small shift of the threshold. SAM 1
     has neither of the last two.
@@ -35,20 +38,18 @@ class SamMasks:
     stability: Float[Array, "B G"] | None = None
 
 
-class Attention(nnx.Module):
+class NarrowAttention(nnx.Module):
     """Multi-head attention whose inner width may be smaller than its outer one.
 
     The prompt axis (second) of queries or of keys and values may be 1: then it is shared.
     """
 
-    def __init__(
-        self, dim: int, heads: int, downsample_rate: int = 1, *, rngs: nnx.Rngs, dtype: jnp.dtype
-    ):
+    def __init__(self, dim: int, heads: int, downsample_rate: int = 1, **options: Any):
         self.heads, inner = heads, dim // downsample_rate
-        self.q_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
-        self.out_proj = nnx.Linear(inner, dim, dtype=dtype, rngs=rngs)
+        self.q_proj = linear(dim, inner, **options)
+        self.k_proj = linear(dim, inner, **options)
+        self.v_proj = linear(dim, inner, **options)
+        self.out_proj = linear(inner, dim, **options)
 
     def __call__(
         self,
@@ -67,17 +68,17 @@ class Attention(nnx.Module):
 class TwoWayAttentionBlock(nnx.Module):
     """Tokens attend to themselves and to the image, then the image attends to the tokens."""
 
-    def __init__(self, config: DecoderConfig, is_first: bool, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, is_first: bool, **options: Any):
         self.is_first = is_first
         dim, heads, rate = config.d_model, config.decoder_heads, config.attention_downsample_rate
-        self.self_attn = Attention(dim, heads, rngs=rngs, dtype=dtype)
-        self.cross_attn_token_to_image = Attention(dim, heads, rate, rngs=rngs, dtype=dtype)
-        self.cross_attn_image_to_token = Attention(dim, heads, rate, rngs=rngs, dtype=dtype)
-        self.mlp = Mlp((dim, config.decoder_mlp_dim, dim), rngs=rngs, dtype=dtype)
-        self.norm1 = layer_norm(dim, TRANSFORMER_EPSILON, rngs=rngs, dtype=dtype)
-        self.norm2 = layer_norm(dim, TRANSFORMER_EPSILON, rngs=rngs, dtype=dtype)
-        self.norm3 = layer_norm(dim, TRANSFORMER_EPSILON, rngs=rngs, dtype=dtype)
-        self.norm4 = layer_norm(dim, TRANSFORMER_EPSILON, rngs=rngs, dtype=dtype)
+        self.self_attn = NarrowAttention(dim, heads, **options)
+        self.cross_attn_token_to_image = NarrowAttention(dim, heads, rate, **options)
+        self.cross_attn_image_to_token = NarrowAttention(dim, heads, rate, **options)
+        self.mlp = Mlp((dim, config.decoder_mlp_dim, dim), **options)
+        self.norm1 = layer_norm(dim, TRANSFORMER_EPSILON, **options)
+        self.norm2 = layer_norm(dim, TRANSFORMER_EPSILON, **options)
+        self.norm3 = layer_norm(dim, TRANSFORMER_EPSILON, **options)
+        self.norm4 = layer_norm(dim, TRANSFORMER_EPSILON, **options)
 
     def __call__(
         self,
@@ -101,23 +102,16 @@ class TwoWayAttentionBlock(nnx.Module):
 
 
 class TwoWayTransformer(nnx.Module):
-    """Blocks of two-way attention and a last look of the tokens at the image."""
+    """Blocks of two-way attention; at the end the tokens attend to the image once more."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, **options: Any):
+        dim, heads, rate = config.d_model, config.decoder_heads, config.attention_downsample_rate
         self.layers = nnx.List(
-            TwoWayAttentionBlock(config, is_first=i == 0, rngs=rngs, dtype=dtype)
+            TwoWayAttentionBlock(config, is_first=i == 0, **options)
             for i in range(config.decoder_depth)
         )
-        self.final_attn_token_to_image = Attention(
-            config.d_model,
-            config.decoder_heads,
-            config.attention_downsample_rate,
-            rngs=rngs,
-            dtype=dtype,
-        )
-        self.norm_final_attn = layer_norm(
-            config.d_model, TRANSFORMER_EPSILON, rngs=rngs, dtype=dtype
-        )
+        self.final_attn_token_to_image = NarrowAttention(dim, heads, rate, **options)
+        self.norm_final_attn = layer_norm(dim, TRANSFORMER_EPSILON, **options)
 
     def __call__(
         self,
@@ -135,15 +129,13 @@ class TwoWayTransformer(nnx.Module):
 class OutputUpscaling(nnx.Module):
     """Image features to four times their side; SAM 2 adds the trunk's finer ones on the way."""
 
-    def __init__(self, dim: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.conv1 = Upscale2x(dim, dim // 4, rngs=rngs, dtype=dtype)
-        self.norm = layer_norm(dim // 4, 1e-6, rngs=rngs, dtype=dtype)
-        self.conv2 = Upscale2x(dim // 4, dim // 8, rngs=rngs, dtype=dtype)
+    def __init__(self, dim: int, **options: Any):
+        self.conv1 = Upscale2x(dim, dim // 4, **options)
+        self.norm = layer_norm(dim // 4, **options)
+        self.conv2 = Upscale2x(dim // 4, dim // 8, **options)
 
     def __call__(
-        self,
-        image: Float[Array, "B G h w C"],
-        high_res: HighRes | None,
+        self, image: Float[Array, "B G h w C"], high_res: HighRes | None
     ) -> Float[Array, "B G 4*h 4*w C//8"]:
         fine, medium = (0, 0) if high_res is None else (x[:, None] for x in high_res)
         x = gelu(self.norm(self.conv1(image) + medium))
@@ -158,27 +150,27 @@ class MaskDecoder(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
-        self.dtype = dtype
+        self.dtype, options = dtype, dict(rngs=rngs, dtype=dtype)
         self.is_sam2 = isinstance(config, Sam2Config)
         dim, masks = config.d_model, 1 + config.num_multimask_outputs
         init = nnx.initializers.normal(1.0)
-        self.transformer = TwoWayTransformer(config, rngs=rngs, dtype=dtype)
+        self.transformer = TwoWayTransformer(config, **options)
         if self.is_sam2:
             self.delta, self.thresh = config.stability_delta, config.stability_thresh
             self.obj_score_token = nnx.Embed(1, dim, embedding_init=init, rngs=rngs)
         self.iou_token = nnx.Embed(1, dim, embedding_init=init, rngs=rngs)
         self.mask_tokens = nnx.Embed(masks, dim, embedding_init=init, rngs=rngs)
-        self.output_upscaling = OutputUpscaling(dim, rngs=rngs, dtype=dtype)
+        self.output_upscaling = OutputUpscaling(dim, **options)
         if self.is_sam2:
-            self.conv_s0 = nnx.Linear(dim, dim // 8, dtype=dtype, rngs=rngs)
-            self.conv_s1 = nnx.Linear(dim, dim // 4, dtype=dtype, rngs=rngs)
+            self.conv_s0 = linear(dim, dim // 8, **options)
+            self.conv_s1 = linear(dim, dim // 4, **options)
         self.output_hypernetworks_mlps = nnx.List(
-            Mlp((dim, dim, dim, dim // 8), rngs=rngs, dtype=dtype) for _ in range(masks)
+            Mlp((dim, dim, dim, dim // 8), **options) for _ in range(masks)
         )
         hidden = (config.iou_head_hidden_dim,) * (config.iou_head_depth - 1)
-        self.iou_prediction_head = Mlp((dim, *hidden, masks), rngs=rngs, dtype=dtype)
+        self.iou_prediction_head = Mlp((dim, *hidden, masks), **options)
         if self.is_sam2:
-            self.pred_obj_score_head = Mlp((dim, dim, dim, 1), rngs=rngs, dtype=dtype)
+            self.pred_obj_score_head = Mlp((dim, dim, dim, 1), **options)
 
     def attend(
         self,
@@ -209,10 +201,10 @@ class MaskDecoder(nnx.Module):
         *,
         stability: bool,
     ) -> SamMasks:
-        """Decodes G prompts for each of B pictures.
+        """Decodes G prompts for each of B images.
 
         Args:
-          image_embed: the coarse features, shared by a picture's prompts.
+          image_embed: the coarse features, shared by an image's prompts.
           image_pe: the position encoding of their cells.
           high_res: SAM 2's finer features, finest first, after `conv_s0` and `conv_s1`.
           sparse: prompt tokens.
@@ -223,13 +215,8 @@ class MaskDecoder(nnx.Module):
         tokens, image = self.attend(image_embed, image_pe, sparse, dense)
         first = int(self.is_sam2)  # behind the object score's token: IoU, then the masks
         upscaled = self.output_upscaling(image, high_res)
-        hyper = jnp.stack(
-            [
-                mlp(tokens[:, :, first + 1 + i])
-                for i, mlp in enumerate(self.output_hypernetworks_mlps)
-            ],
-            axis=2,
-        )
+        mlps = enumerate(self.output_hypernetworks_mlps, start=first + 1)
+        hyper = jnp.stack([mlp(tokens[:, :, i]) for i, mlp in mlps], axis=2)
         all_logits = jnp.einsum(
             "bgkc,bghwc->bgkhw", hyper, upscaled, preferred_element_type=jnp.float32
         )

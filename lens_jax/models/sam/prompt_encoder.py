@@ -1,13 +1,15 @@
 """Prompts as embeddings: points, boxes, masks (Kirillov et al., "Segment Anything", 2023)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lens_jax.models.layers import gelu, layer_norm, linear
 from lens_jax.models.sam.config import DecoderConfig
-from lens_jax.models.sam.layers import gelu, layer_norm
 
 MASK_CHANNELS = 16
 NOT_A_POINT, NEGATIVE, POSITIVE, BOX_START, BOX_END = -1, 0, 1, 2, 3
@@ -34,13 +36,13 @@ class PositionEmbeddingRandom(nnx.Module):
 class MaskDownscaling(nnx.Module):
     """Two 2x2 convolutions of stride 2 and a projection."""
 
-    def __init__(self, dim: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, dim: int, **options: Any):
         few, many = MASK_CHANNELS // 4, MASK_CHANNELS
-        self.conv1 = nnx.Conv(1, few, (2, 2), strides=2, padding=0, dtype=dtype, rngs=rngs)
-        self.norm1 = layer_norm(few, 1e-6, rngs=rngs, dtype=dtype)
-        self.conv2 = nnx.Conv(few, many, (2, 2), strides=2, padding=0, dtype=dtype, rngs=rngs)
-        self.norm2 = layer_norm(many, 1e-6, rngs=rngs, dtype=dtype)
-        self.conv3 = nnx.Linear(many, dim, dtype=dtype, rngs=rngs)
+        self.conv1 = nnx.Conv(1, few, (2, 2), strides=2, padding=0, **options)
+        self.norm1 = layer_norm(few, **options)
+        self.conv2 = nnx.Conv(few, many, (2, 2), strides=2, padding=0, **options)
+        self.norm2 = layer_norm(many, **options)
+        self.conv3 = linear(many, dim, **options)
 
     def __call__(self, masks: Float[Array, "*batch 4*h 4*w 1"]) -> Float[Array, "*batch h w C"]:
         x = gelu(self.norm1(self.conv1(masks)))
@@ -48,7 +50,7 @@ class MaskDownscaling(nnx.Module):
         return self.conv3(x)
 
 
-class PromptEncoder(nnx.Module):
+class SamPromptEncoder(nnx.Module):
     """Points and boxes become sparse tokens, masks a map that is added to the image embedding.
 
     A caller may bring sparse tokens of its own, as LENS does; they need nothing from here but
@@ -75,7 +77,7 @@ class PromptEncoder(nnx.Module):
         *,
         pad: bool = True,
     ) -> Float[Array, "*batch N+pad C"]:
-        """Sparse tokens of points (x, y) in pixels of the model's picture.
+        """Sparse tokens of points (x, y) in pixels of the image that SAM reads.
 
         Labels: 1 foreground, 0 background, 2 and 3 corners of a box, -1 no point at all. SAM ends
         a list of points with one that is none (`pad`) unless a box follows.
@@ -91,7 +93,7 @@ class PromptEncoder(nnx.Module):
         return jnp.where(is_point, tokens, self.not_a_point_embed.embedding[0]).astype(self.dtype)
 
     def embed_boxes(self, boxes: Float[Array, "*batch 4"]) -> Float[Array, "*batch 2 C"]:
-        """Sparse tokens of boxes xyxy in pixels of the model's picture: one for each corner."""
+        """Sparse tokens of boxes (xyxy, pixels of the image that SAM reads), one a corner."""
         corners = boxes.reshape(*boxes.shape[:-1], 2, 2)
         labels = jnp.broadcast_to(jnp.array([BOX_START, BOX_END]), corners.shape[:-1])
         return self.embed_points(corners, labels, pad=False)

@@ -1,13 +1,20 @@
-"""What SAM 1 and SAM 2 have in common: everything but the image encoder."""
+"""SAM 1 and SAM 2, the image models: an image encoder, a prompt encoder and a mask decoder.
+
+Kirillov et al., "Segment Anything" (2023); Ravi et al., "SAM 2: Segment Anything in Images and
+Videos" (2024), without its memory for video. They differ in the image encoder.
+"""
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, UInt8
 
-from lens_jax.models.sam.config import DecoderConfig
+from lens_jax.models.attention import XLA, Attention
+from lens_jax.models.sam.config import DecoderConfig, Sam2Config, SamConfig
+from lens_jax.models.sam.hiera import HieraEncoder
 from lens_jax.models.sam.mask_decoder import HighRes, MaskDecoder, SamMasks
-from lens_jax.models.sam.prompt_encoder import PromptEncoder
+from lens_jax.models.sam.prompt_encoder import SamPromptEncoder
+from lens_jax.models.sam.vit import VisionTransformer
 
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
@@ -15,16 +22,16 @@ PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
 
 @struct.dataclass
 class SamFeatures:
-    """A picture as the mask decoder sees it: the embedding and, of SAM 2, two finer maps."""
+    """What the mask decoder reads of an image: the embedding and, of SAM 2, two finer maps."""
 
     image_embed: Float[Array, "B h w C"]
     high_res: HighRes | None = None
 
 
 class Segmenter(nnx.Module):
-    """`encode` a picture once, `decode` any number of prompts; maps are channels-last.
+    """Encodes an image once, decodes any number of prompts; maps are channels-last.
 
-    What `encode` does is up to the family.
+    Each family has its own `encode`.
     """
 
     def __init__(
@@ -32,7 +39,7 @@ class Segmenter(nnx.Module):
     ):
         self.config, self.dtype = config, dtype
         self.image_encoder = image_encoder
-        self.sam_prompt_encoder = PromptEncoder(config, rngs=rngs, dtype=dtype)
+        self.sam_prompt_encoder = SamPromptEncoder(config, rngs=rngs, dtype=dtype)
         self.sam_mask_decoder = MaskDecoder(config, rngs=rngs, dtype=dtype)
 
     def normalize(self, pixels: UInt8[Array, "B A A 3"]) -> Float[Array, "B A A 3"]:
@@ -47,10 +54,10 @@ class Segmenter(nnx.Module):
         *,
         stability: bool,
     ) -> SamMasks:
-        """Masks of G prompts for each picture, single-mask output.
+        """Masks of G prompts for each image, single-mask output.
 
         Args:
-          features: from `encode`, one row a picture.
+          features: from `encode`, one row an image.
           sparse: prompt tokens, from the prompt encoder or from elsewhere.
           dense: the embedding of mask prompts; None: there are none.
           stability: see `MaskDecoder`; True in evaluation.
@@ -65,3 +72,45 @@ class Segmenter(nnx.Module):
             dense,
             stability=stability,
         )
+
+
+class Sam1(Segmenter):
+    """A plain ViT and a mask decoder that takes its one level; the mask is always token 0's.
+
+    Images come to it as LENS brings them to SAM 2: resized to the whole square without keeping
+    the aspect, with the same mean and standard deviation. (SAM 1's own predictor keeps the aspect
+    and pads; LENS trains the prompt for its own way.)
+    """
+
+    def __init__(self, config: SamConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        encoder = VisionTransformer(config, rngs=rngs, dtype=dtype)
+        super().__init__(config, encoder, rngs=rngs, dtype=dtype)
+
+    def encode(self, images: Float[Array, "B A A 3"]) -> SamFeatures:
+        """Features of normalised images."""
+        return SamFeatures(self.image_encoder(images.astype(self.dtype)))
+
+
+class Sam2(Segmenter):
+    """Trunk, feature pyramid, and a mask decoder that takes three levels."""
+
+    def __init__(
+        self,
+        config: Sam2Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        attention: Attention = XLA,
+    ):
+        encoder = HieraEncoder(config, rngs=rngs, dtype=dtype, attention=attention)
+        super().__init__(config, encoder, rngs=rngs, dtype=dtype)
+        init = nnx.initializers.truncated_normal(0.02)
+        self.no_mem_embed = nnx.Param(init(rngs.params(), (config.d_model,)))
+
+    def encode(self, images: Float[Array, "B A A 3"]) -> SamFeatures:
+        """Features of normalised images."""
+        fine, medium, coarse = self.image_encoder(images.astype(self.dtype))
+        decoder = self.sam_mask_decoder
+        if self.config.directly_add_no_mem_embed:
+            coarse = coarse + self.no_mem_embed[...].astype(self.dtype)
+        return SamFeatures(coarse, (decoder.conv_s0(fine), decoder.conv_s1(medium)))

@@ -4,41 +4,41 @@ Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (
 decomposed relative positions of "MViTv2" (Li et al., 2022).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lens_jax.models import layers
 from lens_jax.models.sam.config import PATCH, SamConfig
 from lens_jax.models.sam.hiera import from_windows, to_windows
-from lens_jax.models.sam.layers import Mlp, gelu, layer_norm
-
-NORM_EPSILON = 1e-6
+from lens_jax.models.sam.layers import Mlp
 
 
-class PatchEmbed(nnx.Module):
+class VitPatchEmbed(nnx.Module):
     """A 16x16 convolution with stride 16."""
 
-    def __init__(self, dim: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        window = (PATCH, PATCH)
-        self.proj = nnx.Conv(3, dim, window, strides=PATCH, padding=0, dtype=dtype, rngs=rngs)
+    def __init__(self, dim: int, **options: Any):
+        self.proj = nnx.Conv(3, dim, (PATCH, PATCH), strides=PATCH, padding=0, **options)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H//16 W//16 C"]:
         return self.proj(images)
 
 
-class Attention(nnx.Module):
+class RelativeAttention(nnx.Module):
     """Self-attention over square maps, with learned relative positions.
 
     To every score comes the query's product with an embedding of the distance in rows and with one
     of the distance in columns, distances -(side - 1) ... side - 1 from query to key.
     """
 
-    def __init__(self, dim: int, heads: int, side: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, dim: int, heads: int, side: int, **options: Any):
         self.heads, self.side = heads, side
-        self.qkv = nnx.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.qkv = layers.linear(dim, 3 * dim, **options)
+        self.proj = layers.linear(dim, dim, **options)
         self.rel_pos_h = nnx.Param(jnp.zeros((2 * side - 1, dim // heads)))
         self.rel_pos_w = nnx.Param(jnp.zeros((2 * side - 1, dim // heads)))
 
@@ -67,13 +67,13 @@ class Block(nnx.Module):
     Windows at the right and the bottom may reach beyond the map: the zeros there are attended to.
     """
 
-    def __init__(self, config: SamConfig, window: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: SamConfig, window: int, **options: Any):
         self.window, dim = window, config.embed_dim
         side = window or config.embedding_size
-        self.norm1 = layer_norm(dim, NORM_EPSILON, rngs=rngs, dtype=dtype)
-        self.attn = Attention(dim, config.num_heads, side, rngs=rngs, dtype=dtype)
-        self.norm2 = layer_norm(dim, NORM_EPSILON, rngs=rngs, dtype=dtype)
-        self.mlp = Mlp((dim, config.mlp_dim, dim), gelu, rngs=rngs, dtype=dtype)
+        self.norm1 = layers.layer_norm(dim, **options)
+        self.attn = RelativeAttention(dim, config.num_heads, side, **options)
+        self.norm2 = layers.layer_norm(dim, **options)
+        self.mlp = Mlp((dim, config.mlp_dim, dim), layers.gelu, **options)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         y = self.norm1(x)
@@ -88,36 +88,29 @@ class Block(nnx.Module):
 class Neck(nnx.Module):
     """To the decoder's width: a 1x1 and a 3x3 convolution, each with a norm behind it."""
 
-    def __init__(self, config: SamConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: SamConfig, **options: Any):
         dim, width = config.embed_dim, config.d_model
-        self.conv1 = nnx.Linear(dim, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm1 = layer_norm(width, NORM_EPSILON, rngs=rngs, dtype=dtype)
-        self.conv2 = nnx.Conv(
-            width, width, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
-        )
-        self.norm2 = layer_norm(width, NORM_EPSILON, rngs=rngs, dtype=dtype)
+        self.conv1 = layers.linear(dim, width, use_bias=False, **options)
+        self.norm1 = layers.layer_norm(width, **options)
+        self.conv2 = nnx.Conv(width, width, (3, 3), padding=1, use_bias=False, **options)
+        self.norm2 = layers.layer_norm(width, **options)
 
     def __call__(self, x: Float[Array, "B h w I"]) -> Float[Array, "B h w C"]:
         return self.norm2(self.conv2(self.norm1(self.conv1(x))))
 
 
 class VisionTransformer(nnx.Module):
-    """Patches, absolute positions, blocks, neck; `global_attn_indexes` see the whole picture."""
+    """Patches, absolute positions, blocks, neck; `global_attn_indexes` see the whole image."""
 
-    def __init__(self, config: SamConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: SamConfig, **options: Any):
         side, dim = config.embedding_size, config.embed_dim
-        self.patch_embed = PatchEmbed(dim, rngs=rngs, dtype=dtype)
+        self.patch_embed = VitPatchEmbed(dim, **options)
         self.pos_embed = nnx.Param(jnp.zeros((side, side, dim)))
         self.blocks = nnx.List(
-            Block(
-                config,
-                0 if i in config.global_attn_indexes else config.window_size,
-                rngs=rngs,
-                dtype=dtype,
-            )
+            Block(config, 0 if i in config.global_attn_indexes else config.window_size, **options)
             for i in range(config.depth)
         )
-        self.neck = Neck(config, rngs=rngs, dtype=dtype)
+        self.neck = Neck(config, **options)
 
     def __call__(self, images: Float[Array, "B A A 3"]) -> Float[Array, "B h w C"]:
         """The image embedding, stride 16."""

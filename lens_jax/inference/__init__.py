@@ -1,0 +1,10 @@
+"""Masks from expressions: a pretrained checkpoint as one object.
+
+`lens` holds that object, `programs` the compiled programs that it and evaluation run, `inputs` what
+is checked and prepared before them.
+"""
+
+from lens_jax.inference.inputs import check_length
+from lens_jax.inference.lens import Generation, Lens, Responses, Result
+
+__all__ = ["Generation", "Lens", "Responses", "Result", "check_length"]
