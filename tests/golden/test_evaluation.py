@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens_jax import checkpoints, inference
+from lens_jax import checkpoints
 from lens_jax.commands import evaluate
 from lens_jax.convert_weights import from_torch
 from lens_jax.data.images import window_layout
 from lens_jax.data.pipeline import Buckets
+from lens_jax.inference import inputs, programs
+from lens_jax.inference.lens import Lens
 from lens_jax.rollout.sampler import Rollout
 from tests.golden import weights
 
@@ -128,7 +130,7 @@ def evaluated(run: Official, checkpoint, golden_dir, folder, monkeypatch, bucket
     drawn for the stored ones, which may run to the length limit.
     """
     gaps = [gap for item in run.items for gap in item["min_top1_minus_top2"]]
-    write, respond = inference.write, inference.Lens.respond
+    write, respond = programs.generate, Lens.respond
     responses = []
 
     def stored(state, prompts, sample_id, key, sampling, ends, limit, **static):
@@ -157,10 +159,10 @@ def evaluated(run: Official, checkpoint, golden_dir, folder, monkeypatch, bucket
         responses.extend(zip(out.mask_logits, out.box, out.box_found, strict=True))
         return out
 
-    monkeypatch.setattr(inference, "write", stored)
-    monkeypatch.setattr(inference.Lens, "respond", record)
-    monkeypatch.setattr(inference, "BUCKETS", buckets)
-    monkeypatch.setattr(inference, "COMPLETION_BUCKET", room)
+    monkeypatch.setattr(programs, "generate", stored)
+    monkeypatch.setattr(Lens, "respond", record)
+    monkeypatch.setattr(inputs, "BUCKETS", buckets)
+    monkeypatch.setattr(programs, "COMPLETION_BUCKET", room)
     scores, rows = folder / "scores.json", folder / "rows.jsonl"
     flags = ["--checkpoint", checkpoint, "--data_dir", golden_dir / "datasets", *run.flags()]
     flags += ["--output", scores, "--rows", rows, "--devices", "1", "--batch_size", "1"]
@@ -174,8 +176,8 @@ def test_official_evaluation(unstable, runs, convert, golden_dir, tmp_path, monk
     chosen = [run for run in runs.values() if run.unstable == unstable]
     assert chosen
     room = max(len(completion) for run in runs.values() for completion in run.completions)
-    load = functools.cache(inference.Lens.from_pretrained)  # and what it has compiled
-    monkeypatch.setattr(inference.Lens, "from_pretrained", load)
+    load = functools.cache(Lens.from_pretrained)  # and what it has compiled
+    monkeypatch.setattr(Lens, "from_pretrained", load)
     for run in chosen:
         checkpoint = convert(run.unstable)
         assert checkpoints.read_config(checkpoint)["context_positions"] == "text"

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from lens_jax.models.sam.sam2 import Sam2
 from PIL import Image
 from transformers import AutoTokenizer
 
 from lens_jax.data import images, prompts
 from lens_jax.data.pipeline import Processor
+from lens_jax.models.sam.segmenter import Sam2
 
 
 @pytest.fixture(scope="module")

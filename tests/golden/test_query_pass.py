@@ -30,7 +30,8 @@ def run(model, prompts, completions, lengths):
     queries = hidden[:, :, completions.shape[2] :]
     features = model.sam_features(prompts)
     masks = {
-        mode: model.masks(features, queries, stability=mode == "eval") for mode in ("train", "eval")
+        mode: model.decode_masks(features, queries, stability=mode == "eval")
+        for mode in ("train", "eval")
     }
     z = logits(prompt_hidden, model.language.head), logits(hidden, model.language.head)
     return queries, model.context(queries), masks, z

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lens_jax.models.sam.sam2 import Sam2
 
 from lens_jax.convert_weights.sam2 import params_from_tensors
 from lens_jax.models.sam.config import Sam2Config
+from lens_jax.models.sam.segmenter import Sam2
 
 FEATURES, MASKS = 2e-4, 8e-4  # absolute tolerances
 

@@ -92,8 +92,12 @@ def run(programs, tag, model, batch):
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
         model = nnx.merge(definition, trained, frozen)
         answer, length = batch.targets.answer, batch.targets.answer_length
-        hidden = model.read(batch.prompts, model.embed(batch.prompts), answer, length)
-        masks = model.masks(model.sam_features(batch.prompts), hidden, stability=tag.stability)
+        hidden = model.encode_queries(
+            batch.prompts, model.embed(batch.prompts), answer[:, None], length[:, None]
+        )
+        masks = model.decode_masks(
+            model.sam_features(batch.prompts), hidden, stability=tag.stability
+        )
         return metrics, gradient, model.context(hidden), masks
 
     key = tag.scheme, tag.trained, tag.stability

@@ -163,7 +163,7 @@ def case(golden_dir, golden_weights, golden):
                 )
                 hidden = score.hidden
                 hidden = through * hidden + (1 - through) * jax.lax.stop_gradient(hidden)
-                masks = model.masks(model.sam_features(prompts), hidden, stability=False)
+                masks = model.decode_masks(model.sam_features(prompts), hidden, stability=False)
                 return score.log_probs, score.entropy, masks.logits
 
             out, pull_back = jax.vjp(forward, trained)
@@ -226,7 +226,7 @@ class StandIn:
         assert (with_queries, positions) == ((True, None) if policy else (False, "mrope"))
         return Score(self.log_probs, self.entropy, self.hidden)
 
-    def masks(self, _, hidden, *, stability):
+    def decode_masks(self, _, hidden, *, stability):
         assert not stability
         return SimpleNamespace(logits=self.logits * hidden)
 
