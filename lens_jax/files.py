@@ -2,7 +2,12 @@
 
 import contextlib
 import errno
+import fcntl
+import glob
 import os
+import shutil
+import tempfile
+import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +25,10 @@ _EXPLAINED = {
     errno.ENOSPC: "the disk is full: make room, then give the same command again",
     errno.EDQUOT: "your share of the disk is full: make room, then give the same command again",
 }
+
+
+_UNFINISHED = ".unfinished"
+_begun: dict[Path, int | None] = {}  # hidden directory -> the descriptor that locks it
 
 
 class CheckpointError(Exception):
@@ -70,6 +79,62 @@ def whole(file: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename in (None, str(unfinished)):
             error.filename = str(file)
         raise
+
+
+def hidden_directory(target: Path) -> Path:
+    """A new hidden directory beside `target`, to be filled and renamed. `discard` ends it anyway.
+
+    Those that killed processes have left for the same target are removed: nobody locks them.
+    """
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{_UNFINISHED}"):
+        lock = _lock(left)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    folder = Path(
+        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_UNFINISHED, dir=target.parent)
+    )
+    folder.chmod(0o755)
+    _begun[folder] = _lock(folder)
+    return folder
+
+
+def discard(folder: Path) -> None:
+    """Ends a `hidden_directory`: removes it, unless it was renamed."""
+    lock = _begun.pop(folder, None)
+    for _ in range(5):  # threads that an interrupt left behind may still write into it
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
+        time.sleep(0.05)
+    if lock is not None:
+        os.close(lock)
+
+
+def discard_all() -> None:
+    """Ends all hidden directories, of a process that leaves at once."""
+    for folder in list(_begun):
+        discard(folder)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that locks a directory until it is closed; None if that cannot be had."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a full disk caused an error; libraries put it into errors of their own."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in f"{error}"
 
 
 def write_text(file: Path, text: str) -> Path:

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from lens_jax import files
+
 T = TypeVar("T")
 
 EXIT_CODE = 130
@@ -91,6 +93,7 @@ def run(command: Callable[[], int]) -> int:
         _answered.set()
         _say(_line())
         if _own_process:
+            files.discard_all()
             sys.stdout.flush()
             os._exit(EXIT_CODE)
         return EXIT_CODE
@@ -173,4 +176,5 @@ def _say(line: str) -> None:
 def _end(line: str) -> None:
     with contextlib.suppress(OSError):
         os.write(sys.stderr.fileno(), f"{line}\n".encode(errors="backslashreplace"))
+    files.discard_all()
     os._exit(EXIT_CODE)

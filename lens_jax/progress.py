@@ -11,9 +11,13 @@ from lens_jax.files import printable
 
 class Bar(tqdm):
     """A progress bar that says "compiling" until something is done, and does not count the time
-    that this took when it says how long the rest will take."""
+    that this took when it says how long the rest will take; an ordinary one if not `compiles`."""
 
     _first: tuple[float, float] | None = None  # when the first was done, and how many were then
+
+    def __init__(self, *args, compiles: bool = True, **options):
+        self._compiles = compiles
+        super().__init__(*args, **options)
 
     def update(self, n: float = 1) -> bool | None:
         if self._first is None and n and not self.disable:
@@ -23,6 +27,8 @@ class Bar(tqdm):
     @property
     def format_dict(self) -> dict[str, Any]:
         shown = super().format_dict
+        if not self._compiles:
+            return shown
         if self._first is None:
             if not self.total or self.n < self.total:
                 name = "{desc}: " if self.desc else ""

@@ -4,6 +4,8 @@ import errno
 import io
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -26,6 +28,9 @@ def test_a_bar_says_compiling_and_counts_the_rest_without_it():
     assert "5/10 [01:42<00:05,  1.00step/s]" in str(bar)
     for _ in progress.Bar(range(3), file=shown):
         pass
+    plain = progress.Bar(total=3, desc="again", compiles=False, file=shown)
+    assert str(plain).startswith("again:   0%") and "compiling" not in str(plain)
+    plain.close()
     hidden = progress.Bar(total=1, disable=True)
     hidden.update(1)
     hidden.close()
@@ -42,6 +47,20 @@ def test_warnings_are_lines_of_their_own(capfd):
 def test_counts():
     words = [progress.counted(n, "row") for n in (0, 1, 2, 1024)]
     assert words == ["0 rows", "1 row", "2 rows", "1,024 rows"]
+
+
+def test_hidden_directories_of_killed_processes_are_removed(tmp_path):
+    target = tmp_path / "start"
+    code = "import sys, os; from lens_jax import files; from pathlib import Path; "
+    code += "files.hidden_directory(Path(sys.argv[1])); os._exit(1)"
+    subprocess.run([sys.executable, "-c", code, str(target)], check=False)
+    (left,) = tmp_path.iterdir()
+    mine, other = files.hidden_directory(target), files.hidden_directory(target)
+    assert not left.exists() and mine.exists() and other.exists()
+    mine.rename(target)
+    files.discard(mine)
+    files.discard_all()
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_errors_of_the_system_name_the_file_and_what_to_do(tmp_path, capfd):

@@ -1,11 +1,11 @@
 """Pretrained checkpoints: lens_config.json, params/, tokenizer and processor files, manifest."""
 
 import contextlib
+import errno
 import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from lens_jax import files
 from lens_jax.checkpoints import arrays
 from lens_jax.checkpoints.manifest import MANIFEST, check_manifest, write_manifest
 from lens_jax.distribution import processes
@@ -81,6 +82,7 @@ def new_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
       CheckpointError: `directory` exists already and is not empty.
+      OSError: the disk is full; it names `directory`.
     """
     directory = Path(directory).absolute()
 
@@ -90,20 +92,23 @@ def new_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
                 f"{directory} exists already: remove it or name another directory"
             )
         directory.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent)
+        return str(files.hidden_directory(directory))
 
     def end() -> None:
-        unfinished.chmod(0o755)
         unfinished.rename(directory)
 
     unfinished = Path(processes.by_main(begin))
     try:
         yield unfinished
         processes.by_main(end)
-    except BaseException:
-        if processes.is_main():
-            shutil.rmtree(unfinished, ignore_errors=True)
+    except Exception as error:
+        if files.is_full(error):
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+            raise full from error
         raise
+    finally:
+        if processes.is_main():
+            files.discard(unfinished)
 
 
 def copy_processor_files(

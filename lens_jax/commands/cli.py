@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -51,6 +52,8 @@ def run(
     from lens_jax.data.sample import SampleError
 
     prepare_jax()
+    if argv is None:
+        quiet()
     try:
         return interrupts.run(lambda: command(**options) or 0)
     except (UsageError, CheckpointError, SampleError, OSError) as error:
@@ -99,7 +102,9 @@ def run_one_of(
       commands: name -> the function, and the example in its help.
       description: what `--help` without a command says above the list of commands.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        quiet()
+        argv = sys.argv[1:]
     name = argv[0] if argv else ""
     if name in ("-h", "--help"):
         print(f"usage: {prog} COMMAND ...\n\n{description}\n\ncommands (COMMAND --help says more):")
@@ -111,7 +116,21 @@ def run_one_of(
         what = f"unknown command {name} " if name else "give a command "
         return complain(UsageError(what + nearest(name, commands)))
     command, example = commands[name]
-    return run(command, argv[1:], prog=f"{prog} {name}", example=example)
+    return run(command, list(argv[1:]), prog=f"{prog} {name}", example=example)
+
+
+def quiet() -> None:
+    """Keeps tracebacks off the terminal that are of no use there: of errors that orbax logs and
+    raises as well, of its callbacks after a write has failed, and of an interrupt in a callback."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def show(it: "sys.UnraisableHookArgs") -> None:
+        closed = isinstance(it.exc_value, RuntimeError) and "loop is closed" in f"{it.exc_value}"
+        if not (closed or isinstance(it.exc_value, KeyboardInterrupt)):
+            hook(it)
+
+    sys.unraisablehook = show
 
 
 def prepare_jax() -> None:

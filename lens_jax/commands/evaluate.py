@@ -183,7 +183,13 @@ def evaluate(
             reasoning=reasoning,
             prefetch=AHEAD,
         )
-        progress = partial(Bar, desc=f"{name} {part}", unit="batch", dynamic_ncols=True)
+        progress = partial(
+            Bar,
+            desc=f"{name} {part}",
+            unit="batch",
+            dynamic_ncols=True,
+            compiles=not results,
+        )
         drawn = evaluation_page.Collector() if page is not None else None
         scores, outcomes = evaluation.evaluate(
             lens, data, dataset=name, split=part, progress=progress, show=drawn

@@ -130,12 +130,12 @@ def predict(
 
     interrupts.tell(so_far)
     lens = None
+    cli.announce(checkpoint, precision)
     with Bar(
         total=len(asked), unit="picture", dynamic_ncols=True, disable=len(asked) == 1
     ) as progress:
         for batch in work.batches(asked):
             if lens is None:
-                cli.announce(checkpoint, precision)
                 lens = inference.Lens.from_pretrained(checkpoint, precision=precision)
             results = lens.segment_batch(
                 [pixels for _, pixels, _ in batch],

@@ -1,7 +1,6 @@
 """Trains LENS: `python launch/train.py --help`."""
 
 import errno
-import logging
 import os
 import subprocess
 import sys
@@ -19,10 +18,11 @@ FULL = os.strerror(errno.ENOSPC)  # what libraries put into errors of their own
 
 
 def main(argv: list[str] | None = None) -> int:
+    from lens_jax.commands import cli
     from lens_jax.training.stopping import Stopping
 
     if argv is None:
-        quiet()
+        cli.quiet()
     with Stopping() as stopping:  # before all else is imported, which takes seconds
         try:
             code = train(argv, stopping)
@@ -36,20 +36,6 @@ def main(argv: list[str] | None = None) -> int:
             return code
         stopping.report(f"stopped: {stopping.where}")
         return stopping.code
-
-
-def quiet() -> None:
-    """Keeps tracebacks off the terminal that are of no use there: of errors that orbax logs and
-    raises as well, of its callbacks after a write has failed, and of an interrupt in a callback."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    hook = sys.unraisablehook
-
-    def show(it: "sys.UnraisableHookArgs") -> None:
-        closed = isinstance(it.exc_value, RuntimeError) and "loop is closed" in f"{it.exc_value}"
-        if not (closed or isinstance(it.exc_value, KeyboardInterrupt)):
-            hook(it)
-
-    sys.unraisablehook = show
 
 
 def train(argv: list[str] | None, stopping: "Stopping") -> int:
@@ -124,7 +110,7 @@ def no_room(error: Exception, run_dir: str) -> str | None:
     """What to say of an error that a full disk or full memory caused; None of any other."""
     from lens_jax import files
 
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL in f"{error}":
+    if files.is_full(error):
         where = getattr(error, "filename", None) or run_dir
         return files.explain(OSError(errno.ENOSPC, FULL, where))
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in f"{error}":

@@ -12,14 +12,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import PIL
 
-from lens_jax import checkpoints
+from lens_jax import checkpoints, files
 from lens_jax.preparation import shapes
 
 FOLDER = ".scenes"
@@ -83,9 +82,8 @@ def _is_whole(shared: Path) -> bool:
 
 
 def _draw(shared: Path, scenes: Mapping[str, int], seed: int) -> None:
-    """Under the lock: what is there is damaged, or was left by a process that was killed."""
-    for left in (shared, *shared.parent.glob(f".{shared.name}.*")):
-        shutil.rmtree(left, ignore_errors=True)
+    """Under the lock: what is there is damaged."""
+    shutil.rmtree(shared, ignore_errors=True)
     with _unfinished(shared) as folder:
         shapes.write_refcoco(folder, scenes, seed)
         for file in folder.rglob("*"):
@@ -117,9 +115,8 @@ def _link(shared: Path, data: Path) -> None:
 @contextlib.contextmanager
 def _unfinished(target: Path) -> Iterator[Path]:
     """A hidden directory beside `target`, to be filled and renamed; removed if it is not."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    folder = files.hidden_directory(target)
     try:
-        folder.chmod(0o755)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        files.discard(folder)

@@ -50,6 +50,7 @@ class Job:
     lens: Lens
     compilations: Compilations
     stopping: Stopping
+    evaluated: bool = False  # and the programs for it compiled
 
     def shapes(self) -> LensModel:
         """The model without its parameters."""

@@ -38,6 +38,7 @@ def score(job: Job, point: str) -> None:
             desc=f"evaluating {EVALUATIONS[point]}",
             unit="batch",
             disable=not processes.is_main(),
+            compiles=not job.evaluated,
         ):
             stop_if_asked(job.stopping)
             yield batch
@@ -58,6 +59,7 @@ def score(job: Job, point: str) -> None:
         show=show,
     )
     job.lens.state = job.params
+    job.evaluated = True
     drawn = dict(item for part in processes.gather(list(drawn.items())) for item in part)
     if processes.is_main():
         for number, answer in sorted(drawn.items()):

@@ -7,7 +7,7 @@ Python may swallow it. So a thread of its own hears every signal when it comes, 
 compilation too, and ends the process where the main thread does not within `GRACE` seconds; and
 the run asks `asked` wherever it can stop.
 
-Imports nothing but the standard library: it listens before JAX is imported.
+Imports little but the standard library: it listens before JAX is imported.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 from typing import NoReturn
+
+from lens_jax import files
 
 INTERRUPTED = 130  # what shells report for a command that ended by Ctrl-C
 GRACE = 5.0
@@ -138,4 +140,5 @@ class Stopping:
             return
         if self._said.acquire(blocking=False):
             self._tell(text)
+        files.discard_all()
         os._exit(self.code if code is None else code)

@@ -1,5 +1,6 @@
 """Official weights in every layout they come in, to checkpoints of ours."""
 
+import errno
 import json
 import os
 import shutil
@@ -341,6 +342,23 @@ def test_lens_config_says_what_inference_needs(converted, official):
     assert "{question}" in config["prompts"]["question"]
     for name in ("tokenizer.json", "generation_config.json", "preprocessor_config.json"):
         assert (converted / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_full_disk_is_one_line(files, tmp_path, capsys, monkeypatch):
+    """Orbax wraps the system's error in one of its own."""
+    for error in (
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        ValueError("x: No space left on device"),
+    ):
+
+        def refuse(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(checkpoints.pretrained, "_write_params", refuse)
+        assert main(["from_torch", f"--lens={files / 'lens'}", f"--output={tmp_path / 'out'}"]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith(f"error: {tmp_path / 'out'}: the disk is full: make room")
+        assert len(said) == 1 and not list(tmp_path.iterdir())
 
 
 def test_junk_is_listed_and_dropped(files, tmp_path, capsys):

@@ -1,10 +1,10 @@
 """Data sets in other layouts, written as `manifest.jsonl` (`sources/folder.py` reads it)."""
 
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+from lens_jax import files
 from lens_jax.data.percent import Coordinates
 from lens_jax.preparation.conversion import coco, labelme, objects, reason_seg, refer, writing
 from lens_jax.preparation.conversion.writing import Summary
@@ -55,9 +55,9 @@ def convert(
         found = coco.read(data_dir, boxes, keep_crowds=crowds == "keep")
     else:
         found = labelme.read(data_dir)
-    unfinished = output.absolute().with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / writing.PICTURES).mkdir(parents=True)
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    unfinished = files.hidden_directory(output.absolute())
+    (unfinished / writing.PICTURES).mkdir()
     try:
         summary = writing.write(
             found,
@@ -72,5 +72,5 @@ def convert(
                 output.rmdir()
             unfinished.rename(output)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        files.discard(unfinished)
     return summary
