@@ -5,6 +5,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -53,6 +54,11 @@ def printable(text: object) -> str:
         c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c
         for c in str(text)
     )
+
+
+def as_typed(text: str) -> str:
+    """A message in which addresses have both slashes again: Path made gs://x into gs:/x."""
+    return re.sub(r"\b(https?|ftp|s3|gs|hdfs):/(?=[^/])", r"\1://", text)
 
 
 def explain(error: OSError) -> str:

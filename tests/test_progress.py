@@ -79,3 +79,8 @@ def test_errors_of_the_system_name_the_file_and_what_to_do(tmp_path, capfd):
             wrong.read_text()
         text = files.explain(error.value)
         assert text.startswith(f"{wrong}: ") and "rrno" not in text and text.count(": ") >= 2
+
+
+def test_addresses_keep_both_slashes():
+    typed = "https://a.org/b.png, gs://bucket/x and /tmp/a:/b"
+    assert files.as_typed(typed.replace("://", ":/")) == typed

@@ -125,8 +125,8 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory} is not a directory: no checkpoint there (python -m tools.convert_weights "
-            "makes one of a downloaded release)"
+            f"{files.as_typed(str(directory))} is not a directory: no checkpoint there "
+            "(python -m tools.convert_weights makes one of a downloaded release)"
         )
     file = directory / CONFIG
     if not file.is_file():

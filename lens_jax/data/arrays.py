@@ -11,6 +11,8 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image
 
 from lens_jax.data.sample import LEAST_OF_16_BITS, SampleError, read_image, to_rgb
+from lens_jax.files import as_typed
+from lens_jax.progress import counted
 
 CHANNELS = (1, 3, 4)
 
@@ -77,7 +79,7 @@ def check_is_file(path: Path) -> None:
             reason = f"cannot be opened ({error.strerror})"
         else:
             reason = "no file has such a name"
-        raise SampleError(f"{named}: {reason}") from None
+        raise SampleError(f"{as_typed(named)}: {reason}") from None
     if stat.S_ISDIR(mode):
         raise SampleError(f"{path}: a folder, not a picture")
     if not stat.S_ISREG(mode):
@@ -106,6 +108,11 @@ def _channels_last(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "H W 
                 "give a PIL image"
             )
         array = np.moveaxis(array, 0, -1)
+    if array.ndim == 4:
+        raise ValueError(
+            f"an array of shape {shape} holds {counted(shape[0], 'picture')}: give one of them, or "
+            "give all of them to segment_batch, with a list of sentences"
+        )
     if array.ndim != 3 or array.shape[-1] not in CHANNELS:
         raise ValueError(
             f"an array of shape {shape} is no picture: give [H, W, 3], [H, W] or [3, H, W]"

@@ -186,7 +186,9 @@ class Lens:
         Args:
             images: as for `segment`, or an array [N, H, W, 3]. Paths and PIL images are turned
                 upright as their EXIF orientation says.
-            prompts: bare expressions; the checkpoint's template goes around them.
+            prompts: bare expressions; the checkpoint's template goes around them. With its
+                image a prompt may have 8,128 tokens. Checkpoints were trained on short ones: a far
+                longer one is read as a whole, but seldom understood.
             reasoning: ask for a line of reasoning before the answer.
             temperature: 0 is greedy; from 1e-6 to 1e6, completions are sampled.
             seed: of the sampling, 0 to 2**32 - 1; a completion depends on it and on its place in

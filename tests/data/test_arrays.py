@@ -122,3 +122,8 @@ def test_only_regular_files_are_read(tmp_path):
         assert len(str(error.value)) < 400 + len(str(tmp_path))
     with pytest.raises(SampleError, match="no such picture"):
         check_is_file(Path("C:/pictures/a.png"))
+
+
+def test_several_pictures_are_sent_to_segment_batch():
+    with pytest.raises(ValueError, match=r"holds 1 pictures?: .* segment_batch"):
+        to_picture(np.zeros((1, 8, 8, 3), np.uint8))
