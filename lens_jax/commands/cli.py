@@ -48,10 +48,10 @@ def run(
     except UsageError as error:
         return complain(error)
 
+    prepare_jax()  # before orbax is imported, which would take care of the log
     from lens_jax.checkpoints import CheckpointError
     from lens_jax.data.sample import SampleError
 
-    prepare_jax()
     if argv is None:
         quiet()
     try:

@@ -49,8 +49,9 @@ def headline(evaluation: dict[str, Any]) -> list[tuple[str, float, float]]:
     return [(pages.SCORES[key].label, *pair) for key, pair in pairs.items() if None not in pair]
 
 
-def table(evaluation: dict[str, Any]) -> list[tuple[pages.ShownScore, list[str], str, bool]]:
-    """Rows of the before/after table: score, cells, change, whether that is progress."""
+def table(evaluation: dict[str, Any]) -> list[tuple[pages.ShownScore, list[str], float | None]]:
+    """Rows of the before/after table: score, cells, and the change of a fraction as far as it is
+    shown; all of them are better when they rise."""
     rows = []
     for key, score in pages.SCORES.items():
         values = [scores.get(key) for scores in _measured(evaluation)]
@@ -58,10 +59,10 @@ def table(evaluation: dict[str, Any]) -> list[tuple[pages.ShownScore, list[str],
             continue
         digits = 3 if score.is_fraction else 0
         cells = ["–" if v is None else f"{v:,.{digits}f}" for v in values]
-        change, rises = "", False
+        change = None
         if score.is_fraction and len(values) > 1 and None not in (values[0], values[-1]):
-            change, rises = f"{values[-1] - values[0]:+.3f}", values[-1] > values[0]
-        rows.append((score, cells, change, rises))
+            change = round(values[-1] - values[0], digits)
+        rows.append((score, cells, change))
     return rows
 
 

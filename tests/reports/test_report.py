@@ -132,11 +132,14 @@ def test_a_constant_has_a_chart_too(value):
 def test_the_table_compares_first_and_last(run):
     evaluation = json.loads((run / "evaluation.json").read_text())
     rows = {score.label: rest for score, *rest in report.table(evaluation)}
-    assert rows["gIoU"] == [["0.250", "0.750"], "+0.500", True]
-    assert rows["cIoU"] == [["0.200", "0.100"], "-0.100", False]
-    assert rows["box IoU"] == [["0.300", "–"], "", False]
-    assert rows["samples"] == [["100", "100"], "", False]
+    assert rows["gIoU"] == [["0.250", "0.750"], 0.5]
+    assert rows["cIoU"] == [["0.200", "0.100"], -0.1]
+    assert rows["box IoU"] == [["0.300", "–"], None]
+    assert rows["samples"] == [["100", "100"], None]
     assert report.headline(evaluation) == [("gIoU", 0.25, 0.75)]
+    page = report.write(run).read_text()
+    assert '<td class="whole down">-0.100 (worse)</td>' in page
+    assert '<td class="whole up">+0.500</td>' in page
 
 
 def test_final_numbers_are_the_last_rows(run):
