@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034  # spot and rest are read by the scripts that source this
-# What slice.sh and gke.sh share: options as --name value, and commands that --dry_run only prints.
+# Functions that slice.sh and gke.sh share: they read options (--name value) and run commands, which
+# --dry_run only prints.
 
 dry_run=false
 spot=false
@@ -10,7 +11,7 @@ fail() {
   exit 2
 }
 
-# Prints a command as it could be pasted, then runs it, unless --dry_run was given.
+# run COMMAND: prints a command in a form that can be pasted; runs it unless --dry_run was given.
 run() {
   printf '%q ' "$@" && echo
   if [[ $dry_run == false ]]; then
@@ -18,7 +19,7 @@ run() {
   fi
 }
 
-# parse NAMES ARGS...: sets the variable of every --name in NAMES; what follows -- goes to `rest`.
+# parse NAMES ARGS...: sets the variable of every --name in NAMES; arguments after -- go to `rest`.
 parse() {
   local known=" $1 " option
   shift
@@ -45,7 +46,7 @@ parse() {
   done
 }
 
-# need NAME...: these options must have been given.
+# need NAME...: fails unless these options were given.
 need() {
   local option
   for option in "$@"; do

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The same on Google Kubernetes Engine, through xpk (pip install xpk): create a cluster of slices,
-# mount a share in all its jobs, run a command on all workers of a job, follow its log, delete.
-# --dry_run prints every command instead of running it.
+# Slices of TPUs on Google Kubernetes Engine, through xpk (pip install xpk): creates a cluster of
+# slices, mounts a share in all its jobs, runs a command on all workers of a job, follows its log,
+# and deletes the cluster. --dry_run prints every command instead of running it.
 set -euo pipefail
 # shellcheck source=launch/tpu/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -11,15 +11,15 @@ usage() {
 usage: launch/tpu/gke.sh COMMAND --cluster C --zone ZONE --project P [--dry_run] [...]
 
 commands, in the order of use:
-  create   --type v5litepod-16 [--slices 1] [--spot]   a cluster with room for so many slices
-  mount    --share INSTANCE:/EXPORT [--at /mnt/lens]   a Filestore instance in every later job, for
-                                                       weights, data and runs
+  create   --type v5litepod-16 [--slices 1] [--spot]   creates a cluster of so many slices
+  mount    --share INSTANCE:/EXPORT [--at /mnt/lens]   mounts a Filestore instance in every later
+                                                       job, for weights, data and runs
   run      --job J --type T [--slices 1] -- COMMAND    builds the image of this checkout, and starts
                                                        COMMAND in it on every worker
   log      --job J [--worker 0]                        follows the output of one worker
-  stop     --job J                                     SIGTERM: the run saves, and ends, in an hour
-                                                       at most
-  delete                                               the cluster; what still runs is lost
+  stop     --job J                                     sends SIGTERM: the run saves and ends, in an
+                                                       hour at most
+  delete                                               deletes the cluster, with what still runs
 
 example:
   C="--cluster lens --zone us-west4-a --project P"
@@ -61,8 +61,8 @@ case $command in
     ((${#rest[@]})) || fail "give the command after --"
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
     printf -v line '%q ' "${rest[@]}"
-    # xpk lays the directory over the base image; the package is installed when a worker starts. After
-    # SIGTERM Kubernetes kills at the end of the grace period, by itself after 30 s.
+    # xpk lays the directory over the base image, and the package is installed when a worker starts.
+    # Kubernetes kills a worker when the grace period after SIGTERM ends; its default is 30 s.
     run xpk workload create "${where[@]}" --workload "$job" --tpu-type "$type" \
       --num-slices "$slices" --base-docker-image python:3.12 --script-dir "$root" \
       --termination-grace-period-seconds 3600 \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A slice of TPU VMs as a queued resource of Google Cloud: create it, bring the code, mount a share,
-# run the same command on all its workers, follow the log, stop, delete. Needs gcloud; --dry_run
-# prints every command instead of running it.
+# A slice of TPU VMs as a queued resource of Google Cloud: creates it, copies the code, mounts a
+# share, runs the same command on all its workers, follows the log, stops, deletes. It needs gcloud;
+# --dry_run prints every command instead of running it.
 set -euo pipefail
 # shellcheck source=launch/tpu/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -13,17 +13,17 @@ usage: launch/tpu/slice.sh COMMAND --name NAME --zone ZONE [--project P] [--dry_
 commands, in the order of use:
   create   --type v5litepod-16 [--spot]    asks for the slice; it comes when there is room
   wait                                     returns when the slice is ready
-  copy                                     this checkout to every worker, installed: tracked files
-                                           with your edits (git add what is new)
-  clone    --repository URL [--branch B]   or a clone, in place of what is there, installed
-  mount    --share SERVER:/EXPORT          an NFS share (Filestore) on every worker, for weights,
-           [--at /mnt/lens]                data and runs
+  copy                                     copies this checkout to every worker and installs it:
+                                           tracked files with your edits (git add new files)
+  clone    --repository URL [--branch B]   or replaces what is there by a clone, and installs it
+  mount    --share SERVER:/EXPORT          mounts an NFS share (Filestore) on every worker, for
+           [--at /mnt/lens]                weights, data and runs
   run      -- COMMAND                      starts COMMAND on every worker, detached, in the
                                            checkout; its output is appended to run.log
   log      [--worker 0]                    follows run.log of one worker, or of all (--worker all),
                                            each line with its worker's name before it
-  stop                                     SIGTERM: the run saves and ends; returns after that
-  delete                                   the slice and its request; what still runs is lost
+  stop                                     sends SIGTERM; returns when the run has saved and ended
+  delete                                   deletes the slice and its request, with what still runs
 
 example:
   A="--name lens --zone us-west4-a"
@@ -54,12 +54,12 @@ where=(--zone "$zone")
 [[ -z $project ]] || where+=(--project "$project")
 tpu=(gcloud compute tpus)
 
-# on WORKER COMMAND: COMMAND, in bash, on one worker or on all.
+# on WORKER COMMAND: runs COMMAND in bash on one worker, or on all.
 on() {
   run "${tpu[@]}" tpu-vm ssh "$name" "${where[@]}" --worker "$1" --command "$2"
 }
 
-# The image that a type of slice boots.
+# runtime TYPE: prints the name of the image that a slice of this type boots.
 runtime() {
   case $1 in
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
@@ -69,8 +69,8 @@ runtime() {
   esac
 }
 
-# Run on a worker where the archive of the checkout has come. What the copy before it brought goes
-# first, so that no deleted file stays; .venv, run.log, runs/ and all else there are kept.
+# Runs on a worker after the archive of the checkout has arrived. It first removes the files of the
+# copy before, so that no deleted file stays, and keeps everything else (.venv, run.log, runs/).
 unpack=$(
   cat <<'STEPS'
 set -e
@@ -82,7 +82,7 @@ tar tzf lens-jax.tar.gz | grep -v "/$" >lens-jax/.copied
 STEPS
 )
 
-# Run on a worker after `at` and `share` have been set: mounts, if it is not mounted already.
+# Runs on a worker after `at` and `share` have been set: mounts the share unless it is mounted.
 attach=$(
   cat <<'STEPS'
 set -e
@@ -104,7 +104,7 @@ echo "$(hostname): $share is at $at, for $(id -un), user $(id -u)"
 STEPS
 )
 
-# Run on a worker: returns when the command that `run` started has ended.
+# Runs on a worker: stops the command that `run` started, and returns when it has ended.
 finish=$(
   cat <<'STEPS'
 cd lens-jax || exit 1
@@ -118,7 +118,7 @@ echo "$(hostname): has ended: $(tail -n 1 run.log)"
 STEPS
 )
 
-# Run on a worker beside the code. Images hold older Pythons: uv brings one.
+# Runs on a worker beside the code. The images hold older Pythons, so uv installs one.
 install=$(
   cat <<'STEPS'
 cd lens-jax
@@ -157,7 +157,7 @@ case $command in
   copy)
     archive=$(mktemp -d)/lens-jax.tar.gz
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-    # A commit of tracked files as they are now, on no branch; nothing where they are as in HEAD.
+    # A commit of the tracked files as they are now, on no branch; empty where nothing was edited.
     edited=''
     [[ $dry_run == true ]] || edited=$(git -C "$root" stash create)
     run git -C "$root" archive --format tar.gz --prefix lens-jax/ --output "$archive" \
@@ -181,8 +181,8 @@ case $command in
   run)
     ((${#rest[@]})) || fail "give the command after --"
     printf -v line '%q ' "${rest[@]}"
-    # Every worker writes its own log; the shell returns at once, the command stays. The log of the
-    # command before may say why that one died: it stays as well.
+    # Every worker writes its own log. The shell returns at once, and the command runs on. The log
+    # keeps the output of earlier commands, because it may say why one of them died.
     printf -v title '%q' "${line% }"
     busy="kill -0 \$(cat run.pid 2>/dev/null) 2>/dev/null"
     refuse="{ echo \$(hostname): another command is running, stop it first >&2; exit 1; }"
