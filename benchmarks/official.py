@@ -3,6 +3,8 @@
 Every completion has its own copy of the prompt and of the picture, through the vision tower and
 through SAM's encoder, and logits are computed at every position: `[prompt | completion | queries]`
 with queries, `[prompt | completion]` for the reference. Modules and losses are the product's.
+
+It is part of benchmarks/update.py, whose --help says what is needed.
 """
 
 import jax

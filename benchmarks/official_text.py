@@ -1,4 +1,7 @@
-"""Text rewards as the official code computes them: Python's `re` on the decoded completion."""
+"""Text rewards as the official code computes them: Python's `re` on the decoded completion.
+
+It is part of benchmarks/rewards.py, whose --help says what is needed.
+"""
 
 import re
 from typing import Any

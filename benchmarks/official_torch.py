@@ -4,6 +4,8 @@ What LENS adds (queries, connector, convolution, projection) and its losses are 
 Every completion is a full sequence with its own copy of the picture, and logits are computed at
 every position. Weights come from ours through the tables of `tools.convert_weights`. Rewards and
 advantages are given: the official code computes them on the host, outside of what is timed.
+
+It is part of benchmarks/update.py, whose --help says what is needed.
 """
 
 import contextlib

@@ -2,7 +2,8 @@
 
 One update of a group of G completions on the same weights, inputs, completions and rewards: score
 by policy and reference, masks, losses, gradients, clipping, AdamW. Losses and gradient norms of all
-sides must agree before anything is timed.
+sides must agree before anything is timed. Weights are drawn at random. The side in PyTorch needs
+torch and transformers, which `make test` installs.
 
     python benchmarks/update.py --size small --device cpu --json update.json
 """
@@ -32,7 +33,7 @@ from benchmarks.official import OfficialLayout
 from lens_jax.aot import flops, shapes
 from lens_jax.config import GRPOConfig, RunConfig
 from lens_jax.data.images import window_layout
-from lens_jax.flags import PositiveInt
+from lens_jax.flags import PositiveInt, UsageError
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
 from lens_jax.rewards.unified import Rewards
@@ -210,7 +211,10 @@ def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
 
 
 def compare(size: common.Size, completion: int, options: Options) -> dict[str, frame.Comparison]:
-    from benchmarks.official_torch import OfficialUpdate
+    try:
+        from benchmarks.official_torch import OfficialUpdate
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error.name} is missing: make test installs it") from None
 
     inputs = common.random_inputs(size)
     rollout = random_rollout(size, completion)

@@ -224,3 +224,8 @@ def test_wrong_options_are_one_line(lens, checkpoint, image):
     for directory in (None, 1, b"lens", [checkpoint]):
         with pytest.raises(ValueError, match="a checkpoint is the path of its directory, not "):
             Lens.from_pretrained(directory)
+
+
+def test_a_sentence_that_is_too_long_names_the_limit(lens, image):
+    with pytest.raises(ValueError, match=r"more than the 8,128 that can be read: shorten it by"):
+        lens.segment(image, "red circle " * 9000)
