@@ -21,13 +21,13 @@ from torch import Tensor
 
 from benchmarks.common import Inputs, Size
 from lens_jax import checkpoints
+from lens_jax.config import GRPOConfig
 from lens_jax.convert_weights import qwen_vl, sam2
 from lens_jax.convert_weights.convert import lens_table
 from lens_jax.convert_weights.lens import PREFIXES
 from lens_jax.models.lens import LensConfig
 from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
 from lens_jax.rollout.sampler import Rollout
-from lens_jax.training.grpo import Objective
 
 
 class OfficialUpdate:
@@ -48,7 +48,7 @@ class OfficialUpdate:
         inputs: Inputs,
         rollout: Rollout,
         advantages: np.ndarray,
-        objective: Objective,
+        objective: GRPOConfig,
         *,
         learning_rate: float,
         max_grad_norm: float,

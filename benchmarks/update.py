@@ -40,17 +40,10 @@ from lens_jax.rewards.unified import Rewards
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import grpo
 from lens_jax.training.advantages import group_normalized
-from lens_jax.training.state import (
-    apply,
-    create,
-    make_optimizer,
-)
+from lens_jax.training.state import apply, create, make_optimizer
 
-OBJECTIVE = grpo.Objective(beta=0.04)
-LEARNING_RATE, MAX_GRAD_NORM = 3e-6, 1.0
-OPTIMIZER = make_optimizer(
-    lambda _: LEARNING_RATE, b1=0.9, b2=0.999, weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM
-)
+SETTINGS = GRPOConfig(schedule="constant")
+OPTIMIZER = make_optimizer(SETTINGS)
 # Relative differences of losses and gradient norms between the sides.
 TOLERANCE = {jnp.float32: 1e-3, jnp.bfloat16: 5e-2}
 
@@ -84,7 +77,7 @@ def official_update(
 
         def loss(params):
             model = OfficialLayout(nnx.merge(definition, params, frozen), group)
-            return grpo.sums(model, past, batch, rollout, reward, OBJECTIVE)
+            return grpo.sums(model, past, batch, rollout, reward, SETTINGS)
 
         sums = jax.grad(loss, has_aux=True)(state.params)
         gradients, metrics = jax.tree.map(lambda x: x / rollout.lengths.size, sums)
@@ -102,7 +95,7 @@ def updates(
     definition, trained, frozen = nnx.split(model, select(GRPOConfig().trained), ...)
     _, policy, rest = split_policy(model)
     return SimpleNamespace(
-        ours=grpo.make_update(definition, rest, OPTIMIZER, reward, OBJECTIVE),
+        ours=grpo.make_update(definition, rest, OPTIMIZER, reward, SETTINGS),
         official=official_update(definition, rest, reward),
         trained=trained,
         frozen=frozen,
@@ -245,9 +238,9 @@ def compare(size: common.Size, completion: int, options: Options) -> dict[str, f
         inputs,
         rollout,
         np.array(group_normalized(jnp.asarray(earned))),
-        OBJECTIVE,
-        learning_rate=LEARNING_RATE,
-        max_grad_norm=MAX_GRAD_NORM,
+        SETTINGS,
+        learning_rate=SETTINGS.learning_rate,
+        max_grad_norm=SETTINGS.max_grad_norm,
         attention=options.attention,
         device=frame.PLATFORMS[options.device],
     )

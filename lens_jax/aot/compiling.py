@@ -148,7 +148,7 @@ def suggestions(config: RunConfig, mesh: Mesh, name: str) -> list[str]:
         found.append(f"--data.eval_batch_size {config.data.eval_batch_size // 2}")
     if kind.startswith("update"):
         settings = getattr(config, stage)
-        at_once = settings.batch_size // parts // settings.portions(parts)
+        at_once = settings.batch_size // parts // settings.micro_batches(parts)
         if at_once > 1:
             found.append(f"--{stage}.per_device_batch_size {at_once // 2}")
         if config.remat != "full":

@@ -76,10 +76,10 @@ def _evaluation(config, mesh, model, end_tokens, repetition_penalty) -> Iterator
     params = shapes.placed(params, sharding.shardings(params, mesh, kv_heads=kv_heads))
     copy, named = params, {"parameters": params}
     if sharding.num_parts(mesh) > 1:
-        relayout = programs.make_relayout(config, mesh, params, kv_heads)
-        light = jax.eval_shape(relayout, params)
+        reshard = programs.make_reshard(config, mesh, params, kv_heads)
+        light = jax.eval_shape(reshard, params)
         copy = shapes.placed(light, sharding.sampling_shardings(light, mesh, kv_heads=kv_heads))
-        yield Program("evaluation.relayout", relayout, (params,), named=named, beside={})
+        yield Program("evaluation.relayout", reshard, (params,), named=named, beside={})
     beside = {} if copy is params else named
     named = named if copy is params else {"sampling copy": copy}
 
@@ -147,11 +147,11 @@ def _reinforcement(config, mesh, model, read_text, end_tokens) -> Iterator[Progr
     batch = _batch(config, model, config.grpo.batch_size, mesh)
     step = shapes.placed(state.step, sharding.replicated(mesh))
     policy = stage.policy(state.params, frozen)
-    light = jax.eval_shape(stage.relayout, policy)
+    light = jax.eval_shape(stage.reshard, policy)
     copy = shapes.placed(light, sharding.sampling_shardings(light, mesh, kv_heads=kv_heads))
     reference = shapes.placed(light, sharding.shardings(light, mesh, kv_heads=kv_heads))
     rows = sharding.batch_sharding(mesh)
-    written = shapes.placed(jax.eval_shape(stage.write, copy, batch, step), rows)
+    written = shapes.placed(jax.eval_shape(stage.sample, copy, batch, step), rows)
 
     if not stage.needs_reference:
         reference = None
@@ -161,7 +161,7 @@ def _reinforcement(config, mesh, model, read_text, end_tokens) -> Iterator[Progr
     rest = {name: x for name, x in on_chip.items() if name != "parameters"}
     yield Program(
         "grpo.relayout",
-        stage.relayout,
+        stage.reshard,
         (policy,),
         named={"parameters": policy},
         # The policy's are arguments, trained or frozen; the other parts' lie beside.
@@ -173,7 +173,7 @@ def _reinforcement(config, mesh, model, read_text, end_tokens) -> Iterator[Progr
     settings = config.grpo
     yield Program(
         "grpo.rollout",
-        stage.write,
+        stage.sample,
         (copy, batch, step),
         named={"sampling copy": copy, "batch": batch},
         beside=on_chip | {"next batch": batch},

@@ -178,7 +178,7 @@ class StageConfig:
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this global norm."""
 
-    def portions(self, parts: int) -> int:
+    def micro_batches(self, parts: int) -> int:
         """Number of equal micro-batches of a batch that `parts` (mesh data x fsdp) share."""
         share = self.batch_size // parts
         at_once = min(share, self.per_device_batch_size or share)

@@ -1,15 +1,15 @@
 """The unified reward: sentence, box and mask in named channels (LENS, section 3.3)."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from lens_jax.config.sections import RewardsConfig
 from lens_jax.models.inputs import Targets
 from lens_jax.rewards.box import box_iou
 from lens_jax.rewards.segment import answer_iou, boundary_iou, no_target
@@ -106,20 +106,9 @@ class UnifiedReward:
 
     score: Score
     """Reads the text: `text_rewards(tokenizer)`."""
-    format: float = 0.0
-    pattern: Literal["think_format", "grounding_format", "grounding_format_reasoning"] = (
-        "grounding_format"
-    )
-    box: float = 1.0
-    segment: float = 1.0
-    boundary: float = 0.0
-    squared: Collection[str] = ("box", "segment", "boundary")
-    """Channels whose IoU is squared."""
-    scale: float = 1.0
-    """Factor on the total."""
+    settings: RewardsConfig
     custom: Sequence[Channel] = ()
-    """Channels of one's own, each called like its function."""
-    custom_weights: Sequence[float] = ()
+    """The functions that `settings.custom` names; each channel is called like its function."""
 
     def __call__(
         self,
@@ -136,6 +125,7 @@ class UnifiedReward:
             logits: mask logits on the canvas of the true masks.
             valid: which pixels of the canvas belong to the picture.
         """
+        settings = self.settings
         text = self.score(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
         text = {name: v.reshape(*lengths.shape, *v.shape[1:]) for name, v in text.items()}
         nothing = no_target(targets.mask, targets.box, valid)
@@ -143,21 +133,21 @@ class UnifiedReward:
         box = jnp.where(nothing[:, None], ~text["box_found"], box)
         segment = answer_iou(logits, targets.mask, valid, nothing)
         channels = {
-            "format": (self.format, text[self.pattern].astype(jnp.float32)),
-            "box": (self.box, box),
-            "segment": (self.segment, segment),
+            "format": (settings.format, text[settings.pattern].astype(jnp.float32)),
+            "box": (settings.box, box),
+            "segment": (settings.segment, segment),
         }
-        if self.boundary:
+        if settings.boundary:
             boundary = boundary_iou(logits, targets.mask, valid, otherwise=segment)
             boundary = jnp.where(nothing[:, None], segment, boundary)
-            channels["boundary"] = (self.boundary, boundary)
-        for channel, weight in zip(self.custom, self.custom_weights, strict=True):
+            channels["boundary"] = (settings.boundary, boundary)
+        for channel, weight in zip(self.custom, settings.custom_weights, strict=True):
             answers = Answers(tokens, lengths, text, logits, targets, valid, box, segment)
             channels[channel.__name__] = (weight, _earned(channel, answers))
 
         weights = [weight for weight, _ in channels.values()]
-        values = [v**2 if name in self.squared else v for name, (_, v) in channels.items()]
+        values = [v**2 if name in settings.squared else v for name, (_, v) in channels.items()]
         values = jnp.stack(values, axis=-1)
-        total = self.scale * (values * jnp.array(weights, jnp.float32)).sum(-1)
+        total = settings.scale * (values * jnp.array(weights, jnp.float32)).sum(-1)
         rewards = Rewards(values, total, segment, box, names=tuple(channels))
         return jax.lax.stop_gradient(rewards)

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lens_jax.distribution.gradients import Layout, Metrics, differentiate
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensModel
 from lens_jax.models.resample import upsample_logits, valid_pixels
 from lens_jax.rewards.segment import answer_iou, no_target
 from lens_jax.training.losses import segmentation_losses
-from lens_jax.training.state import Differentiate, Metrics, TrainState, apply, differentiate
+from lens_jax.training.state import TrainState, apply
 
 Update = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]
 
@@ -48,23 +49,23 @@ def sums(model: LensModel, batch: Batch, *, stability: bool = True) -> tuple[jax
 def make_update(
     definition: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    portions: int = 1,
-    differentiate: Differentiate = differentiate,
+    micro_batches: int = 1,
+    layout: Layout | None = None,
     *,
     stability: bool = True,
 ) -> Update:
     """The update as a pure function `(state, frozen, batch) -> (state, metrics)`, to be jitted.
 
     Args:
-        differentiate: `parallel.Devices.differentiate` on a mesh.
+        micro_batches, layout: as for `gradients.differentiate`.
     """
 
-    def sums_of(params, frozen, batch):
+    def loss(params, frozen, batch):
         return sums(nnx.merge(definition, params, frozen), batch, stability=stability)
 
     def update(state: TrainState, frozen: nnx.State, batch: Batch):
         count = len(batch.sample_id)
-        gradients, metrics = differentiate(sums_of, state.params, frozen, batch, portions)
+        gradients, metrics = differentiate(loss, state.params, frozen, batch, micro_batches, layout)
         gradients, metrics = jax.tree.map(lambda x: x / count, (gradients, metrics))
         state, norm = apply(state, gradients, metrics["loss"], optimizer)
         return state, metrics | {"grad_norm": norm, "skipped_updates": state.skipped}

@@ -4,7 +4,6 @@ One update, one program: the packed group is scored by policy and reference, mas
 rewards and advantages computed, and policy and segmentation losses differentiated, all on device.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -12,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lens_jax.config.sections import GRPOConfig
+from lens_jax.distribution.gradients import Layout, Metrics, differentiate
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensModel
 from lens_jax.models.resample import upsample_logits, valid_pixels
@@ -19,24 +20,9 @@ from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training.advantages import RULES
 from lens_jax.training.losses import KL_ESTIMATES, policy_loss, segmentation_losses, token_mean
-from lens_jax.training.state import Differentiate, Metrics, TrainState, apply, differentiate
+from lens_jax.training.state import TrainState, apply
 
 Update = Callable[[TrainState, nnx.State, nnx.State, Batch, Rollout], tuple[TrainState, Metrics]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """policy_weight * (policy + beta * KL - entropy_weight * entropy)
-    + segmentation_weight * (BCE + dice); `config.GRPOConfig` explains the choices."""
-
-    beta: float = 0.04
-    kl: str = "k3"
-    advantages: str = "group_normalized"
-    surrogate: str = "ratio"
-    entropy_weight: float = 0.0
-    policy_weight: float = 1.0
-    segmentation_weight: float = 1.0
-    detach_segmentation: bool = False
 
 
 def sums(
@@ -45,9 +31,12 @@ def sums(
     batch: Batch,
     rollout: Rollout,
     reward: UnifiedReward,
-    objective: Objective,
+    settings: GRPOConfig,
 ) -> tuple[jax.Array, Metrics]:
-    """The loss and the metrics, summed over completions.
+    """The loss and the metrics, summed over completions. The loss is
+
+    policy_weight * (policy + beta * KL - entropy_weight * entropy)
+    + segmentation_weight * (BCE + dice); `GRPOConfig` explains the choices.
 
     Args:
         reference: the frozen policy of the KL term, scored without queries and with Qwen's own
@@ -55,11 +44,11 @@ def sums(
     """
     prompts, targets = batch.prompts, batch.targets
     tokens, lengths = rollout.tokens, rollout.lengths
-    counted = jnp.arange(tokens.shape[-1]) < lengths[..., None]
+    completion_mask = jnp.arange(tokens.shape[-1]) < lengths[..., None]
 
     score = model.score(prompts, model.embed(prompts), tokens, lengths, with_queries=True)
     hidden = score.hidden
-    if objective.detach_segmentation:
+    if settings.detach_segmentation:
         hidden = jax.lax.stop_gradient(hidden)
     masks = model.decode_masks(model.sam_features(prompts), hidden, stability=False)
     canvas = targets.mask.shape[1:]
@@ -68,10 +57,10 @@ def sums(
     cross_entropy, dice = segmentation_losses(logits, targets.mask, valid)
 
     rewards = reward(tokens, lengths, jax.lax.stop_gradient(logits), targets, valid)
-    advantages = jax.lax.stop_gradient(RULES[objective.advantages](rewards.total))
+    advantages = jax.lax.stop_gradient(RULES[settings.advantages](rewards.total))
     kl = jnp.zeros_like(score.log_probs)
     if reference is not None:
-        past = reference.score(
+        theirs = reference.score(
             prompts,
             reference.embed(prompts),
             tokens,
@@ -80,16 +69,18 @@ def sums(
             positions="mrope",
         )
         # What follows the end is arbitrary: an overflow there would reach the gradient as 0 * inf.
-        past = jnp.where(counted, past.log_probs, score.log_probs)
-        kl = KL_ESTIMATES[objective.kl](score.log_probs, jax.lax.stop_gradient(past))
-    entropy = token_mean(score.entropy, counted)
+        reference_log_probs = jax.lax.stop_gradient(
+            jnp.where(completion_mask, theirs.log_probs, score.log_probs)
+        )
+        kl = KL_ESTIMATES[settings.kl](score.log_probs, reference_log_probs)
+    entropy = token_mean(score.entropy, completion_mask)
     policy = policy_loss(
-        score.log_probs, advantages, kl, objective.beta, counted, objective.surrogate
+        score.log_probs, advantages, kl, settings.beta, completion_mask, settings.surrogate
     )
-    if objective.entropy_weight:
-        policy -= objective.entropy_weight * entropy
+    if settings.entropy_weight:
+        policy -= settings.entropy_weight * entropy
     loss = jnp.sum(
-        objective.policy_weight * policy + objective.segmentation_weight * (cross_entropy + dice)
+        settings.policy_weight * policy + settings.segmentation_weight * (cross_entropy + dice)
     )
     gap = jnp.abs(rollout.log_probs - score.log_probs)
     per_completion = {
@@ -99,10 +90,10 @@ def sums(
         "reward": rewards.total,
         "mask_iou": rewards.mask_iou,
         "box_iou": rewards.box_iou,
-        "kl": token_mean(kl, counted),
+        "kl": token_mean(kl, completion_mask),
         "entropy": entropy,
         "completion_length": lengths,
-        "rollout_gap": token_mean(gap, counted),
+        "rollout_gap": token_mean(gap, completion_mask),
         "truncated_fraction": ~rollout.ended,
     } | {f"reward/{name}": values for name, values in rewards.channels.items()}
     metrics = {name: values.sum().astype(jnp.float32) for name, values in per_completion.items()}
@@ -114,9 +105,9 @@ def make_update(
     absent: nnx.State,
     optimizer: optax.GradientTransformation,
     reward: UnifiedReward,
-    objective: Objective,
-    portions: int = 1,
-    differentiate: Differentiate = differentiate,
+    settings: GRPOConfig,
+    micro_batches: int = 1,
+    layout: Layout | None = None,
 ) -> Update:
     """The update as a pure function, to be jitted with its state donated.
 
@@ -125,19 +116,21 @@ def make_update(
 
     Args:
         absent: shapes of what the reference does without (`lens.split_policy`).
-        differentiate: `parallel.Devices.differentiate` on a mesh.
+        micro_batches, layout: as for `gradients.differentiate`.
     """
 
-    def sums_of(params, constants, data):
+    def loss(params, constants, rows):
         frozen, reference = constants
-        past = None if reference is None else nnx.merge(definition, reference, absent)
-        return sums(nnx.merge(definition, params, frozen), past, *data, reward, objective)
+        if reference is not None:
+            reference = nnx.merge(definition, reference, absent)
+        return sums(nnx.merge(definition, params, frozen), reference, *rows, reward, settings)
 
     def update(state, frozen, reference, batch, rollout):
-        if not (objective.beta and objective.policy_weight):
+        if not (settings.beta and settings.policy_weight):
             reference = None
+        constants, rows = (frozen, reference), (batch, rollout)
         gradients, metrics = differentiate(
-            sums_of, state.params, (frozen, reference), (batch, rollout), portions
+            loss, state.params, constants, rows, micro_batches, layout
         )
         count = rollout.lengths.size
         gradients, metrics = jax.tree.map(lambda x: x / count, (gradients, metrics))

@@ -60,7 +60,7 @@ class Job:
     def reshard(self) -> Callable[[nnx.State], nnx.State]:
         """All parameters in the layout of sampling, for evaluations: compiled once."""
         kv_heads = self.lens.config.mllm.num_kv_heads
-        return programs.make_relayout(self.config, self.mesh, self.params, kv_heads)
+        return programs.make_reshard(self.config, self.mesh, self.params, kv_heads)
 
     def release(self) -> nnx.State:
         """The parameters, for a stage that sets them anew: nothing else holds on to them."""

@@ -10,7 +10,7 @@ def policy_loss(
     advantages: Float[Array, "B G"],
     kl: Float[Array, "B G T"],
     beta: float,
-    counted: Bool[Array, "B G T"],
+    completion_mask: Bool[Array, "B G T"],
     surrogate: str = "ratio",
 ) -> Float[Array, "B G"]:
     """On-policy: -S A + beta KL, mean over a completion's tokens.
@@ -19,7 +19,7 @@ def policy_loss(
     rollout, so it is 1 and only its gradient matters); `probability` is exp(logp).
     """
     surrogates = SURROGATES[surrogate](log_probs)
-    return token_mean(-surrogates * advantages[..., None] + beta * kl, counted)
+    return token_mean(-surrogates * advantages[..., None] + beta * kl, completion_mask)
 
 
 SURROGATES = {"ratio": lambda x: jnp.exp(x - jax.lax.stop_gradient(x)), "probability": jnp.exp}
@@ -47,22 +47,24 @@ def kimi(
 KL_ESTIMATES = {"k1": k1, "k3": k3, "kimi": kimi}
 
 
-def token_mean(values: Float[Array, "B G T"], counted: Bool[Array, "B G T"]) -> Float[Array, "B G"]:
-    """Mean over the counted tokens of each completion; 0 for an empty one."""
-    total = jnp.sum(jnp.where(counted, values, 0.0), axis=-1)
-    return total / jnp.maximum(counted.sum(-1), 1)
+def token_mean(
+    values: Float[Array, "B G T"], completion_mask: Bool[Array, "B G T"]
+) -> Float[Array, "B G"]:
+    """Mean over the tokens of each completion; 0 for an empty one."""
+    total = jnp.sum(jnp.where(completion_mask, values, 0.0), axis=-1)
+    return total / jnp.maximum(completion_mask.sum(-1), 1)
 
 
 def segmentation_losses(
     logits: Float[Array, "B G H W"], mask: Bool[Array, "B H W"], valid: Bool[Array, "B H W"]
 ) -> tuple[Float[Array, "B G"], Float[Array, "B G"]]:
-    """Binary cross-entropy (mean over true pixels) and dice loss of each mask."""
+    """Binary cross-entropy (mean over valid pixels) and dice loss of each mask."""
     mask, valid = mask[:, None], valid[:, None]
     cross_entropy = jax.nn.softplus(jnp.where(mask, -logits, logits))
     pixels = valid.sum((-2, -1))
     cross_entropy = jnp.sum(jnp.where(valid, cross_entropy, 0.0), (-2, -1)) / pixels
     probs = jnp.where(valid, jax.nn.sigmoid(logits), 0.0)
-    truth = (mask & valid).astype(jnp.float32)
-    overlap = jnp.sum(probs * truth, (-2, -1))
-    dice = 1 - (2 * overlap + 1) / (probs.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
+    target = (mask & valid).astype(jnp.float32)
+    overlap = jnp.sum(probs * target, (-2, -1))
+    dice = 1 - (2 * overlap + 1) / (probs.sum((-2, -1)) + target.sum((-2, -1)) + 1)
     return cross_entropy, dice

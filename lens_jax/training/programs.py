@@ -1,7 +1,7 @@
 """The compiled programs of a run, with the shardings they run under.
 
-The loop calls them; launch/compile.py compiles the same ones for slices that are not there. So
-the model is one of shapes, and nothing is computed here.
+`training.stages` calls them; launch/compile.py compiles the same ones for slices that are not
+there. So the model is one of shapes, and nothing is computed here.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lens_jax.config import ConfigError, GRPOConfig, RunConfig, StageConfig, import_function
-from lens_jax.distribution import parallel, sharding
+from lens_jax.config import ConfigError, RunConfig, StageConfig, import_function
+from lens_jax.distribution import sharding
+from lens_jax.distribution.gradients import Layout
 from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
@@ -34,7 +35,7 @@ from lens_jax.training.state import TrainState, create, make_optimizer, make_sch
 
 
 def precision(config: RunConfig) -> AbstractContextManager:
-    """Under which a run's programs are traced."""
+    """Context in which a run traces its programs: the precision of matrix products."""
     return products(config.precision)
 
 
@@ -44,7 +45,7 @@ def abstract_model(config: RunConfig, shapes: LensConfig, mesh: Mesh) -> LensMod
     Raises:
         ConfigError: the kernel that `attention` names does not run on the mesh.
     """
-    dtype = _dtype(config)
+    dtype = DTYPES[config.precision]
     try:
         attention = Attention.choose(
             config.attention, mesh, dtype=dtype, head_dims=shapes.head_dims
@@ -79,7 +80,7 @@ class Stage:
 
     definition: nnx.GraphDef
     parts: Sequence[str]
-    """Those that train."""
+    """Parts of the model that train."""
     trained: nnx.State
     frozen: nnx.State
     schedule: optax.Schedule
@@ -104,13 +105,13 @@ class Reinforcement(Stage):
     """Stage 2."""
 
     temperatures: np.ndarray
-    """Of each step's rollout, float32 [steps]."""
+    """Temperature of each step's rollout, float32 [steps]."""
     needs_reference: bool
-    lighten: Callable[[nnx.State], nnx.State]
+    cast: Callable[[nnx.State], nnx.State]
     """The policy in the precision of matrix products: the reference."""
-    relayout: Callable[[nnx.State], nnx.State]
+    reshard: Callable[[nnx.State], nnx.State]
     """The same from the layout of training to that of sampling."""
-    write: Callable[[nnx.State, Batch, jax.Array], Rollout]
+    sample: Callable[[nnx.State, Batch, jax.Array], Rollout]
     """`(policy, batch, step)`: completions."""
     completion_tokens: tuple[int, ...]
     """Buckets of the completions that an update reads, ascending; the last is the limit."""
@@ -120,23 +121,19 @@ class Reinforcement(Stage):
     """`(state, frozen, reference, batch, rollout) -> (state, metrics)`; the state is donated."""
 
     def policy(self, trained: nnx.State, frozen: nnx.State) -> nnx.State:
-        """The part of the model that reads and writes text."""
+        """The part of the model that reads and generates text."""
         return split_policy(nnx.merge(self.definition, trained, frozen))[1]
 
 
 def build_alignment(config: RunConfig, mesh: Mesh, model: LensModel) -> Alignment:
     """The programs of stage 1."""
     settings = config.alignment
-    parts, optimizer, places = _stage(settings, mesh, model)
+    stage, optimizer, places, options = _stage(config, settings, mesh, model)
     update = alignment.make_update(
-        parts["definition"],
-        optimizer,
-        settings.portions(sharding.num_parts(mesh)),
-        _devices(config, mesh, model).differentiate,
-        stability=settings.stability,
+        stage["definition"], optimizer, **options, stability=settings.stability
     )
     update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
-    return Alignment(**parts, update=update)
+    return Alignment(**stage, update=update)
 
 
 def build_reinforcement(
@@ -153,30 +150,23 @@ def build_reinforcement(
         read_text: `text_rewards` of the tokenizer.
         end_tokens: each ends a completion.
     """
-    settings, sample = config.grpo, config.rollout
+    settings, sampling = config.grpo, config.rollout
     definition, policy, rest = split_policy(model)
     shapes_of_rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
     kv_heads = model.config.mllm.num_kv_heads
-    dtype = _dtype(config)
+    dtype = DTYPES[config.precision]
 
-    def lighten(policy: nnx.State) -> nnx.State:
+    def cast(policy: nnx.State) -> nnx.State:
         return jax.tree.map(lambda x: x.astype(dtype), policy)
 
-    parts, optimizer, places = _stage(settings, mesh, model)
-    channels = {f.name: getattr(config.rewards, f.name) for f in dataclasses.fields(config.rewards)}
-    channels["custom"] = tuple(import_function(path) for path in config.rewards.custom)
-    reward = UnifiedReward(read_text, **channels)
+    stage, optimizer, places, options = _stage(config, settings, mesh, model)
+    custom = tuple(import_function(path) for path in config.rewards.custom)
+    reward = UnifiedReward(read_text, config.rewards, custom)
     update = grpo.make_update(
-        parts["definition"],
-        shapes_of_rest,
-        optimizer,
-        reward,
-        _objective(settings),
-        settings.portions(sharding.num_parts(mesh)),
-        _devices(config, mesh, model).differentiate,
+        stage["definition"], shapes_of_rest, optimizer, reward, settings, **options
     )
     temperatures = np.linspace(
-        sample.temperature, sample.final_temperature or sample.temperature, settings.steps
+        sampling.temperature, sampling.final_temperature or sampling.temperature, settings.steps
     ).astype(np.float32)
     # Each part of the mesh samples its own prompts and stops when they have ended. Only where
     # `tensor` cuts the policy does the compiler place collectives, and then all stop together.
@@ -192,7 +182,7 @@ def build_reinforcement(
         axis_names=set(manual),
         check_vma=False,
     )
-    def write(policy, batch: Batch, index):
+    def sample(policy, batch: Batch, index):
         model = nnx.merge(definition, policy, shapes_of_rest)
         return rollout(
             model,
@@ -201,42 +191,43 @@ def build_reinforcement(
             batch.sample_id,
             jax.random.fold_in(jax.random.key(config.seed), index),
             num_completions=settings.num_generations,
-            max_new_tokens=sample.max_new_tokens,
+            max_new_tokens=sampling.max_new_tokens,
             end_tokens=end_tokens,
-            sampling=Sampling(jnp.asarray(temperatures)[index], sample.top_k, sample.top_p),
+            sampling=Sampling(jnp.asarray(temperatures)[index], sampling.top_k, sampling.top_p),
             together=() if alone else manual,
         )
 
-    limit = sample.max_new_tokens
-    buckets = {n for n in sample.completion_tokens if n < limit} | {limit}
+    limit = sampling.max_new_tokens
+    buckets = {n for n in sampling.completion_tokens if n < limit} | {limit}
 
     @partial(jax.jit, static_argnums=1)
-    def trim(written: Rollout, length: int) -> Rollout:
-        return written.replace(
-            tokens=written.tokens[..., :length], log_probs=written.log_probs[..., :length]
+    def trim(rollout: Rollout, length: int) -> Rollout:
+        return rollout.replace(
+            tokens=rollout.tokens[..., :length], log_probs=rollout.log_probs[..., :length]
         )
 
     return Reinforcement(
-        **parts,
+        **stage,
         temperatures=temperatures,
         needs_reference=bool(settings.beta and settings.policy_weight),
-        lighten=jax.jit(lighten, out_shardings=sharding.shardings(policy, mesh, kv_heads=kv_heads)),
-        relayout=make_relayout(config, mesh, policy, kv_heads),
-        write=write,
+        cast=jax.jit(cast, out_shardings=sharding.shardings(policy, mesh, kv_heads=kv_heads)),
+        reshard=make_reshard(config, mesh, policy, kv_heads),
+        sample=sample,
         completion_tokens=tuple(sorted(buckets)),
         trim=trim,
         update=jax.jit(update, donate_argnums=0, out_shardings=(places, None)),
     )
 
 
-def make_relayout(
+def make_reshard(
     config: RunConfig, mesh: Mesh, params: nnx.State, kv_heads: int
 ) -> Callable[[nnx.State], nnx.State]:
     """From the layout of training to that of sampling, in the precision of matrix products.
 
     Layer by layer: a stack as a whole would lie there twice, as it was gathered and in order.
     """
-    dtype, places = _dtype(config), sharding.sampling_shardings(params, mesh, kv_heads=kv_heads)
+    dtype = DTYPES[config.precision]
+    places = sharding.sampling_shardings(params, mesh, kv_heads=kv_heads)
 
     def of(path, x, place):
         if not is_stacked(name_of(path)):
@@ -250,46 +241,29 @@ def make_relayout(
 
 
 def _stage(
-    settings: StageConfig, mesh: Mesh, model: LensModel
-) -> tuple[dict[str, Any], optax.GradientTransformation, TrainState]:
-    """The members of a `Stage`, its optimizer, and where each array of its state lies.
+    config: RunConfig, settings: StageConfig, mesh: Mesh, model: LensModel
+) -> tuple[dict[str, Any], optax.GradientTransformation, TrainState, dict[str, Any]]:
+    """The members of a `Stage`, its optimizer, the sharding of each array of its state, and how an
+    update computes gradients.
 
     Moments lie with their parameters. Updates must be told: left alone, the compiler may lay out
     the new state otherwise, which copies what was donated and compiles the second step again.
     """
+    kv_heads = model.config.mllm.num_kv_heads
     definition, trained, frozen = nnx.split(model, select(settings.trained), ...)
-    schedule = make_schedule(
-        settings.schedule, settings.learning_rate, settings.warmup_steps, settings.steps
-    )
-    optimizer = make_optimizer(
-        schedule,
-        b1=settings.b1,
-        b2=settings.b2,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-    )
+    optimizer = make_optimizer(settings)
     start = partial(create, optimizer=optimizer)
-    shapes = jax.eval_shape(start, trained)
-    places = sharding.shardings(shapes, mesh, kv_heads=model.config.mllm.num_kv_heads)
-    parts = dict(
+    places = sharding.shardings(jax.eval_shape(start, trained), mesh, kv_heads=kv_heads)
+    stage = dict(
         definition=definition,
         parts=settings.trained,
         trained=trained,
         frozen=frozen,
-        schedule=schedule,
+        schedule=make_schedule(settings),
         create=jax.jit(start, donate_argnums=0, out_shardings=places),
     )
-    return parts, optimizer, places
-
-
-def _devices(config: RunConfig, mesh: Mesh, model: LensModel) -> parallel.Devices:
-    return parallel.Devices(mesh, _dtype(config), {"kv_heads": model.config.mllm.num_kv_heads})
-
-
-def _objective(settings: GRPOConfig) -> grpo.Objective:
-    names = [field.name for field in dataclasses.fields(grpo.Objective)]
-    return grpo.Objective(**{name: getattr(settings, name) for name in names})
-
-
-def _dtype(config: RunConfig):
-    return DTYPES[config.precision]
+    gradients = dict(
+        micro_batches=settings.micro_batches(sharding.num_parts(mesh)),
+        layout=Layout(mesh, DTYPES[config.precision], kv_heads),
+    )
+    return stage, optimizer, places, gradients

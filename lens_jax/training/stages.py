@@ -68,10 +68,10 @@ def reinforce(job: Job) -> None:
     )
     trained, frozen = stage.split(job.release())
     policy = stage.policy(trained, frozen)
-    reference = stage.lighten(policy) if stage.needs_reference else None
+    reference = stage.cast(policy) if stage.needs_reference else None
     base = None
     if config.rollout.policy == "base":
-        base = jax.block_until_ready(stage.relayout(policy))
+        base = jax.block_until_ready(stage.reshard(policy))
     del policy
 
     longest_of = jax.jit(jnp.max, out_shardings=sharding.replicated(job.mesh))
@@ -80,9 +80,9 @@ def reinforce(job: Job) -> None:
         times, index = [time.perf_counter()], int(jax.device_get(state.step))
         policy = base
         if policy is None:
-            policy = jax.block_until_ready(stage.relayout(stage.policy(state.params, frozen)))
+            policy = jax.block_until_ready(stage.reshard(stage.policy(state.params, frozen)))
         times.append(time.perf_counter())
-        rollout = jax.block_until_ready(stage.write(policy, batch, state.step))
+        rollout = jax.block_until_ready(stage.sample(policy, batch, state.step))
         del policy  # the update needs its memory
         longest = int(jax.device_get(longest_of(rollout.lengths)))
         rollout = stage.trim(rollout, min(n for n in stage.completion_tokens if n >= longest))

@@ -1,18 +1,12 @@
 """What an update changes, and the optimizer that changes it."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 from jaxtyping import Array, Int
 
-Metrics = dict[str, Array]
-Sums = Callable[[nnx.State, Any, Any], tuple[Array, Metrics]]
-"""`(params, constants, batch)`: the loss and the metrics, summed over rows of the batch."""
-Differentiate = Callable[[Sums, nnx.State, Any, Any, int], tuple[nnx.State, Metrics]]
+from lens_jax.config.sections import StageConfig
 
 
 @struct.dataclass
@@ -34,14 +28,15 @@ def create(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainS
     return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
 
-def make_schedule(kind: str, peak: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then `constant`, or `linear` or `cosine` down to 0 at `steps`."""
-    rest = max(1, steps - warmup_steps)
+def make_schedule(settings: StageConfig) -> optax.Schedule:
+    """Linear warm-up from 0, then `constant`, or `linear` or `cosine` to 0 at the last step."""
+    peak, warmup_steps = settings.learning_rate, settings.warmup_steps
+    rest = max(1, settings.steps - warmup_steps)
     after = {
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
-    }[kind]()
+    }[settings.schedule]()
     if not warmup_steps:
         return after
     return optax.join_schedules(
@@ -49,13 +44,16 @@ def make_schedule(kind: str, peak: float, warmup_steps: int, steps: int) -> opta
     )
 
 
-def make_optimizer(
-    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, max_grad_norm: float
-) -> optax.GradientTransformation:
-    """AdamW after clipping to a global norm."""
+def make_optimizer(settings: StageConfig) -> optax.GradientTransformation:
+    """AdamW, with the stage's schedule, after clipping to a global norm."""
     return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay),
+        optax.clip_by_global_norm(settings.max_grad_norm),
+        optax.adamw(
+            make_schedule(settings),
+            b1=settings.b1,
+            b2=settings.b2,
+            weight_decay=settings.weight_decay,
+        ),
     )
 
 
@@ -80,37 +78,3 @@ def apply(
     )
     skipped = state.skipped + ~finite
     return TrainState(state.step + 1, params, moments, skipped), norm
-
-
-def accumulate(
-    gradient_of_sums: Callable[[Any], tuple[Any, Metrics]], batch: Any, portions: int
-) -> tuple[Any, Metrics]:
-    """Sums `gradient_of_sums(portion)` over equal portions of a batch, one after another.
-
-    Sums, not means: cutting a batch changes nothing but rounding. Rows are dealt out in turn, so
-    that a batch sharded over devices stays where it is.
-    """
-    if portions == 1:
-        return gradient_of_sums(batch)
-    deal = lambda x: x.reshape(-1, portions, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
-    batch = jax.tree.map(deal, batch)
-    shapes = jax.eval_shape(gradient_of_sums, jax.tree.map(lambda x: x[0], batch))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def add(total, portion):
-        # XLA would else move sums over devices behind the loop, and carry whole gradients there.
-        sums = jax.tree.map(jax.lax.optimization_barrier, gradient_of_sums(portion))
-        return jax.tree.map(jnp.add, total, sums), None
-
-    return jax.lax.scan(add, zeros, batch)[0]
-
-
-def differentiate(
-    sums: Sums, params: nnx.State, constants: Any, batch: Any, portions: int
-) -> tuple[nnx.State, Metrics]:
-    """Gradients and metrics of `sums(params, constants, batch)`, in portions of the batch."""
-
-    def gradient_of_sums(portion):
-        return jax.grad(sums, has_aux=True)(params, constants, portion)
-
-    return accumulate(gradient_of_sums, batch, portions)

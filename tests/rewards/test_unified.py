@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lens_jax.config import RewardsConfig
 from lens_jax.models.inputs import Targets
 from lens_jax.models.resample import valid_pixels
 from lens_jax.rewards.segment import boundary_iou, mask_iou
@@ -16,6 +17,10 @@ COMPLETIONS = [
     ["[10,10,40,40]", "<think>a</think><answer>(10,10),(40,30)</answer>", "nothing"],
     ["[0,0,0,0]", "<think>no box</think> <answer></answer>", "[1,1,5,5]"],
 ]
+
+
+def unified(score, custom=(), **settings):
+    return UnifiedReward(score, RewardsConfig(**settings), custom)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,7 @@ def inputs(tokenizer):
 
 def test_default_is_the_refcoco_recipe(score, inputs):
     """Box IoU squared and mask IoU squared; the format is reported and not rewarded."""
-    rewards = jax.jit(UnifiedReward(score, pattern="think_format"))(*inputs)
+    rewards = jax.jit(unified(score, pattern="think_format"))(*inputs)
     assert rewards.names == ("format", "box", "segment")
     third = 20 / 30
     box = [[1, third**2, 0], [0, 1, 0]]
@@ -63,7 +68,7 @@ def test_default_is_the_refcoco_recipe(score, inputs):
 
 def test_weights_squares_and_scale(score, inputs):
     _, _, logits, targets, valid = inputs
-    reward = UnifiedReward(
+    reward = unified(
         score,
         format=0.5,
         pattern="think_format",
@@ -93,7 +98,7 @@ def test_each_format_can_be_asked_for(score, inputs, tokenizer):
     tokens = jnp.zeros((2, 3, LENGTH), jnp.int32).at[:, :, : len(row)].set(jnp.array(row))
     given = (tokens, jnp.full((2, 3), len(row)), *inputs[2:])
     for pattern, earned in (("grounding_format_reasoning", 1), ("grounding_format", 0)):
-        rewards = jax.jit(UnifiedReward(score, pattern=pattern))(*given)
+        rewards = jax.jit(unified(score, pattern=pattern))(*given)
         assert (rewards.channels["format"] == earned).all()
 
 
@@ -101,7 +106,7 @@ def test_a_box_without_a_mask_is_a_target(score, inputs):
     """A mask may shrink to nothing on the canvas; its box is still asked for."""
     tokens, lengths, logits, targets, valid = inputs
     targets = targets.replace(mask=jnp.zeros_like(targets.mask))
-    rewards = jax.jit(UnifiedReward(score))(tokens, lengths, logits, targets, valid)
+    rewards = jax.jit(unified(score))(tokens, lengths, logits, targets, valid)
     np.testing.assert_allclose(rewards.channels["box"][0], [1, 4 / 9, 0], rtol=1e-6)
     np.testing.assert_array_equal(rewards.channels["segment"][0], [0, 0, 0])
 
@@ -111,7 +116,7 @@ def test_an_empty_mask_earns_nothing_where_the_truth_fills_the_picture(score, in
     tokens, lengths, logits, targets, valid = inputs
     targets = targets.replace(mask=jnp.ones_like(targets.mask))
     logits = jnp.full_like(logits, -3).at[:, 1].set(3).at[1, 2, :24].set(3)
-    rewards = jax.jit(UnifiedReward(score, boundary=1.0))(tokens, lengths, logits, targets, valid)
+    rewards = jax.jit(unified(score, boundary=1.0))(tokens, lengths, logits, targets, valid)
     for channel in ("segment", "boundary"):
         np.testing.assert_allclose(rewards.channels[channel][:, :2], [[0, 1], [0, 1]], rtol=1e-6)
 
@@ -120,7 +125,7 @@ def test_no_gradient_passes(score, inputs):
     tokens, lengths, logits, targets, valid = inputs
 
     def total(logits, box):
-        rewards = UnifiedReward(score, boundary=1.0)(
+        rewards = unified(score, boundary=1.0)(
             tokens, lengths, logits, targets.replace(box=box), valid
         )
         return rewards.total.sum() + rewards.mask_iou.sum()
@@ -135,13 +140,13 @@ def brief(answers):
 
 
 def test_a_channel_of_ones_own(score, inputs):
-    reward = UnifiedReward(score, box=0, segment=0, custom=(brief,), custom_weights=(0.5,))
+    reward = unified(score, box=0, segment=0, custom=(brief,), custom_weights=(0.5,))
     rewards = jax.jit(reward)(*inputs)
     assert rewards.names[-1] == "brief"
     expected = np.asarray(inputs[1]) <= 20
     assert 0 < expected.sum() < expected.size
     np.testing.assert_array_equal(rewards.channels["brief"], expected)
     np.testing.assert_allclose(rewards.total, 0.5 * expected)
-    wrong = UnifiedReward(score, custom=(lambda answers: jnp.ones(3),), custom_weights=(1,))
+    wrong = unified(score, custom=(lambda answers: jnp.ones(3),), custom_weights=(1,))
     with pytest.raises(ValueError, match="returns shape"):
         jax.eval_shape(wrong, *inputs)

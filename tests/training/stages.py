@@ -1,44 +1,43 @@
-"""Both stages on a micro configuration: their updates with arguments, on any mesh."""
+"""Both stages on a micro configuration: the programs of a run with their arguments, on any mesh."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from transformers import AutoTokenizer
 
-from lens_jax.config import AlignmentConfig, GRPOConfig, MeshConfig, RolloutConfig, RunConfig
-from lens_jax.distribution import parallel, sharding
+from lens_jax.config import (
+    AlignmentConfig,
+    GRPOConfig,
+    MeshConfig,
+    RewardsConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from lens_jax.distribution import sharding
 from lens_jax.distribution.rows import Share
 from lens_jax.models.inputs import Batch
-from lens_jax.models.lens import LensModel, split_policy
-from lens_jax.models.parameters import select
+from lens_jax.models.lens import LensConfig, LensModel, split_policy
 from lens_jax.rewards import text_rewards
-from lens_jax.rewards.unified import UnifiedReward
 from lens_jax.rollout.sampler import Rollout
-from lens_jax.training import alignment, grpo, programs
-from lens_jax.training.state import create, make_optimizer
+from lens_jax.training import programs
 from tests import micro
 
 B, G = 16, 2
 TOKENIZER = Path(__file__).parents[2] / "checkpoints" / "tiny" / "qwen2_5_vl"
 
-OBJECTIVE = grpo.Objective(beta=0.1)
-# A run's optimizer, behind one whose state are the last gradients, to be compared themselves.
-OPTIMIZER = optax.chain(
-    optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params),
-        lambda gradients, state, params: (gradients, gradients),
-    ),
-    make_optimizer(
-        optax.constant_schedule(1e-4), b1=0.9, b2=0.99, weight_decay=0.0, max_grad_norm=1.0
-    ),
+ADAM = dict(learning_rate=1e-4, schedule="constant", warmup_steps=0, b2=0.99)
+CONFIG = RunConfig(
+    precision="float32",
+    remat="none",
+    alignment=AlignmentConfig(steps=3, batch_size=B, **ADAM),
+    grpo=GRPOConfig(steps=3, batch_size=B, num_generations=G, beta=0.1, **ADAM),
+    rollout=RolloutConfig(max_new_tokens=12, temperature=1.0, top_k=40, top_p=0.95),
+    rewards=RewardsConfig(format=1.0),
 )
 
 
@@ -52,16 +51,6 @@ MESHES = {
     "1x2x4": dict(fsdp=2, tensor=4),
     "1x1x8": dict(tensor=8),
 }
-
-
-@dataclasses.dataclass
-class Stage:
-    """An update and its arguments `(state of trained, *params, *data)`, all on the host."""
-
-    make_update: Callable
-    trained: Any
-    params: tuple
-    data: tuple
 
 
 def completions(tokenizer, boxes) -> Rollout:
@@ -94,35 +83,6 @@ def make_model(config) -> tuple[LensModel, Any, Batch]:
     return micro.model(config), tokenizer, batch
 
 
-def make_stages(config) -> dict[str, Stage]:
-    model, tokenizer, batch = make_model(config)
-
-    definition, trained, frozen = nnx.split(model, select(AlignmentConfig().trained), ...)
-    align = Stage(
-        lambda optimizer, portions, **options: alignment.make_update(
-            definition, optimizer, portions, **options
-        ),
-        trained,
-        (frozen,),
-        (batch,),
-    )
-
-    _, policy, rest = split_policy(model)
-    reference = jax.tree.map(lambda x: 1.03 * x, policy)
-    absent = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
-    reward = UnifiedReward(text_rewards(tokenizer), format=1.0)
-    definition_grpo, trained, frozen = nnx.split(model, select(GRPOConfig().trained), ...)
-    reinforce = Stage(
-        lambda optimizer, portions, objective=OBJECTIVE, **options: grpo.make_update(
-            definition_grpo, absent, optimizer, reward, objective, portions, **options
-        ),
-        trained,
-        (frozen, reference),
-        (batch, completions(tokenizer, batch.targets.box)),
-    )
-    return {"alignment": align, "grpo": reinforce}
-
-
 def mesh_of(devices=8, **axes):
     return sharding.make_mesh(MeshConfig(**axes), jax.devices()[:devices])
 
@@ -143,52 +103,76 @@ def spread(tree, places):
     return jax.tree.map(put, tree, places)
 
 
-def sample(mesh: jax.sharding.Mesh) -> Rollout:
-    """Completions of the batch, drawn as stage 2 draws them."""
-    model, tokenizer, batch = make_model(micro.CONFIG)
-    config = RunConfig(
-        precision="float32",
-        grpo=GRPOConfig(steps=1, num_generations=G),
-        rollout=RolloutConfig(max_new_tokens=12, temperature=1.0, top_k=40, top_p=0.95),
-    )
-    stage = programs.build_reinforcement(
-        config,
-        mesh,
-        model,
-        read_text=text_rewards(tokenizer),
-        # Some of very many tokens, so that completions end at different lengths.
-        end_tokens=range(0, model.config.mllm.vocab_size, 9),
-    )
-    _, policy, _ = split_policy(model)
-    policy = spread(policy, sharding.shardings(policy, mesh, kv_heads=2))
-    batch = sharding.global_batch(rows_of(batch, sharding.share(mesh)), mesh)
-    return stage.write(stage.relayout(policy), batch, np.int32(0))
-
-
 class Program:
-    """A stage's update on a mesh, everything placed as a run places it."""
+    """A stage's update as `programs` builds it, with arguments that lie as those of a run.
 
-    def __init__(self, stage: Stage, mesh: jax.sharding.Mesh, portions: int, **options):
-        place = partial(sharding.shardings, mesh=mesh, kv_heads=2, **options)
-        make = partial(create, optimizer=OPTIMIZER)
-        places = place(jax.eval_shape(make, stage.trained))
-        self.state = jax.jit(make, out_shardings=places)(stage.trained)
-        params = [spread(tree, place(tree)) for tree in stage.params]
+    Args:
+        name: of the stage.
+        shapes: the model's.
+        halves: each device cuts its rows into two micro-batches.
+        changes: keys of the stage; `precision` is the run's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mesh: jax.sharding.Mesh,
+        *,
+        shapes: LensConfig = micro.CONFIG,
+        halves: bool = False,
+        precision: str = "float32",
+        **changes: Any,
+    ):
+        model, tokenizer, batch = make_model(shapes)
+        if halves:
+            changes["per_device_batch_size"] = B // sharding.num_parts(mesh) // 2
+        settings = dataclasses.replace(getattr(CONFIG, name), **changes)
+        config = dataclasses.replace(CONFIG, precision=precision, **{name: settings})
+        self.precision = programs.precision(config)
+        abstract = programs.abstract_model(config, model.config, mesh)
+        if name == "alignment":
+            self.stage = programs.build_alignment(config, mesh, abstract)
+        else:
+            self.stage = build_reinforcement(config, mesh, abstract, tokenizer, end_tokens=(0,))
+        params = nnx.state(model)
+        params = spread(params, sharding.shardings(params, mesh, kv_heads=2))
+        trained, frozen = self.stage.split(params)
+        rows = [batch]
+        self.arguments = [frozen]
+        if name == "grpo":
+            policy = jax.tree.map(lambda x: 1.03 * x, self.stage.policy(trained, frozen))
+            self.arguments.append(self.stage.cast(policy) if settings.beta else None)
+            rows.append(completions(tokenizer, batch.targets.box))
         share = sharding.share(mesh)
-        batches = (sharding.global_batch(rows_of(x, share), mesh) for x in stage.data)
-        self.arguments = (*params, *batches)
-        devices = parallel.Devices(mesh, jnp.float32, {"kv_heads": 2} | options)
-        self.update = jax.jit(
-            stage.make_update(OPTIMIZER, portions, differentiate=devices.differentiate),
-            donate_argnums=0,
-            out_shardings=(places, None),
-        )
+        self.arguments += [sharding.global_batch(rows_of(x, share), mesh) for x in rows]
+        self.state = self.stage.create(trained)
 
-    def step(self):
-        self.state, metrics = self.update(self.state, *self.arguments)
+    def step(self) -> dict[str, Any]:
+        """Takes a step; returns its metrics."""
+        with self.precision:
+            self.state, metrics = self.stage.update(self.state, *self.arguments)
         return jax.device_get(metrics)
 
     @property
-    def gradients(self):
-        """Of the last step."""
-        return self.state.moments[0]
+    def adam(self) -> optax.ScaleByAdamState:
+        """Moments; after the first step `mu` is a tenth of the clipped gradients."""
+        is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)  # noqa: E731
+        return next(x for x in jax.tree.leaves(self.state.moments, is_leaf=is_adam) if is_adam(x))
+
+
+def build_reinforcement(config, mesh, model, tokenizer, end_tokens) -> programs.Reinforcement:
+    return programs.build_reinforcement(
+        config, mesh, model, read_text=text_rewards(tokenizer), end_tokens=end_tokens
+    )
+
+
+def sample(mesh: jax.sharding.Mesh) -> Rollout:
+    """Completions of the batch, drawn as stage 2 draws them."""
+    model, tokenizer, batch = make_model(micro.CONFIG)
+    # Some of very many tokens, so that completions end at different lengths.
+    ends = range(0, model.config.mllm.vocab_size, 9)
+    stage = build_reinforcement(CONFIG, mesh, model, tokenizer, ends)
+    _, policy, _ = split_policy(model)
+    policy = spread(policy, sharding.shardings(policy, mesh, kv_heads=2))
+    batch = sharding.global_batch(rows_of(batch, sharding.share(mesh)), mesh)
+    return stage.sample(stage.reshard(policy), batch, np.int32(0))

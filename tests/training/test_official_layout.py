@@ -56,7 +56,7 @@ def program(config, group, with_reference, layout):
 
         def loss(params):
             model = layout(nnx.merge(definition, params, frozen))
-            return grpo.sums(model, past, batch, rollout, reward, grpo.Objective(beta=0.3))
+            return grpo.sums(model, past, batch, rollout, reward, GRPOConfig(beta=0.3))
 
         (total, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
         return total, metrics, gradients

@@ -11,7 +11,7 @@ from flax import nnx
 from transformers import AutoTokenizer
 
 from lens_jax import checkpoints
-from lens_jax.config import AlignmentConfig, GRPOConfig
+from lens_jax.config import AlignmentConfig, GRPOConfig, RewardsConfig
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import split_policy
 from lens_jax.models.parameters import select
@@ -45,7 +45,7 @@ def test_a_step_of_each_stage():
     batch = Batch(micro.collate(config, rows), targets, np.arange(2, dtype=np.int32))
 
     definition, trained, frozen = nnx.split(model, select(AlignmentConfig().trained), ...)
-    update = alignment.make_update(definition, KEEP_GRADIENTS, 1)
+    update = alignment.make_update(definition, KEEP_GRADIENTS)
     state, metrics = jax.jit(update)(create(trained, KEEP_GRADIENTS), frozen, batch)
     check(state, metrics, trains=("context/",))
 
@@ -58,10 +58,10 @@ def test_a_step_of_each_stage():
     written = Rollout(tokens, lengths, np.zeros(tokens.shape, np.float32), np.ones((2, 2), bool))
     _, policy, rest = split_policy(model)
     absent = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
-    reward = UnifiedReward(text_rewards(tokenizer))
+    reward = UnifiedReward(text_rewards(tokenizer), RewardsConfig())
     definition, trained, frozen = nnx.split(model, select(GRPOConfig().trained), ...)
-    objective = grpo.Objective(beta=0.0)
-    update = grpo.make_update(definition, absent, KEEP_GRADIENTS, reward, objective, 1)
+    settings = GRPOConfig(beta=0.0)
+    update = grpo.make_update(definition, absent, KEEP_GRADIENTS, reward, settings)
     state, metrics = jax.jit(update)(
         create(trained, KEEP_GRADIENTS), frozen, policy, batch, written
     )

@@ -3,15 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
-from lens_jax.config import AlignmentConfig, GRPOConfig
+from lens_jax.config import AlignmentConfig, GRPOConfig, StageConfig
+from lens_jax.distribution.gradients import accumulate
 from lens_jax.models.parameters import PARTS, select
 from lens_jax.models.sam.segmenter import Sam2
 from lens_jax.training.state import (
-    accumulate,
     apply,
     create,
     make_optimizer,
@@ -24,7 +23,9 @@ from tests import micro
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_schedules(kind, warmup):
     peak, steps = 0.3, 12
-    schedule = make_schedule(kind, peak, warmup, steps)
+    schedule = make_schedule(
+        StageConfig(schedule=kind, learning_rate=peak, warmup_steps=warmup, steps=steps)
+    )
     for step in range(steps + 1):
         done = (step - warmup) / (steps - warmup)
         if step < warmup:
@@ -40,7 +41,7 @@ def test_schedules(kind, warmup):
 
 def adamw(**changes):
     options = dict(b1=0.9, b2=0.99, weight_decay=0.1, max_grad_norm=1.0) | changes
-    return make_optimizer(optax.constant_schedule(0.01), **options)
+    return make_optimizer(StageConfig(learning_rate=0.01, schedule="constant", **options))
 
 
 def test_first_step_is_adamw_after_clipping():
@@ -91,8 +92,8 @@ def test_a_fresh_state_owns_its_arrays():
     np.testing.assert_array_equal(params["a"], np.arange(3.0))
 
 
-@pytest.mark.parametrize("portions", [1, 2, 4])
-def test_accumulation_equals_one_batch(portions):
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_accumulation_equals_one_batch(micro_batches):
     rng = np.random.default_rng(0)
     batch = {
         "x": rng.standard_normal((8, 3)).astype("f4"),
@@ -107,7 +108,7 @@ def test_accumulation_equals_one_batch(portions):
 
         return jax.grad(loss, has_aux=True)(w)
 
-    gradient, metrics = jax.jit(lambda b: accumulate(gradient_of_sums, b, portions))(batch)
+    gradient, metrics = jax.jit(lambda b: accumulate(gradient_of_sums, b, micro_batches))(batch)
     expected, expected_metrics = gradient_of_sums(batch)
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)

@@ -5,38 +5,40 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lens_jax.config import GRPOConfig
+from lens_jax.distribution import sharding
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import Score
 from lens_jax.rewards.unified import Rewards
 from lens_jax.rollout.sampler import Rollout
 from lens_jax.training import grpo
 from lens_jax.training.advantages import RULES
-from lens_jax.training.state import create
 from tests import micro
-from tests.training.stages import MESHES, OPTIMIZER, Program, make_stages, mesh_of
+from tests.training.stages import MESHES, B, Program, mesh_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
-@pytest.fixture(scope="module")
-def stages():
-    return make_stages(micro.CONFIG)
+@pytest.fixture(autouse=True, scope="module")
+def every_parameter_is_cut():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sharding.parameter_spec.__kwdefaults__, "min_elements", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
-def expected(stages):
-    """The first step of each stage on one device, in one portion."""
+def expected():
+    """The first step of each stage on one device, in one micro-batch."""
     results = {}
-    for name, stage in stages.items():
-        program = Program(stage, mesh_of(1, data=1), 1)
+    for name in ("alignment", "grpo"):
+        program = Program(name, mesh_of(1, data=1))
         metrics = program.step()
-        results[name] = metrics, *jax.device_get((program.gradients, program.state.params))
+        results[name] = metrics, *jax.device_get((program.adam.mu, program.state.params))
     return results
 
 
@@ -61,16 +63,16 @@ def test_sam1_trains_as_sam2_does():
             "sam/sam_mask_decoder/output_upscaling/conv1/kernel",
         },
     }
-    for name, stage in make_stages(micro.WITH_SAM1).items():
-        program = Program(stage, mesh_of(1, data=1), 1)
+    for name, paths in learns.items():
+        program = Program(name, mesh_of(1, data=1), shapes=micro.WITH_SAM1)
         metrics = program.step()
         assert np.isfinite(list(metrics.values())).all()
         assert metrics["grad_norm"] > 1e-3 and metrics["mask_iou"] > 0
         gradients = {
             "/".join(map(str, path)): np.asarray(x[...])
-            for path, x in nnx.to_flat_state(program.gradients)
+            for path, x in nnx.to_flat_state(program.adam.mu)
         }
-        assert all(gradients[path].any() for path in learns[name])
+        assert all(gradients[path].any() for path in paths)
         assert not any(path.startswith("sam/image_encoder") for path in gradients)
 
 
@@ -93,37 +95,34 @@ UPDATES = [
 
 
 @pytest.mark.parametrize(("name", "mesh"), UPDATES)
-def test_update_on_a_mesh(stages, expected, name, mesh):
-    """In two portions too: equal up to rounding, in place, compiled once; every array is cut."""
+def test_update_on_a_mesh(expected, name, mesh):
+    """In two micro-batches too: equal up to rounding, in place, compiled once; every array is
+    cut."""
     metrics, gradients, params = expected[name]
     mesh = mesh_of(**MESHES[mesh])
-    program = Program(stages[name], mesh, 2, min_elements=0)
+    program = Program(name, mesh, halves=sharding.num_parts(mesh) < B)
     first = program.state
     specs = jax.tree.map(lambda x: x.sharding, first)
     for axis in ("fsdp", "tensor"):
         cut = any(axis in x.spec for x in jax.tree.leaves(specs.params))
         assert cut == (mesh.shape[axis] > 1)
     # Left to the compiler, moments would be whole on every device.
-    adam = next(x for x in jax.tree.leaves(specs.moments, is_leaf=is_adam) if is_adam(x))
+    adam = jax.tree.map(lambda x: x.sharding, program.adam)
     assert adam.mu == adam.nu == specs.params
 
     ours = program.step()
     assert ours.keys() == metrics.keys()
     for key, value in metrics.items():
         np.testing.assert_allclose(ours[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
-    assert relative(program.gradients, gradients) < 1e-5
+    assert relative(program.adam.mu, gradients) < 1e-5
     assert relative(program.state.params, params) < 1e-5
 
     assert all(x.is_deleted() for x in jax.tree.leaves((first.params, first.moments)))
     program.step()
-    assert program.update._cache_size() == 1
+    assert program.stage.update._cache_size() == 1
     after = jax.tree.map(lambda x: x.sharding, program.state)
     same = jax.tree.map(lambda a, b, x: a.is_equivalent_to(b, x.ndim), specs, after, program.state)
     assert all(jax.tree.leaves(same))
-
-
-def is_adam(x):
-    return isinstance(x, optax.ScaleByAdamState)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -137,21 +136,21 @@ def test_group_statistics_of_a_group_in_parts(rule, spread):
 
 
 @pytest.mark.parametrize("name", ["alignment", "grpo"])
-def test_no_host_inside_the_update(stages, name):
-    program = Program(stages[name], mesh_of(1, data=1), 1)
-    text = program.update.lower(program.state, *program.arguments).as_text()
+def test_no_host_inside_the_update(name):
+    program = Program(name, mesh_of(1, data=1))
+    text = program.stage.update.lower(program.state, *program.arguments).as_text()
     assert "callback" not in text
     # A callback would show.
     loud = jax.jit(lambda x: jax.debug.print("{}", x)).lower(1.0).as_text()
     assert "callback" in loud
 
 
-@pytest.mark.parametrize("objective", [dict(beta=0.0), dict(policy_weight=0.0)], ids=str)
-def test_without_kl_no_reference_is_asked_for(stages, objective):
-    stage = stages["grpo"]
-    update = stage.make_update(OPTIMIZER, 1, grpo.Objective(**objective))
-    state = create(stage.trained, OPTIMIZER)
-    _, metrics = jax.eval_shape(update, state, stage.params[0], None, *stage.data)
+@pytest.mark.parametrize("settings", [dict(beta=0.0), dict(policy_weight=0.0)], ids=str)
+def test_without_kl_no_reference_is_asked_for(settings):
+    program = Program("grpo", mesh_of(1, data=1), **settings)
+    assert not program.stage.needs_reference
+    frozen, _, *rows = program.arguments
+    _, metrics = jax.eval_shape(program.stage.update, program.state, frozen, None, *rows)
     assert metrics["kl"].shape == ()
 
 
@@ -188,7 +187,7 @@ def test_log_probs_past_the_end_never_matter():
     @jax.grad
     def gradient(policy):
         models = Scripted(policy), Scripted(jnp.asarray(reference))
-        return grpo.sums(*models, batch, rollout, reward, grpo.Objective(beta=0.1))[0]
+        return grpo.sums(*models, batch, rollout, reward, GRPOConfig(beta=0.1))[0]
 
     ours = gradient(jnp.asarray(policy))
     assert (np.asarray(ours)[counted] != 0).all() and (np.asarray(ours)[~counted] == 0).all()

@@ -3,6 +3,7 @@
 `python -m tests.training.worker FOLDER PROCESSES PROCESS_ID COORDINATOR [resume]`
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import numpy as np
 from lens_jax import checkpoints
 from lens_jax.config import DistributedConfig, MeshConfig
 from lens_jax.distribution import processes, sharding
-from tests import micro
 from tests.training import stages
 
 # All four devices of however many processes; every parameter is cut.
@@ -22,8 +22,8 @@ MESH = MeshConfig(data=2, fsdp=2)
 def work(folder: Path, resume: bool) -> dict[str, np.ndarray]:
     """Everything that must not depend on the number of processes; by name."""
     mesh = sharding.make_mesh(MESH, jax.devices()[:4])
-    stage = stages.make_stages(micro.CONFIG)["grpo"]
-    program = stages.Program(stage, mesh, 1, min_elements=0)
+    sharding.parameter_spec.__kwdefaults__["min_elements"] = 0
+    program = stages.Program("grpo", mesh)
     store = checkpoints.TrainingCheckpoints(folder / "checkpoints", keep=2)
     position = 0
     if resume:
@@ -32,7 +32,7 @@ def work(folder: Path, resume: bool) -> dict[str, np.ndarray]:
     meet(program)
     results = step(program) | {"position": np.array(position)}
     if not resume:
-        store.save(1, {"state": program.state, "position": len(stage.data[0].sample_id)})
+        store.save(1, {"state": program.state, "position": stages.B})
         store.wait()
         results |= {f"next/{name}": value for name, value in step(program).items()}
     tokens = stages.sample(mesh)
@@ -45,7 +45,8 @@ def meet(program: stages.Program) -> None:
 
     Gloo gives processes 30 s to meet inside of a program.
     """
-    program.update = program.update.lower(program.state, *program.arguments).compile()
+    update = program.stage.update.lower(program.state, *program.arguments).compile()
+    program.stage = dataclasses.replace(program.stage, update=update)
     client = jax._src.distributed.global_state.client
     if client is not None:
         client.wait_at_barrier("compiled", 600_000)
