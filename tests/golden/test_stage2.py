@@ -233,7 +233,7 @@ class StandIn:
 
 def reward_of(tag, score):
     options = dict(format=1.0, pattern="think_format") | tag.rewards
-    return UnifiedReward(score, **dataclasses.asdict(RewardsConfig(**options)))
+    return UnifiedReward(score, RewardsConfig(**options))
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -242,7 +242,7 @@ def test_stage2(golden, norms, score, case, references, tag):
     case, past = case(options.scheme), references[options.same_reference]
     batch, rollout, targets = case.batch, case.rollout, case.batch.targets
     reward = reward_of(options, score)
-    objective = grpo.Objective(**dict(beta=BETA) | options.objective)
+    objective = GRPOConfig(**dict(beta=BETA) | options.objective)
     reference = StandIn(past) if objective.beta else None
 
     @jax.jit
@@ -278,7 +278,7 @@ def test_whole_update(golden_dir, golden, norms, score, case):
     past = support.lens_model(golden_dir, weights.reference(golden_dir), "text")
     definition, trained, frozen = nnx.split(case.model, TRAINED, ...)
     _, reference, rest = split_policy(past)
-    objective = grpo.Objective(beta=BETA)
+    objective = GRPOConfig(beta=BETA)
     update = grpo.make_update(
         definition, rest, KEEP_GRADIENTS, reward_of(TAGS[tag], score), objective
     )
