@@ -2,11 +2,12 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -74,9 +75,12 @@ def with_article(said: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Of jsonargparse's restricted numbers, which are subclasses, what JAX and YAML know."""
+    """A parsed value as the program takes it: plain numbers for jsonargparse's restricted ones,
+    which are subclasses; tuples for lists; paths without ~, which shells leave in --image=~/a."""
     if isinstance(value, tuple | list):
         return tuple(map(plain, value))
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
     for kind in (int, float):
         if isinstance(value, kind) and not isinstance(value, bool):
             return kind(value)
@@ -125,13 +129,8 @@ def _value_words(action: argparse.Action) -> str:
     return words(hint)
 
 
-class _Explaining(argparse.HelpFormatter):
+class Formatter(jsonargparse.DefaultHelpFormatter):
     """Keeps the line breaks of descriptions and examples; says types in words."""
-
-    def add_usage(self, usage, actions, groups, prefix=None) -> None:
-        """Every command has --help: no usage line names it."""
-        shown = [action for action in actions if not isinstance(action, argparse._HelpAction)]
-        super().add_usage(usage, shown, groups, prefix)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "".join(indent + line for line in text.splitlines(keepends=True))
@@ -180,46 +179,37 @@ def _placeholder(hint: Any) -> str:
     return kinds[said.split()[0]]
 
 
-class Formatter(_Explaining, jsonargparse.DefaultHelpFormatter):
-    """The help of `Parser`."""
-
-
 class Parser(jsonargparse.ArgumentParser):
     """Raises UsageError, one line, where argparse would print its usage and exit."""
 
-    def __init__(self, **options):
+    def __init__(self, others: Iterable[str] = (), **options):
+        """`others` are flags of another parser, whose words become the option `overrides`."""
         super().__init__(
             formatter_class=Formatter, allow_abbrev=False, print_config=None, **options
         )
+        self._others = {*others}
+
+    def parse_args(self, args: Sequence[str] | None = None, **options) -> jsonargparse.Namespace:
+        own, others = words = [], []
+        is_other = False
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.partition("=")[0]
+            if flag.startswith("--"):
+                is_other = flag in self._others
+                # A mistyped flag is said before the one that is missing for it.
+                if not is_other and flag not in self._option_string_actions:
+                    self.error(f"unrecognized arguments: {flag}")
+            words[is_other].append(word)
+        parsed = super().parse_args(own, **options)
+        if self._others:
+            parsed.overrides = others
+        return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UsageError(explain(message, self))
 
 
-class Flags(argparse.ArgumentParser):
-    """argparse's own, for flags that no function's signature describes; fails as `Parser` does."""
-
-    def __init__(self, others: Iterable[str] = (), **options):
-        """`others` are flags that `parse_known_args` leaves to someone else."""
-        super().__init__(formatter_class=_Explaining, allow_abbrev=False, **options)
-        self._others = list(others)
-
-    def parse_known_args(self, args=None, namespace=None):
-        # A mistyped flag is said before the one that is missing for it.
-        known = [*self._option_string_actions, *self._others]
-        for word in sys.argv[1:] if args is None else args:
-            flag = word.partition("=")[0]
-            if flag.startswith("--") and flag not in known:
-                raise UsageError(f"unknown: {flag} {nearest(flag, known)}")
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(explain(message, self))
-
-
-def explain(
-    message: str, parser: argparse.ArgumentParser, name: Callable[[str], str] = "--{}".format
-) -> str:
+def explain(message: str, parser: "Parser", name: Callable[[str], str] = "--{}".format) -> str:
     """argparse's or jsonargparse's message as one line: which flag, what it asks for, what it got.
 
     Args:
@@ -227,12 +217,11 @@ def explain(
     """
     message = " ".join(message.split())
     if required := re.search(r"arguments are required: (.+)", message):
+        positional = {action.dest: action.metavar for action in parser._get_positional_actions()}
         names = (key.strip("-_") for key in required[1].split(", "))
-        return "give " + ", ".join(f"--{key}" if key.islower() else key for key in names)
-    if one_of := re.search(r"one of the arguments (.+) is required", message):
-        return "give one of " + " and ".join(one_of[1].split())
+        return "give " + ", ".join(positional.get(key, f"--{key}") for key in names)
     if unknown := re.search(r"unrecognized arguments: (.+)", message):
-        known = [flag for action in parser._actions for flag in action.option_strings]
+        known = [*parser._option_string_actions, *parser._others]
         return f"unknown: {unknown[1]} " + nearest(unknown[1].split()[0].split("=")[0], known)
     wrong = re.search(r'key "(?P<key>[\w.]+)": (?P<why>.+)', message) or re.search(
         r"argument (?:-\w/)?(?:--)?(?P<key>[\w.]+)\S*: (?P<why>.+)", message

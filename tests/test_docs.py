@@ -1,6 +1,6 @@
 """The commands that README and docs print: all parse, and those for own data run in order."""
 
-import functools
+import importlib
 import json
 import os
 import re
@@ -13,16 +13,16 @@ import jax
 import pytest
 
 from lens_jax import config
-from lens_jax.commands import compare, compile, data, demo, evaluate, predict
-from lens_jax.convert_weights import __main__ as convert_weights
+from lens_jax.commands import cli
 from lens_jax.convert_weights import from_torch
+from lens_jax.flags import UsageError
 from lens_jax.preparation import shapes
 from tests import xla
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(
-    r"(?:\.venv/bin/)?python (?:launch/(\w+)\.py|-m tools\.(convert_weights)) (.+)"
+    r"(?:\.venv/bin/)?python (?:-m )?(launch|tools|benchmarks)[/.](\w+)(?:\.py)?( .+)?$"
 )
 
 
@@ -33,65 +33,71 @@ def fences(page: Path, language: str = r"\w*") -> list[str]:
 
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:
-    """(name, arguments) of every command of this repository that a page prints."""
+    """(module, arguments) of every command of this repository that a page prints, in a block or,
+    with its flags, in a sentence."""
     lines = "\n".join(fences(page)).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`(python [^`]+ --[^`]+)`", page.read_text(encoding="utf-8"))
     found = filter(None, map(COMMAND.search, lines))
-    return [(m[1] or m[2], shlex.split(m[3], comments=True)) for m in found]
+    return [(module(m[1], m[2]), shlex.split(m[3] or "", comments=True)) for m in found]
+
+
+def module(folder: str, name: str) -> str:
+    """The module whose `main` a command calls."""
+    if name == "convert_weights":
+        return "lens_jax.convert_weights.__main__"
+    return f"lens_jax.commands.{name}" if folder == "launch" else f"{folder}.{name}"
 
 
 @pytest.fixture
 def parse(monkeypatch):
-    """Calls a command with arguments; what it would do is left out."""
+    """Parses a command's arguments; returns its exit code."""
+    # The reader's own rewards are not there.
+    monkeypatch.setattr(config.checks, "import_function", lambda path: None)
 
-    def idle(function):
-        return functools.wraps(function)(lambda **options: None)
+    def parse_only(command, parser, argv) -> int:
+        try:
+            options = parser.parse_args(argv)
+        except UsageError as error:
+            return cli.complain(error)
+        if "overrides" in options:
+            file = ["--config", str(options.config)] if options.config else []
+            config.load([*file, *options.overrides])
+        return 0
 
-    monkeypatch.setattr(compare, "compare", lambda options: None)
-    monkeypatch.setattr(
-        config.checks, "import_function", lambda path: None
-    )  # the reader's own rewards
-    for module, name in ((evaluate, "evaluate"), (predict, "predict"), (demo, "demo")):
-        monkeypatch.setattr(module, name, idle(getattr(module, name)))
-    for module in (data, convert_weights):
-        for name, (function, example) in module.COMMANDS.items():
-            monkeypatch.setitem(module.COMMANDS, name, (idle(function), example))
-    mains = {"convert_weights": convert_weights.main} | {
-        module.__name__.rpartition(".")[2]: module.main
-        for module in (compare, data, demo, evaluate, predict)
-    }
+    monkeypatch.setattr(cli, "call", parse_only)
 
-    def call(name: str, argv: list[str]) -> None:
-        if name == "train":  # a run's own config.yaml is not there before the run
+    def call(name: str, argv: list[str]) -> int:
+        if name == "lens_jax.commands.train":
+            # A run's own config.yaml is not there before the run.
             config.load([arg.replace("runs/tiny/config", "configs/tiny") for arg in argv])
-        elif name == "compile":
-            options, overrides = compile._flags().parse_known_args(argv)
-            config.load(
-                [*overrides, *(["--config", str(options.config)] if options.config else [])]
-            )
-        else:
-            assert mains[name](argv) == 0
+            return 0
+        return importlib.import_module(name).main(argv)
 
     return call
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "tests/README.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_printed_commands_parse(page, parse, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     for name, argv in commands(page):
         try:
-            parse(name, argv)
+            code = parse(name, argv)
         except SystemExit as stop:  # --help
-            assert stop.code == 0, (name, argv, capfd.readouterr().err)
-        except AssertionError:
-            pytest.fail(f"{name} {argv}: {capfd.readouterr().err}")
+            code = stop.code
+        assert code == 0, (name, argv, capfd.readouterr().err)
 
 
 def test_commands_are_found():
     """The two tests here would pass on pages that they cannot read."""
-    found = [command for page in PAGES for command in commands(page)]
+    found = [command for page in [*PAGES, ROOT / "tests/README.md"] for command in commands(page)]
     names = {name for name, _ in found}
     assert len(found) > 30
-    assert {"train", "evaluate", "predict", "demo", "data", "convert_weights", "compile"} <= names
+    launched = {module("launch", file.stem) for file in (ROOT / "launch").glob("*.py")}
+    tools = ("convert_weights", "export_checkpoint", "kill_test", "measure_conversion")
+    others = {module("tools", name) for name in tools} | {"benchmarks.update"}
+    assert launched | others <= names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

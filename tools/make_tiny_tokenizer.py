@@ -6,6 +6,7 @@ A byte-level BPE as Qwen2's (NFC, its pre-tokenizer with single digits), trained
 every sentence of the generated shapes, so that their words are single tokens.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,6 @@ from tokenizers import (
 
 from lens_jax.commands import cli
 from lens_jax.data import prompts
-from lens_jax.flags import Flags, from_doc
 from lens_jax.preparation import shapes
 
 VOCABULARY = 448  # special tokens included
@@ -109,6 +109,12 @@ def build() -> Tokenizer:
     return tokenizer
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    output: Path = Path("checkpoints/tiny/qwen2_5_vl")
+    """The folder to write."""
+
+
 def write(output: Path) -> None:
     """Writes the five files a Hugging Face directory has beside config.json and the weights."""
     output.mkdir(parents=True, exist_ok=True)
@@ -160,14 +166,7 @@ def write(output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = Flags(**from_doc(__doc__))
-    flags.add_argument(
-        "--output",
-        type=Path,
-        default=Path("checkpoints/tiny/qwen2_5_vl"),
-        help="The folder to write.",
-    )
-    return cli.run_flags(lambda options: write(options.output), flags, argv)
+    return cli.run_settings(lambda settings: write(settings.output), Settings, argv, __doc__)
 
 
 if __name__ == "__main__":

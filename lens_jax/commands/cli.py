@@ -1,6 +1,5 @@
 """What the commands share: how they are called, what they say at their start and of errors."""
 
-import argparse
 import inspect
 import logging
 import os
@@ -15,7 +14,9 @@ from lens_jax import interpreter  # noqa: F401, the first of all imports that ma
 import jsonargparse
 
 from lens_jax import files, interrupts, progress
-from lens_jax.flags import Flags, Parser, UsageError, from_doc, nearest, plain
+from lens_jax.data.sample import SampleError
+from lens_jax.files import CheckpointError
+from lens_jax.flags import Parser, UsageError, from_doc, nearest, plain
 
 T = TypeVar("T")
 
@@ -25,55 +26,22 @@ def run(
 ) -> int:
     """Calls `command` with the flags that its signature and docstring describe.
 
-    Returns what it returns, None as 0; 2 after a mistake, printed to stderr as one line; 130 after
-    Ctrl-C, as `interrupts.run` does.
+    Returns what `call` returns, and 130 after Ctrl-C, as `interrupts.run` does.
     """
-    parser = Parser(
-        prog=prog,
-        description=inspect.getdoc(command).partition("Args:")[0].rstrip(),
-        epilog=f"example:\n{example}",
-    )
-    parser.add_function_arguments(command, as_group=False, as_positional=False)
-    for action in list(parser._actions):  # a parameter from_ is the flag --from
-        flag = f"--{action.dest.rstrip('_')}"
-        if action.dest.endswith("_"):
-            action.option_strings = [flag]
-            parser._option_string_actions[flag] = action
-    try:
-        options = parser.parse_args(None if argv is None else list(argv)).as_dict()
-        # Shells leave the ~ of --image=~/a.png to the program.
-        for name, value in options.items():
-            if isinstance(value, Path):
-                options[name] = Path(os.path.expanduser(value))
-    except UsageError as error:
-        return complain(error)
 
-    prepare_jax()  # before orbax is imported, which would take care of the log
-    from lens_jax.checkpoints import CheckpointError
-    from lens_jax.data.sample import SampleError
-
-    if argv is None:
-        quiet()
-    try:
+    def prepared(**options: Any) -> int:
+        prepare_jax()  # before orbax is imported, which would take care of the log
+        if argv is None:
+            quiet()
         return interrupts.run(lambda: command(**options) or 0)
-    except (UsageError, CheckpointError, SampleError, OSError) as error:
-        return complain(error)
 
-
-def run_flags(
-    command: Callable[[argparse.Namespace], int | None], flags: Flags, argv: Sequence[str] | None
-) -> int:
-    """`run` for flags that no signature describes."""
-    try:
-        return command(flags.parse_args(argv)) or 0
-    except (UsageError, OSError) as error:
-        return complain(error)
+    return call(prepared, parser_of(command, prog=prog, example=example), argv)
 
 
 def run_settings(
-    command: Callable[[T], None], settings: type[T], argv: Sequence[str] | None, doc: str
+    command: Callable[[T], int | None], settings: type[T], argv: Sequence[str] | None, doc: str
 ) -> int:
-    """`run` for a command whose flags are the fields of a dataclass.
+    """`call` for a command whose flags are the fields of a dataclass.
 
     Args:
         doc: the module's docstring (`flags.from_doc`).
@@ -81,12 +49,48 @@ def run_settings(
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(**from_doc(doc))
     parser.add_class_arguments(settings, as_group=False)
+    return call(lambda **options: command(settings(**options)), parser, argv)
+
+
+def parser_of(
+    command: Callable[..., int | None],
+    *,
+    prog: str,
+    example: str,
+    skip: Collection[str] = (),
+    **options: Any,
+) -> Parser:
+    """The parser of the flags that a command's signature and docstring describe.
+
+    Args:
+        skip: parameters that are no flags.
+        options: of the parser.
+    """
+    parser = Parser(
+        prog=prog,
+        description=inspect.getdoc(command).partition("Args:")[0].rstrip(),
+        epilog=f"example:\n{example}",
+        **options,
+    )
+    parser.add_function_arguments(command, as_group=False, as_positional=False, skip={*skip})
+    for action in list(parser._actions):  # a parameter from_ is the flag --from
+        flag = f"--{action.dest.rstrip('_')}"
+        if action.dest.endswith("_"):
+            action.option_strings = [flag]
+            parser._option_string_actions[flag] = action
+    return parser
+
+
+def call(command: Callable[..., int | None], parser: Parser, argv: Sequence[str] | None) -> int:
+    """Calls `command` with what is parsed.
+
+    Returns what it returns, None as 0; 2 after a mistake, printed to stderr as one line.
+    """
     try:
         options = parser.parse_args(argv).as_dict()
-        command(settings(**{name: plain(value) for name, value in options.items()}))
-    except (UsageError, OSError) as error:
+        return command(**{name: plain(value) for name, value in options.items()}) or 0
+    except (UsageError, CheckpointError, SampleError, OSError) as error:
         return complain(error)
-    return 0
 
 
 def run_one_of(

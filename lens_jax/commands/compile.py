@@ -7,102 +7,95 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lens_jax.commands import cli
-from lens_jax.flags import Flags, PositiveInt
+from lens_jax.flags import Parser, PositiveInt
 
 ROOT = Path(__file__).resolve().parents[2]
 
-_EXAMPLE = """\
-Further flags are keys of the configuration, as for launch/train.py.
-
-example:
+EXAMPLE = """\
   python launch/compile.py --config configs/lens_3b_refcoco.yaml --topology v5e:4x4 \\
       --output refcoco_v5e.json --grpo.per_device_batch_size 2
   python launch/compile.py --suggest v5e,v5p,v6e"""
+
+Stage = Literal["alignment", "grpo", "evaluation"]
+
+
+def compile_for(
+    overrides: Sequence[str],
+    config: Path | None = None,
+    topology: str | None = None,
+    suggest: str | None = None,
+    slices: PositiveInt = 1,
+    output: Path | None = None,
+    stage: Stage | None = None,
+    program: str = "",
+    hlo_dir: Path | None = None,
+) -> int:
+    """Compiles the programs of a run for a TPU slice, without one, and says whether they fit.
+
+    Further flags are keys of the configuration, as for launch/train.py.
+
+    Args:
+        config: The run's YAML file; --topology needs it.
+        topology: The slice: v5e:4x4, v5p:2x2x4, v6e:8x8, ...
+        suggest: In place of --topology: prints the smallest slice of each of these chips that fits,
+            as v5e,v5p,v6e; without --config, for every recipe in configs/.
+        slices: How many of it; mesh.data goes over them.
+        output: Where the report is written as JSON.
+        stage: Only this one; if not given, the stages that run, and evaluation.
+        program: Only programs whose name begins so, as grpo.rollout.
+        hlo_dir: Where the scheduled HLO of each is written.
+    """
+    from lens_jax import config as configuration
+
+    if (topology is None) == (suggest is None):
+        raise cli.UsageError("give one of --topology and --suggest")
+    if topology and not config:
+        raise cli.UsageError("give --config, the run to compile")
+    stages = [stage] if stage else list(get_args(Stage))
+
+    def load(file: Path) -> configuration.RunConfig:
+        return configuration.load(["--config", str(file), *overrides])
+
+    if suggest:
+        if output or program or hlo_dir or slices > 1:
+            raise cli.UsageError("--suggest prints; beside it --config and --stage alone count")
+        files = [config] if config else sorted((ROOT / "configs").glob("lens_*"))
+        runs = {file: load(file) for file in files}
+        if len(files) > 1 and stage:
+            runs = {file: run for file, run in runs.items() if has(run, stage)}
+        families = suggest.split(",")
+        found = [smallest(f, run, family, stages) for f, run in runs.items() for family in families]
+        return 0 if all(found) else 1
+    run = load(config)
+    if output:  # before minutes are spent on what could not be written
+        cli.check_writable(output)
+    report = compile_run(run, topology, stages, slices=slices, only=program, hlo_dir=hlo_dir)
+    print(table(report))
+    if output:
+        output.write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if report["fits"] else 1
+
+
+def make_parser() -> Parser:
+    """The flags of this command; keys of the configuration become `overrides`."""
+    from lens_jax.config import key_names
+
+    return cli.parser_of(
+        compile_for,
+        prog="launch/compile.py",
+        example=EXAMPLE,
+        skip=["overrides"],
+        others=[f"--{key}" for key in key_names()],
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     # libtpu is only asked to compile, and JAX to compute nothing.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from lens_jax import config as configuration
-    from lens_jax.aot import tpu
-    from lens_jax.commands.cli import UsageError
-    from lens_jax.files import CheckpointError
-
-    flags = _flags()
-    try:
-        options, overrides = flags.parse_known_args(argv)
-        files = [options.config] if options.config else sorted((ROOT / "configs").glob("lens_*"))
-        if options.topology and not options.config:
-            raise UsageError("give --config, the run to compile")
-        stages = [options.stage] if options.stage else ["alignment", "grpo", "evaluation"]
-        if options.suggest:
-            if options.output or options.program or options.hlo_dir or options.slices > 1:
-                raise UsageError("--suggest prints; beside it --config and --stage alone count")
-            found = []
-            for file in files:
-                config = configuration.load(["--config", str(file), *overrides])
-                if len(files) > 1 and options.stage and not has(config, options.stage):
-                    continue
-                for family in options.suggest.split(","):
-                    found.append(suggest(file, config, family, stages))
-            return 0 if all(found) else 1
-        config = configuration.load(["--config", str(options.config), *overrides])
-        if options.output:  # before minutes are spent on what could not be written
-            cli.check_writable(options.output)
-        report = compile_run(
-            config,
-            options.topology,
-            stages,
-            slices=options.slices,
-            only=options.program,
-            hlo_dir=options.hlo_dir,
-        )
-    except (
-        UsageError, configuration.ConfigError, CheckpointError, tpu.TopologyError, OSError
-    ) as error:  # fmt: skip
-        return cli.complain(error)
-    print(table(report))
-    if options.output:
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
-    return 0 if report["fits"] else 1
-
-
-def _flags() -> Flags:
-    from lens_jax.config import key_names
-
-    flags = Flags(
-        others=[f"--{key}" for key in key_names()],
-        prog="launch/compile.py",
-        description="Compiles the programs of a run for a TPU slice, without one, and says whether "
-        "they fit.",
-        epilog=_EXAMPLE,
-    )
-    flags.add_argument("--config", type=Path, help="The run's YAML file; --topology needs it.")
-    slices = flags.add_mutually_exclusive_group(required=True)
-    slices.add_argument("--topology", help="The slice: v5e:4x4, v5p:2x2x4, v6e:8x8, ...")
-    slices.add_argument(
-        "--suggest",
-        metavar="CHIPS",
-        help="Prints the smallest slice of each of these chips that fits, as v5e,v5p,v6e; without "
-        "--config, for every recipe in configs/.",
-    )
-    flags.add_argument(
-        "--slices", type=PositiveInt, default=1, help="How many of it; mesh.data goes over them."
-    )
-    flags.add_argument("--output", type=Path, help="Where the report is written as JSON.")
-    flags.add_argument(
-        "--stage",
-        choices=("alignment", "grpo", "evaluation"),
-        help="Only this one; if not given, the stages that run, and evaluation.",
-    )
-    flags.add_argument(
-        "--program", default="", help="Only programs whose name begins so, as grpo.rollout."
-    )
-    flags.add_argument("--hlo_dir", type=Path, help="Where the scheduled HLO of each is written.")
-    return flags
+    return cli.call(compile_for, make_parser(), argv)
 
 
 def has(config: Any, stage: str) -> bool:
@@ -253,7 +246,7 @@ def text(config: Any) -> dict[str, Any]:
     }
 
 
-def suggest(file: Path, config: Any, family: str, stages: Sequence[str]) -> dict[str, Any] | None:
+def smallest(file: Path, config: Any, family: str, stages: Sequence[str]) -> dict[str, Any] | None:
     """Prints, and returns the report of, the smallest slice of a kind of chip that a run fits."""
     from lens_jax.aot import tpu
     from lens_jax.config import ConfigError

@@ -11,6 +11,7 @@ from lens_jax.flags import (
     Place,
     PositiveFloat,
     PositiveInt,
+    UsageError,
 )
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -30,7 +31,7 @@ Part = Literal["visual", "language", "context", "sam_encoder", "sam_decoder"]
 MOST_STEPS = 10**7
 
 
-class ConfigError(Exception):
+class ConfigError(UsageError):
     """A configuration that cannot be run; the text names the key and says what to do."""
 
 

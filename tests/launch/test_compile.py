@@ -270,12 +270,12 @@ def test_the_smallest_slice_that_fits(monkeypatch, capsys):
         return {"fits": topology == "v5e:4x4", "chips": 16, "programs": [row, row]}
 
     monkeypatch.setattr(command, "compile_run", compile_run)
-    report = command.suggest(Path("a.yaml"), configs.RunConfig(), "v5e", ["grpo"])
+    report = command.smallest(Path("a.yaml"), configs.RunConfig(), "v5e", ["grpo"])
     assert report["fits"] and tried == ["v5e:2x2", "v5e:2x4", "v5e:4x4"]
     refusal, found = capsys.readouterr().out.splitlines()
     assert refusal == "a.yaml: v5e:2x4: 8 rows over 3"
     assert found == "a.yaml: v5e:4x4 (16 chips) is the smallest that fits, 12.0 GB on a chip"
-    assert command.suggest(Path("a.yaml"), configs.RunConfig(), "v5p", ["grpo"]) is None
+    assert command.smallest(Path("a.yaml"), configs.RunConfig(), "v5p", ["grpo"]) is None
     assert capsys.readouterr().out == "a.yaml: fits no slice of v5p\n"
 
 
