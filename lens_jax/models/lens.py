@@ -6,6 +6,7 @@ for every completion.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from lens_jax.models.attention import XLA, Attention
 from lens_jax.models.context import ContextModule
 from lens_jax.models.inputs import Prompts
+from lens_jax.models.layers import shapes_of
 from lens_jax.models.parameters import POLICY, select
 from lens_jax.models.qwen_vl.config import QwenVLConfig, Section
 from lens_jax.models.qwen_vl.head import token_log_probs
@@ -288,7 +290,12 @@ class LensModel(nnx.Module):
 
 def abstract(config: LensConfig, dtype=jnp.float32, **options: Any) -> LensModel:
     """The model without memory: shapes only. Options are those of `LensModel`."""
-    return nnx.eval_shape(lambda: LensModel(config, rngs=nnx.Rngs(0), dtype=dtype, **options))
+    return nnx.merge(*_abstract(config, dtype, **options), copy=True)
+
+
+@functools.lru_cache(16)
+def _abstract(config: LensConfig, dtype, **options: Any) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(shapes_of(lambda rngs: LensModel(config, rngs=rngs, dtype=dtype, **options)))
 
 
 def split_policy(model: LensModel) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

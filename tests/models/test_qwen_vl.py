@@ -17,6 +17,7 @@ from transformers import (
 from lens_jax import checkpoints
 from lens_jax.convert_weights import parameter_shapes
 from lens_jax.convert_weights.qwen_vl import official_name, table
+from lens_jax.models.layers import shapes_of
 from lens_jax.models.lens import abstract, split_policy
 from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
 from lens_jax.models.qwen_vl.head import logits
@@ -159,8 +160,9 @@ SIZES = {  # hidden, MLP, layers, heads, KV heads, vocabulary, tied, vision MLP,
 
 
 def parameters(mllm: QwenVLConfig) -> int:
-    parts = nnx.eval_shape(
-        lambda: (VisionTower(mllm.vision, rngs=nnx.Rngs(0)), LanguageModel(mllm, rngs=nnx.Rngs(0)))
+    parts = (
+        shapes_of(lambda rngs: VisionTower(mllm.vision, rngs=rngs)),
+        shapes_of(lambda rngs: LanguageModel(mllm, rngs=rngs)),
     )
     return sum(int(np.prod(x.shape)) for part in parts for x in jax.tree.leaves(nnx.state(part)))
 

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from lens_jax.convert_weights.sam1 import HF_MATRIX_AGAIN, hf_source, table
 from lens_jax.convert_weights.table import params_from, tensors_from
+from lens_jax.models.layers import shapes_of
 from lens_jax.models.sam.config import SAM_PRESETS, Sam2Config, SamConfig, sam_config
 from lens_jax.models.sam.segmenter import Sam1
 from tests import micro
@@ -59,7 +60,7 @@ def pair():
     theirs.shared_image_embedding.requires_grad_(False)
     perturb(theirs)
     theirs.prompt_encoder.shared_embedding = theirs.shared_image_embedding
-    model = nnx.eval_shape(lambda: Sam1(CONFIG, rngs=nnx.Rngs(0)))
+    model = shapes_of(lambda rngs: Sam1(CONFIG, rngs=rngs))
     tensors = original_names(CONFIG, to_numpy(theirs.state_dict()))
     nnx.update(model, params_from(table(CONFIG), tensors))
     return theirs.eval(), model
@@ -176,7 +177,7 @@ def test_gradients(pair):
 
 def test_bfloat16_stays_near_float32(pair):
     _, full = pair
-    half = nnx.eval_shape(lambda: Sam1(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    half = shapes_of(lambda rngs: Sam1(CONFIG, rngs=rngs, dtype=jnp.bfloat16))
     nnx.update(half, nnx.state(full))
     encode = nnx.jit(lambda m, x: m.encode(x).image_embed)
     a, b = (encode(m, segmenters.images()) for m in (full, half))
@@ -192,7 +193,7 @@ PUBLISHED = {"vit_b": 93_735_472, "vit_l": 312_342_832, "vit_h": 641_090_608}
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     config = SAM_PRESETS[name]
-    model = nnx.eval_shape(lambda: Sam1(config, rngs=nnx.Rngs(0)))
+    model = shapes_of(lambda rngs: Sam1(config, rngs=rngs))
     ours = {
         "/".join(map(str, path)): x.shape
         for path, x in flatten_dict(nnx.to_pure_dict(nnx.state(model))).items()

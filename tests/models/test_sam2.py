@@ -17,6 +17,7 @@ from lens_jax.convert_weights.sam2 import (
     table,
     tensors_from_params,
 )
+from lens_jax.models.layers import shapes_of
 from lens_jax.models.sam.config import PRESETS, Sam2Config
 from lens_jax.models.sam.hiera import bicubic_matrix
 from lens_jax.models.sam.mask_decoder import stability_score
@@ -122,7 +123,7 @@ def original_names(config: Sam2Config, tensors: dict) -> dict[str, np.ndarray]:
 
 
 def ours(config: Sam2Config, tensors: dict[str, np.ndarray]) -> Sam2:
-    model = nnx.eval_shape(lambda: Sam2(config, rngs=nnx.Rngs(0)))
+    model = shapes_of(lambda rngs: Sam2(config, rngs=rngs))
     nnx.update(model, params_from_tensors(config, tensors))
     return model
 
@@ -130,7 +131,7 @@ def ours(config: Sam2Config, tensors: dict[str, np.ndarray]) -> Sam2:
 def random_model(config: Sam2Config, seed: int = 0, dtype=jnp.float32) -> Sam2:
     """A model with weights of every kind; drawn by numpy, as initialisation compiles for long."""
     rng = np.random.default_rng(seed)
-    model = nnx.eval_shape(lambda: Sam2(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model = shapes_of(lambda rngs: Sam2(config, rngs=rngs, dtype=dtype))
 
     def draw(path, x):
         values = rng.standard_normal(x.shape).astype(np.float32)
@@ -300,7 +301,7 @@ def test_bicubic(size_in, size_out):
 
 
 def abstract(config: Sam2Config) -> dict:
-    model = nnx.eval_shape(lambda: Sam2(config, rngs=nnx.Rngs(0)))
+    model = shapes_of(lambda rngs: Sam2(config, rngs=rngs))
     return flatten_dict(nnx.to_pure_dict(nnx.state(model)))
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from lens_jax.convert_weights.sam2 import params_from_tensors
+from lens_jax.models.layers import shapes_of
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.segmenter import Sam2
 from lens_jax.preparation import shapes
@@ -23,7 +24,7 @@ SHIPPED = Path(__file__).parents[2] / "checkpoints" / "tiny" / "sam2"
 
 def load(directory: Path) -> Sam2:
     config = Sam2Config.from_dict(json.loads((directory / "sam2_config.json").read_text()))
-    model = nnx.eval_shape(lambda: Sam2(config, rngs=nnx.Rngs(0)))
+    model = shapes_of(lambda rngs: Sam2(config, rngs=rngs))
     nnx.update(model, params_from_tensors(config, load_file(directory / "model.safetensors")))
     return model
 
