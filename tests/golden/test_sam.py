@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from lens_jax.convert_weights.sam2 import params_from_tensors
+from lens_jax.models.layers import shapes_of
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.segmenter import Sam2
 
@@ -25,7 +26,7 @@ def model(golden_dir, golden_weights):
     config = Sam2Config.from_dict(
         json.loads((golden_dir / "lens_tiny" / "sam2_config.json").read_text())
     )
-    model = nnx.eval_shape(lambda: Sam2(config, rngs=nnx.Rngs(0)))
+    model = shapes_of(lambda rngs: Sam2(config, rngs=rngs))
     nnx.update(model, params_from_tensors(config, golden_weights, prefix="sam."))
     return model
 
