@@ -111,10 +111,12 @@ def run_one_of(
         argv = sys.argv[1:]
     name = argv[0] if argv else ""
     if name in ("-h", "--help"):
-        print(f"usage: {prog} COMMAND ...\n\n{description}\n\ncommands (COMMAND --help says more):")
+        lines = [f"usage: {prog} COMMAND ...\n\n{description}\n"]
+        lines += ["commands (COMMAND --help says more):"]
         for name, (command, _) in commands.items():
-            print(f"  {name:<12} {inspect.getdoc(command).splitlines()[0]}")
-        print("\nexample:\n" + "\n".join(example for _, example in commands.values()))
+            lines += [f"  {name:<12} {inspect.getdoc(command).splitlines()[0]}"]
+        lines += ["\nexample:", *(example for _, example in commands.values())]
+        print("\n".join(lines))  # at once: `| head` closes the pipe after the first lines
         return 0
     if name not in commands:
         what = f"unknown command {name} " if name else "give a command "
