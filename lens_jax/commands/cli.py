@@ -116,7 +116,10 @@ def run_one_of(
         for name, (command, _) in commands.items():
             lines += [f"  {name:<12} {inspect.getdoc(command).splitlines()[0]}"]
         lines += ["\nexample:", *(example for _, example in commands.values())]
-        print("\n".join(lines))  # at once: `| head` closes the pipe after the first lines
+        try:
+            print("\n".join(lines), flush=True)
+        except BrokenPipeError:  # `| head` has read enough; nothing may be flushed at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if name not in commands:
         what = f"unknown command {name} " if name else "give a command "
