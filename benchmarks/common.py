@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,7 +15,7 @@ from lens_jax.data.images import arrange_windows, window_layout
 from lens_jax.data.prompts import rope_positions
 from lens_jax.models.inputs import Prompts, Targets
 from lens_jax.models.lens import LensConfig, LensModel, abstract
-from lens_jax.models.qwen_vl.config import QwenVLConfig
+from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig, VisionConfig
 from lens_jax.models.sam.config import Sam2Config
 
 SizeName = Literal["tiny", "small", "3b"]
@@ -25,8 +25,8 @@ SizeName = Literal["tiny", "small", "3b"]
 class Size:
     """A model and what it is fed: `groups` prompts with one picture of `grid` patches each."""
 
-    qwen: Mapping[str, Any]
-    """The language model and vision tower as a Hugging Face config.json."""
+    qwen: QwenVLConfig
+    """The language model and its vision tower."""
     sam: Sam2Config
     num_queries: int
     grid: tuple[int, int]
@@ -41,70 +41,45 @@ class Size:
 
     def config(self, context_positions: str = "mrope") -> LensConfig:
         return LensConfig(
-            QwenVLConfig.from_hf(self.qwen),
+            self.qwen,
             self.sam,
             num_queries=self.num_queries,
             context_positions=context_positions,
         )
 
 
-def _qwen(
-    *,
-    hidden: int,
-    layers: int,
-    heads: int,
-    ffn: int,
-    vocabulary: int,
-    rotary: tuple[int, int, int],
-    vision: Mapping[str, Any],
-) -> dict[str, Any]:
-    """A Qwen2.5-VL's config.json; the last token ids of the vocabulary are the vision's."""
-    marks = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
-    return {
-        "model_type": "qwen2_5_vl",
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 2,
-        "vocab_size": vocabulary,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1e6,
-        "rope_scaling": {"rope_type": "default", "mrope_section": list(rotary)},
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-        "vision_config": {
-            "model_type": "qwen2_5_vl",
-            "out_hidden_size": hidden,
-            "in_chans": 3,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-            **vision,
-        },
-        **{mark: vocabulary - len(marks) + i for i, mark in enumerate(marks)},
-    }
+def _qwen(vision: VisionConfig, *, vocab_size: int, **shapes: Any) -> QwenVLConfig:
+    """A Qwen2.5-VL whose last token id is the image's."""
+    return QwenVLConfig(
+        vision=vision,
+        vocab_size=vocab_size,
+        image_token_id=vocab_size - 1,
+        num_kv_heads=2,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        **shapes,
+    )
 
 
 SIZES: dict[SizeName, Size] = {
     "tiny": Size(
         qwen=_qwen(
-            hidden=64,
-            layers=2,
-            heads=4,
-            ffn=96,
-            vocabulary=512,
-            rotary=(2, 3, 3),
-            vision=dict(
+            VisionConfig(
+                family="qwen2_5_vl",
+                depth=2,
                 hidden_size=32,
                 intermediate_size=48,
-                depth=2,
                 num_heads=2,
-                fullatt_block_indexes=[1],
+                out_hidden_size=64,
+                full_attention_blocks=(1,),
             ),
+            hidden_size=64,
+            intermediate_size=96,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=512,
+            mrope_section=(2, 3, 3),
         ),
         sam=Sam2Config(
             image_size=64,
@@ -128,19 +103,21 @@ SIZES: dict[SizeName, Size] = {
     ),
     "small": Size(
         qwen=_qwen(
-            hidden=256,
-            layers=6,
-            heads=4,
-            ffn=704,
-            vocabulary=8192,
-            rotary=(8, 12, 12),
-            vision=dict(
+            VisionConfig(
+                family="qwen2_5_vl",
+                depth=4,
                 hidden_size=128,
                 intermediate_size=344,
-                depth=4,
                 num_heads=4,
-                fullatt_block_indexes=[3],
+                out_hidden_size=256,
+                full_attention_blocks=(3,),
             ),
+            hidden_size=256,
+            intermediate_size=704,
+            num_layers=6,
+            num_heads=4,
+            vocab_size=8192,
+            mrope_section=(8, 12, 12),
         ),
         sam=Sam2Config(
             image_size=256,
@@ -156,23 +133,9 @@ SIZES: dict[SizeName, Size] = {
         completion=40,
         reasoning=256,
     ),
-    # Qwen2.5-VL-3B and SAM 2 large.
+    # With SAM 2 large.
     "3b": Size(
-        qwen=_qwen(
-            hidden=2048,
-            layers=36,
-            heads=16,
-            ffn=11008,
-            vocabulary=151936,
-            rotary=(16, 24, 24),
-            vision=dict(
-                hidden_size=1280,
-                intermediate_size=3420,
-                depth=32,
-                num_heads=16,
-                fullatt_block_indexes=[7, 15, 23, 31],
-            ),
-        ),
+        qwen=PRESETS["Qwen2.5-VL-3B-Instruct"],
         sam=Sam2Config(),
         num_queries=64,
         grid=(34, 46),
@@ -237,8 +200,7 @@ def random_inputs(
         lengths: tokens of each prompt, image tokens included; by default the size's `prompt`.
     """
     rng = np.random.default_rng(seed)
-    mllm = QwenVLConfig.from_hf(size.qwen)
-    vision = mllm.vision
+    mllm, vision = size.qwen, size.qwen.vision
     grid = grid or size.grid
     units = (grid[0] // vision.merge_size, grid[1] // vision.merge_size)
     images = units[0] * units[1]
@@ -250,7 +212,7 @@ def random_inputs(
     )
     patches = rng.standard_normal((b, grid[0] * grid[1], vision.patch_dim), np.float32)
     arranged, masks = zip(*(arrange_windows(x, source) for x in patches), strict=True)
-    tokens = rng.integers(0, mllm.vocab_size - 8, (b, p)).astype(np.int32)
+    tokens = rng.integers(0, mllm.image_token_id - 3, (b, p)).astype(np.int32)
     index = np.full((b, p), -1, np.int32)
     positions = np.zeros((b, 3, p), np.int32)
     following = np.zeros(b, np.int32)
@@ -258,7 +220,7 @@ def random_inputs(
         start = (length - images) // 3
         if start < 1:
             raise ValueError(f"a prompt of {length} tokens holds no picture of {images} tokens")
-        tokens[i, start - 1] = size.qwen["vision_start_token_id"]
+        tokens[i, start - 1] = mllm.image_token_id - 1  # as in `qwen_vl.hf_config`
         tokens[i, start : start + images] = mllm.image_token_id
         index[i, start : start + images] = slots
         positions[i, :, :length], following[i] = rope_positions(length, start, units)

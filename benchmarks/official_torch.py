@@ -242,7 +242,8 @@ def load_qwen(
     """A Qwen2.5-VL of transformers with those of `tensors` that are its own."""
     own = {name: x for name, x in tensors.items() if name.startswith(qwen_vl.PREFIXES)}
     model_class = transformers.Qwen2_5_VLForConditionalGeneration
-    return _load(model_class, size.qwen, own, attention, dtype)
+    hf = {"model_type": size.qwen.vision.family} | qwen_vl.hf_config(size.qwen)
+    return _load(model_class, hf, own, attention, dtype)
 
 
 def _sam(config: LensConfig, tensors: Mapping[str, np.ndarray], attention: str) -> torch.nn.Module:

@@ -102,7 +102,7 @@ def in_torch(model: LensModel, size: common.Size, case: Case, device: str) -> Ca
         attention_mask=mask,
         pixel_values=patches.flatten(0, 1).to(theirs.dtype),
         image_grid_thw=torch.tensor([(1, *case.grid)] * len(ids)).to(device),
-        mm_token_type_ids=((ids == size.qwen["image_token_id"]) & (mask == 1)).int(),
+        mm_token_type_ids=((ids == size.qwen.image_token_id) & (mask == 1)).int(),
     )
 
     def write():

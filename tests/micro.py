@@ -1,7 +1,6 @@
 """A LENS of some ten thousand parameters, and random prompts for it."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lens_jax.convert_weights.qwen_vl import hf_config as hf_config
 from lens_jax.data.images import arrange_windows, window_layout
 from lens_jax.data.prompts import rope_positions
 from lens_jax.models.inputs import Prompts, Targets
@@ -188,53 +188,6 @@ def targets(batch: int, seed: int = 0, canvas=(24, 30), answer: int = 6, vocabul
         mask_size=np.stack([rng.integers(9, n + 1, batch) for n in canvas], 1).astype(np.int32),
         answer=rng.integers(0, vocabulary, (batch, answer)).astype(np.int32),
         answer_length=rng.integers(1, answer + 1, batch).astype(np.int32),
-    )
-
-
-def hf_config(config: QwenVLConfig) -> dict:
-    """The same shapes in Hugging Face's nested form."""
-    return json.loads(
-        json.dumps(
-            dict(
-                text_config=dict(
-                    hidden_size=config.hidden_size,
-                    intermediate_size=config.intermediate_size,
-                    num_hidden_layers=config.num_layers,
-                    num_attention_heads=config.num_heads,
-                    num_key_value_heads=config.num_kv_heads,
-                    vocab_size=config.vocab_size,
-                    rms_norm_eps=config.rms_norm_eps,
-                    rope_parameters=dict(
-                        rope_type="default",
-                        mrope_section=config.mrope_section,
-                        rope_theta=config.rope_theta,
-                    ),
-                ),
-                vision_config=hf_vision_config(config.vision),
-                image_token_id=config.image_token_id,
-                vision_start_token_id=config.image_token_id - 1,
-                vision_end_token_id=config.image_token_id - 2,
-                video_token_id=config.image_token_id - 3,
-                tie_word_embeddings=config.tie_word_embeddings,
-            )
-        )
-    )
-
-
-def hf_vision_config(vision: VisionConfig) -> dict:
-    shared = dict(depth=vision.depth, num_heads=vision.num_heads)
-    if vision.family == "qwen2_vl":
-        return shared | dict(
-            embed_dim=vision.hidden_size,
-            mlp_ratio=vision.intermediate_size // vision.hidden_size,
-            hidden_size=vision.out_hidden_size,
-        )
-    return shared | dict(
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.intermediate_size,
-        out_hidden_size=vision.out_hidden_size,
-        fullatt_block_indexes=vision.full_attention_blocks,
-        window_size=vision.window_size,
     )
 
 

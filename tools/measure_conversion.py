@@ -17,42 +17,22 @@ import ml_dtypes
 import numpy as np
 
 from lens_jax.commands import cli
-from lens_jax.convert_weights import lens_table, parameter_shapes
+from lens_jax.convert_weights import lens_table, parameter_shapes, qwen_vl
 from lens_jax.convert_weights.writer import Spec, write_model
 from lens_jax.models.lens import LensConfig
+from lens_jax.models.qwen_vl import config as qwen_vl_config
 from lens_jax.models.sam.config import PRESETS
 
 EXAMPLE = "  python -m tools.measure_conversion --directory /tmp/conversion"
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# config.json of Qwen2.5-VL-3B as LENS saves it, without the keys that no shape depends on.
-CONFIG = {
+# config.json of LENS-3B, without the keys that no shape depends on.
+CONFIG = qwen_vl.hf_config(qwen_vl_config.PRESETS["Qwen2.5-VL-3B-Instruct"]) | {
     "architectures": ["SAMR1ForConditionalGeneration_qwen2p5"],
     "model_type": "qwen2_vl",
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "rope_theta": 1e6,
-    "rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]},
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "image_token_id": 151655,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
     "torch_dtype": "bfloat16",
     "num_of_query": 64,
     "if_use_qwen_connector": True,
-    "vision_config": {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 2048,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    },
 }
 
 

@@ -20,9 +20,10 @@ from lens_jax import config as configs
 from lens_jax.aot import compiling, hlo, run_programs, tpu
 from lens_jax.aot import shapes as aot_shapes
 from lens_jax.commands import compile as command
+from lens_jax.convert_weights import qwen_vl
 from lens_jax.distribution import sharding
 from lens_jax.models.lens import LensConfig, abstract
-from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
+from lens_jax.models.qwen_vl.config import PRESETS
 from lens_jax.models.sam.config import PRESETS as SAM2
 from lens_jax.training import programs
 from tests.tpu import devices
@@ -54,7 +55,7 @@ def shapes() -> LensConfig:
     """Large enough that matrices are cut, with few different layers."""
     size = SIZES["small"]
     sam = dataclasses.replace(size.sam, image_size=128, stages=(1, 1, 1, 1), global_att_blocks=(2,))
-    return LensConfig(QwenVLConfig.from_hf(size.qwen), sam, num_queries=8)
+    return LensConfig(size.qwen, sam, num_queries=8)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,9 @@ def compiled(shapes, tmp_path_factory) -> tuple[dict, Path]:
         pytest.skip("libtpu, XLA's compiler for TPU, is not installed: pip install libtpu")
     root = tmp_path_factory.mktemp("compile")
     (root / "mllm").mkdir()
-    (root / "mllm" / "config.json").write_text(json.dumps(SIZES["small"].qwen))
+    (root / "mllm" / "config.json").write_text(
+        json.dumps({"model_type": "qwen2_5_vl"} | qwen_vl.hf_config(SIZES["small"].qwen))
+    )
     (root / "sam2_config.json").write_text(json.dumps(shapes.sam.to_dict()))
     run = RUN | {"model.mllm": root / "mllm", "model.sam": root / "sam2.pt", "model.num_queries": 8}
     (root / "run.yaml").write_text("precision: bfloat16\n")
