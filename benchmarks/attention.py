@@ -25,7 +25,7 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks import common, frame
 from lens_jax.flags import PositiveInt
-from lens_jax.models.attention import Attention
+from lens_jax.models.long_attention import Attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lens_jax.distribution import sharding
 from lens_jax.inference import programs as inference
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel
-from lens_jax.rewards.sentence import Score
+from lens_jax.rewards.sentence import TextScorer
 from lens_jax.rollout.sampling import GREEDY
 from lens_jax.training import programs
 
@@ -49,7 +49,7 @@ def list_programs(
     mesh: Mesh,
     *,
     stages: Sequence[str],
-    read_text: Score,
+    read_text: TextScorer,
     end_tokens: Sequence[int],
     repetition_penalty: float,
 ) -> Iterator[Program]:

@@ -20,9 +20,9 @@ from lens_jax.data.sources.annotations import short
 from lens_jax.distribution import sharding
 from lens_jax.inference import inputs, programs
 from lens_jax.inference.inputs import ImageLike
-from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, abstract
+from lens_jax.models.long_attention import Attention
 from lens_jax.models.precision import DTYPES, default, products
 from lens_jax.rewards import text_rewards
 from lens_jax.rollout.sampling import GREEDY, Sampling

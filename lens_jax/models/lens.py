@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
-from lens_jax.models.attention import XLA, Attention
 from lens_jax.models.context import ContextModule
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.layers import shapes_of
+from lens_jax.models.long_attention import XLA, Attention
 from lens_jax.models.parameters import POLICY, select
 from lens_jax.models.qwen_vl.config import QwenVLConfig, Section
 from lens_jax.models.qwen_vl.head import token_log_probs

@@ -1,8 +1,8 @@
 """Rewards that a completion's text earns, read from its tokens on the device.
 
-Format rewards (LENS, sentence level) are regular languages, each one automaton; the box goes to
-`box.BoxReader`. What tokens do to an automaton is known for all of them at once; then only those
-that do something are read one after the other, a few dozen in a text of hundreds.
+Each format reward (LENS, sentence level) is a regular language, one automaton; `box.BoxReader`
+reads the box. A table says at once what every token does to an automaton. Only tokens that change
+a state are then read one after the other: a few dozen in a text of hundreds.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,11 @@ from lens_jax.rewards.automaton import (
     Pattern,
     compile_decoder,
     compile_pattern,
-    compile_removal,
     distinct,
-    lift,
     over_bytes,
-    small,
-    token_strings,
 )
 from lens_jax.rewards.box import BoxReader, at, next_place
+from lens_jax.rewards.tokens import compile_removal, lift, small, token_strings
 
 THINK = ("<think>", Many(ANY), "</think>", Many(SPACE), "<answer>", Many(ANY), "</answer>")
 GROUNDING = (
@@ -41,15 +38,15 @@ GROUNDING = (
 )
 GROUNDING_REASONING = ("<think>", Many(NOT_NEWLINE), "</think>\n", *GROUNDING)
 FORMATS = ("think_format", "grounding_format", "grounding_format_reasoning")
-# Padding of the official rollout, taken out of the text before all but the think format is read.
+# Padding of the official rollout. It is taken out of the text for all but the think format.
 PADDING = "<|endoftext|>"
 
 TextRewards = dict[str, Bool[Array, "N"] | Float[Array, "N 4"]]
-Score = Callable[[Int[Array, "N T"], Int[Array, "N"]], TextRewards]
+TextScorer = Callable[[Int[Array, "N T"], Int[Array, "N"]], TextRewards]
 
 
-def text_rewards(tokenizer) -> Score:
-    """Compile the rewards for a byte-level Hugging Face tokenizer, once and on the host.
+def text_rewards(tokenizer) -> TextScorer:
+    """Compiles the rewards for a byte-level Hugging Face tokenizer, once and on the host.
 
     Returns:
         `score(tokens, lengths)`, to be jitted: int32 tokens [N, T] of which the first `lengths`

@@ -13,7 +13,7 @@ from lens_jax.config.sections import RewardsConfig
 from lens_jax.models.inputs import Targets
 from lens_jax.rewards.box import box_iou
 from lens_jax.rewards.segment import answer_iou, boundary_iou, no_target
-from lens_jax.rewards.sentence import FORMATS, Score
+from lens_jax.rewards.sentence import FORMATS, TextScorer
 
 
 @struct.dataclass
@@ -104,7 +104,7 @@ class UnifiedReward:
     is that of the whole masks.
     """
 
-    score: Score
+    score: TextScorer
     """Reads the text: `text_rewards(tokenizer)`."""
     settings: RewardsConfig
     custom: Sequence[Channel] = ()

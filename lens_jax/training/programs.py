@@ -21,12 +21,12 @@ from jax.sharding import PartitionSpec as P
 from lens_jax.config import ConfigError, RunConfig, StageConfig, import_function
 from lens_jax.distribution import sharding
 from lens_jax.distribution.gradients import Layout
-from lens_jax.models.attention import Attention
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
+from lens_jax.models.long_attention import Attention
 from lens_jax.models.parameters import is_stacked, name_of, select
 from lens_jax.models.precision import DTYPES, products
-from lens_jax.rewards.sentence import Score
+from lens_jax.rewards.sentence import TextScorer
 from lens_jax.rewards.unified import UnifiedReward, check_channel
 from lens_jax.rollout.sampler import Rollout, rollout
 from lens_jax.rollout.sampling import Sampling
@@ -141,7 +141,7 @@ def build_reinforcement(
     mesh: Mesh,
     model: LensModel,
     *,
-    read_text: Score,
+    read_text: TextScorer,
     end_tokens: Sequence[int],
 ) -> Reinforcement:
     """The programs of stage 2.

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from lens_jax.aot import flops
 from lens_jax.models import kernels, layers
-from lens_jax.models.attention import Attention
 from lens_jax.models.lens import abstract
+from lens_jax.models.long_attention import Attention
 from tests import micro, tpu
 
 

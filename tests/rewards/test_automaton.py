@@ -20,12 +20,10 @@ from lens_jax.rewards.automaton import (
     Maybe,
     compile_decoder,
     compile_pattern,
-    compile_removal,
     distinct,
-    lift,
     over_bytes,
-    small,
 )
+from lens_jax.rewards.tokens import compile_removal, lift, small
 
 PATTERNS = [
     ("ab", r"ab"),

@@ -14,7 +14,7 @@ from lens_jax.aot import hlo
 from lens_jax.config import MeshConfig
 from lens_jax.distribution import sharding
 from lens_jax.rewards import text_rewards
-from lens_jax.rewards.automaton import token_strings
+from lens_jax.rewards.tokens import token_strings
 from tests.data.conftest import TINY
 from tests.rewards.conftest import GOLDEN
 from tests.rewards.texts import (

@@ -9,7 +9,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.official_text import expected
-from lens_jax.rewards.automaton import byte_alphabet
+from lens_jax.rewards.tokens import byte_alphabet
 
 FORMATS = ("think_format", "grounding_format", "grounding_format_reasoning")
 

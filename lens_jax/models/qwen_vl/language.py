@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lens_jax.models import layers
-from lens_jax.models.attention import XLA, Attention, Prefix, cached_attention, heads_first
+from lens_jax.models.attention import Prefix, cached_attention, heads_first
+from lens_jax.models.long_attention import XLA, Attention
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.rope import Rotation, multimodal_rotation, rotate
 

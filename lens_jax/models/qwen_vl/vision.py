@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lens_jax.models import layers
-from lens_jax.models.attention import XLA, Attention, attention
+from lens_jax.models.attention import attention
+from lens_jax.models.long_attention import XLA, Attention
 from lens_jax.models.qwen_vl.config import VisionConfig
 from lens_jax.models.rope import Rotation, grid_rotation, rotate
 

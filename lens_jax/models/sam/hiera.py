@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lens_jax.models import layers
-from lens_jax.models.attention import Attention
+from lens_jax.models.long_attention import Attention
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.layers import Mlp
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, UInt8
 
-from lens_jax.models.attention import XLA, Attention
+from lens_jax.models.long_attention import XLA, Attention
 from lens_jax.models.sam.config import DecoderConfig, Sam2Config, SamConfig
 from lens_jax.models.sam.hiera import HieraEncoder
 from lens_jax.models.sam.mask_decoder import HighRes, MaskDecoder, SamMasks
