@@ -4,7 +4,8 @@
 is checked and prepared before them.
 """
 
+from lens_jax.inference.generation import Generation
 from lens_jax.inference.inputs import check_length
-from lens_jax.inference.lens import Generation, Lens, Responses, Result
+from lens_jax.inference.lens import Lens, Responses, Result
 
 __all__ = ["Generation", "Lens", "Responses", "Result", "check_length"]

@@ -67,13 +67,13 @@ def decode_masks(state, sam_pixels, hidden, *, definition) -> tuple[Array, Array
 
 
 def bucket_length(length: int) -> int:
-    """How many tokens completions of up to `length` take."""
+    """The number of tokens that completions of up to `length` are padded to."""
     return -(-length // COMPLETION_BUCKET) * COMPLETION_BUCKET
 
 
 def bucket_rows(rows: int, parts: int = 1) -> int:
-    """How many rows are decoded for so many: in each of `parts` 1, 2, 4, 8, ...
+    """The number of rows that are decoded for so many: 1, 2, 4, 8, ... in each of `parts`.
 
-    Few numbers of rows, few compiled programs.
+    Few numbers of rows make few compiled programs.
     """
     return parts << (-(-rows // parts) - 1).bit_length()

@@ -1,4 +1,4 @@
-"""What a model is fed: one prompt a row, static shapes, padding marked by lengths and masks."""
+"""Inputs of a model: one prompt a row, static shapes, padding marked by lengths and masks."""
 
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -6,11 +6,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 @struct.dataclass
 class Prompts:
-    """A batch of prompts, one picture and one expression each, prepared on the host.
+    """A batch of prompts, one image and one expression each, prepared on the host.
 
-    `patches` holds the picture in window order: W rows of S patches, each a window of the picture
-    or several small ones from its border, a window's merged units row-major, a unit's 2x2 patches
-    contiguous. `patch_positions` are (row, column) in the picture, `patch_mask` False on padding.
+    `patches` holds the image in window order: W rows of S patches, each a window of the image or
+    several small ones from its border. A window's merged units are row-major, a unit's patches
+    contiguous. `patch_positions` are (row, column) in the image, `patch_mask` is False on padding.
     `image_index` says for every image token which merged unit (flat over windows) it shows, -1 for
     text. `positions` are Qwen's multimodal rotary positions and `next_position` the first one after
     the prompt.
@@ -29,10 +29,10 @@ class Prompts:
 
 @struct.dataclass
 class Targets:
-    """The truth for a batch of prompts.
+    """Targets of a batch of prompts.
 
     `box` is xyxy in the completion's coordinate scheme; `mask` lies in the upper left corner of a
-    canvas, with its true (height, width) in `mask_size`; `answer` is the teacher-forced completion
+    canvas, with its own (height, width) in `mask_size`; `answer` is the teacher-forced completion
     of stage 1, end token included.
     """
 
@@ -45,7 +45,7 @@ class Targets:
 
 @struct.dataclass
 class Batch:
-    """Prompts with their truth; `sample_id` (global sample index) keys all randomness of a row."""
+    """Prompts and targets; `sample_id` (global sample index) keys all randomness of a row."""
 
     prompts: Prompts
     targets: Targets

@@ -39,11 +39,11 @@ def cudnn_refusal(device: jax.Device, dtype, head_dims: tuple[int, ...]) -> str 
 
 @dataclasses.dataclass(frozen=True)
 class PackedMask(masks.Mask):
-    """What tokens of `[prompt | own_1 | own_2 | …]` see: the prompt and their own part, causally.
+    """Tokens of `[prompt | own_1 | own_2 | …]` see the prompt and their own part, causally.
 
-    The kernel computes it from positions: `rows` hold a token's own, and above SHIFT bits that of
-    the first token of its part (0 in the prompt). As an array in memory it would cost more traffic
-    than keys and values.
+    The kernel computes the mask from positions: `rows` hold a token's position and, above SHIFT
+    bits, that of the first token of its part (0 in the prompt). As an array in memory the mask
+    would cost more traffic than keys and values.
     """
 
     length: int
@@ -115,7 +115,7 @@ def splash(
         residual_checkpoint_name=SAVED,
     )
     lengthen = lambda x: jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-    # Only tokens of one segment see each other: that of all queries and of the valid keys.
+    # Only tokens of one segment see each other: segment 1 holds all queries and the valid keys.
     valid = lengthen(valid).astype(jnp.int32)
     segments = splash_lib.SegmentIds(jnp.ones_like(valid), valid)
     arrays = (lengthen(x).swapaxes(1, 2) for x in (queries * head_dim**-0.5, keys, values))
@@ -123,7 +123,7 @@ def splash(
 
 
 def _blocks(length: int) -> tuple[int, int]:
-    """The padded length and the size of its blocks: as little padding, then as large as can be."""
+    """The padded length and its block size: the least padding, then the largest block."""
     up = lambda size: -(-length // size) * size  # noqa: E731
     sizes = {min(size, up(LANES)) for size in BLOCKS}
     return min(((up(size), size) for size in sizes), key=lambda pair: (pair[0], -pair[1]))
@@ -150,7 +150,7 @@ def per_device(function: Callable, mesh: Mesh | None, *, kv_heads: int) -> Calla
     """`function(queries, keys, values, valid)`, on every device for its rows.
 
     Heads are cut over the mesh axis `tensor` if the KV heads divide; otherwise each device computes
-    all of them.
+    all heads.
     """
     # Inside of another shard_map, such as an update's, rows are a device's own already.
     context = jax.sharding.get_abstract_mesh()

@@ -123,7 +123,7 @@ def _packed(queries, keys, values, valid, *, prompt, group):
 
 
 def _packed_cudnn(queries, keys, values, valid, *, prompt, group):
-    """As `_packed`, with a copy of the prompt's few KV heads before each completion's own.
+    """`_packed` with a copy of the prompt's few KV heads before each completion's own.
 
     The copies are small; one call for the whole sequence would compute 2.5 times the scores at
     430 + 8 * 104 tokens, 4 times at 430 + 8 * 320.

@@ -45,10 +45,10 @@ def name_of(path: tuple[Any, ...]) -> str:
 
 
 def is_stacked(name: str) -> bool:
-    """Whether the first axis of the parameter, or of its moment, is that of layers."""
+    """True if the first axis of the parameter, or of its moment, is the axis of layers."""
     return any(f"{prefix}/" in name for prefix in STACKED)
 
 
 def is_scanned(name: str) -> bool:
-    """Whether `layers.scan` runs the parameter's layers, one at a time."""
+    """True if `layers.scan` runs the parameter's layers, one at a time."""
     return any(f"{prefix}/" in name for prefix in (*STACKED, *STACKED_WHEN_RUN))

@@ -11,7 +11,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def default() -> Precision:
-    """What inference takes if it is not told: float32 on CPU, bfloat16 on accelerators."""
+    """The default of inference: float32 on CPU, bfloat16 on accelerators."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 

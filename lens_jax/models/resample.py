@@ -1,7 +1,7 @@
-"""Low-resolution mask logits on the canvas of the true masks.
+"""Low-resolution mask logits on the canvas of the target masks.
 
-Pictures differ in size, programs do not: a mask of true size (h, w) lies in the upper left corner
-of a canvas [Hc, Wc], and each sample is interpolated by its own two matrices.
+Images differ in size, programs do not: a mask of its own size (height, width) lies in the upper
+left corner of a canvas [H, W], and each sample is interpolated by its own two matrices.
 """
 
 import jax
@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 def upsample_logits(
     logits: Float[Array, "B *G h w"], size: Int[Array, "B 2"], canvas: tuple[int, int]
-) -> Float[Array, "B *G Hc Wc"]:
-    """Bilinear interpolation to each sample's true (height, width), without aligned corners.
+) -> Float[Array, "B *G H W"]:
+    """Bilinear interpolation to each sample's own (height, width), without aligned corners.
 
-    Pixels beyond the true size repeat the last ones; `valid_pixels` tells them.
+    Pixels beyond that size repeat the last ones; `valid_pixels` leaves them out.
     """
     height, width = logits.shape[-2:]
     rows = _interpolation(size[:, 0], height, canvas[0])
@@ -26,8 +26,8 @@ def upsample_logits(
     return jnp.einsum("bxw,b...yw->b...yx", columns, logits, **exact)
 
 
-def valid_pixels(size: Int[Array, "B 2"], canvas: tuple[int, int]) -> Bool[Array, "B Hc Wc"]:
-    """Which pixels of the canvas belong to the picture."""
+def valid_pixels(size: Int[Array, "B 2"], canvas: tuple[int, int]) -> Bool[Array, "B H W"]:
+    """The mask of the canvas that is True on pixels of the image."""
     rows = jnp.arange(canvas[0]) < size[:, 0, None]
     columns = jnp.arange(canvas[1]) < size[:, 1, None]
     return rows[:, :, None] & columns[:, None, :]
@@ -36,7 +36,7 @@ def valid_pixels(size: Int[Array, "B 2"], canvas: tuple[int, int]) -> Bool[Array
 def _interpolation(
     size: Int[Array, "B"], source: int, target: int
 ) -> Float[Array, "B target source"]:
-    """Row i holds the weights of the source pixels in pixel i of a picture of the given size."""
+    """Row i holds the weights of the source pixels in pixel i of an image of the given size."""
     centre = (jnp.arange(target) + 0.5) * (source / size[:, None].astype(jnp.float32)) - 0.5
     centre = jnp.clip(centre, 0, source - 1)
     return jnp.maximum(0, 1 - jnp.abs(centre[:, :, None] - jnp.arange(source)))

@@ -1,9 +1,9 @@
-"""The box a completion writes: found, read and compared on the device.
+"""The box that a completion writes: found, read and compared on the device.
 
-Three forms are looked for anywhere in the text, `[a, b, c, d]`, else `(a, b, c, d)`, else
-`(a, b), (c, d)`; the first match of the first form that has one is the box. An attempt can only
+Three forms may stand anywhere in the text: `[a, b, c, d]`, else `(a, b, c, d)`, else
+`(a, b), (c, d)`. The first match of the first form that has one is the box. An attempt can only
 fail at a character that begins the next one, so one deterministic automaton a form finds the
-leftmost match; the numbers it stands between are the last four that were read.
+leftmost match. Its numbers are the last four that were read.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ _EXACT = 10  # 10^10 is the last power of ten that float32 holds exactly
 
 
 class BoxState(NamedTuple):
-    """What is known of N texts so far; -1 axes are N."""
+    """State of reading N texts; the last axis is N."""
 
     decoder: Int[Array, "N"]
     forms: Int[Array, "N"]  # the state of all forms' automata at once
@@ -273,7 +273,7 @@ def box_iou(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"]) -> Float[Array, "*
 
 
 def at(table: Array, place: Int[Array, "N"]) -> Array:
-    """Of every row of [N, T] the element at its place, the last one for places beyond."""
+    """The element of every row [N, T] at its place; the last one for places beyond."""
     index = jnp.minimum(place, table.shape[1] - 1)
     return jnp.take_along_axis(table, index[:, None], axis=1)[:, 0]
 
@@ -287,7 +287,7 @@ def next_place(chosen: Bool[Array, "N T"]) -> Int[Array, "N T+1"]:
 
 
 def _append(numbers: Array, present: Array, comma: Array, fresh: Array) -> Array:
-    """Write the present number [N] into [4, N]; a comma moves it back, a fresh one is 0."""
+    """Puts the present number [N] into [4, N]; a comma moves it back, a fresh one is 0."""
     earlier = jnp.where(comma, jnp.stack([*numbers[1:3], present]), numbers[:3])
     return jnp.concatenate([earlier, jnp.where(fresh, 0, present)[None]])
 
@@ -321,7 +321,7 @@ def _value(char: str) -> int:
 
 
 class _Letters(dict):
-    """What stands for a character in a shortened string, for str.translate."""
+    """A character's letter in a shortened string, for str.translate."""
 
     def __missing__(self, point: int) -> str:
         return chr(point - 0xDC00) if 0xDC80 <= point <= 0xDCFF else OTHER

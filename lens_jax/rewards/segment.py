@@ -1,4 +1,4 @@
-"""How well a mask covers the truth, at the picture's own size (LENS, segment level)."""
+"""Overlap of a mask and its target, at the image's own size (LENS, segment level)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -9,7 +9,7 @@ _EPS = 1e-6
 def mask_iou(
     logits: Float[Array, "B G H W"], mask: Bool[Array, "B H W"], valid: Bool[Array, "B H W"]
 ) -> Float[Array, "B G"]:
-    """IoU of the masks (logit > 0) with the truth over the valid pixels; 0 where both are empty."""
+    """IoU of the masks (logit > 0) with the target over valid pixels; 0 where both are empty."""
     predicted, mask = _masks(logits, mask, valid)
     intersection = _area(predicted & mask)
     return intersection / (_area(predicted) + _area(mask) - intersection + _EPS)
@@ -18,9 +18,9 @@ def mask_iou(
 def no_target(
     mask: Bool[Array, "B H W"], box: Float[Array, "B 4"], valid: Bool[Array, "B H W"]
 ) -> Bool[Array, "B"]:
-    """Which samples mean nothing in their picture: those with an empty true mask and no box.
+    """True for samples without a target in their image: an empty mask and no box.
 
-    A box alone is a target: on the canvas its mask may have shrunk to nothing.
+    A box alone is a target: its mask may have shrunk to nothing on the canvas.
     """
     return ~((mask & valid).any((1, 2)) | (box != 0).any(-1))
 
@@ -44,9 +44,9 @@ def boundary_iou(
 ) -> Float[Array, "B G"]:
     """IoU of the masks' inner boundaries (arXiv 2103.16562); `otherwise` where neither has one.
 
-    The boundary is what erosion by a square takes away; its side is a twentieth of the picture's
-    shorter side, made odd. Beyond the picture's border counts as inside. So an empty mask has none,
-    nor has one that fills the picture, nor has any in a picture of less than 40 pixels.
+    The boundary is what erosion by a square takes away; the square's side is a twentieth of the
+    image's shorter side, made odd. Pixels beyond the image count as inside. So an empty mask has no
+    boundary, nor has one that fills the image, nor any mask in an image of less than 40 pixels.
     """
     predicted, mask = _masks(logits, mask, valid)
     height, width = valid.any(2).sum(1), valid.any(1).sum(1)
@@ -69,7 +69,7 @@ def _area(mask: Bool[Array, "*N H W"]) -> Float[Array, "*N"]:
 def _near_background(
     mask: Bool[Array, "B G H W"], valid: Bool[Array, "B H W"], radius: Int[Array, "B"]
 ) -> Bool[Array, "B G H W"]:
-    """Whether a square of the given radius around a pixel holds valid pixels outside the mask."""
+    """True where the square of this radius around a pixel holds valid pixels outside the mask."""
     offsets = (jnp.arange(n)[:, None] - jnp.arange(n) for n in mask.shape[-2:])
     rows, columns = (jnp.abs(offset) <= radius[:, None, None] for offset in offsets)
     outside = valid[:, None] & ~mask

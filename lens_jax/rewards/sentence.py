@@ -119,10 +119,10 @@ def text_rewards(tokenizer) -> TextScorer:
 
 
 def _held_before(held_after: np.ndarray, kinds: Int[Array, "N T"]) -> Int[Array, "N T"]:
-    """How many characters of the padding are held back before each token.
+    """Number of the padding's characters that are held back before each token.
 
-    Found by repeating all steps at once until nothing changes: one time, and one more for every
-    token by which the longest piece of the padding is spelled.
+    All steps are repeated at once until nothing changes: once, and once more for every token that
+    spells the longest piece of the padding.
     """
     table = jnp.asarray(held_after)
 

@@ -18,7 +18,7 @@ from lens_jax.rewards.sentence import FORMATS, TextScorer
 
 @struct.dataclass
 class Rewards:
-    """What G completions of each prompt earned, float32 and without gradient."""
+    """Rewards of G completions of each prompt, float32 and without gradient."""
 
     values: Float[Array, "B G K"]
     """One channel each of `names`, before weights."""
@@ -36,19 +36,19 @@ class Rewards:
 
 @struct.dataclass
 class Answers:
-    """What a channel of one's own may read: B prompts with G completions each."""
+    """Inputs of a channel of one's own: B prompts with G completions each."""
 
     tokens: Int[Array, "B G T"]
     lengths: Int[Array, "B G"]
     """Tokens that count, end token included."""
     text: dict[str, Array]
-    """What `text_rewards` reads: formats and box_found [B, G], box [B, G, 4]."""
+    """Results of `text_rewards`: formats and box_found [B, G], box [B, G, 4]."""
     logits: Float[Array, "B G H W"]
-    """Of the mask, on the canvas of the true masks."""
+    """Mask logits on the canvas of the target masks."""
     targets: Targets
     """mask [B, H, W], box [B, 4] in the text's coordinates."""
     valid: Bool[Array, "B H W"]
-    """Which pixels of the canvas belong to the picture."""
+    """True on pixels of the canvas that belong to the image."""
     box_iou: Float[Array, "B G"]
     mask_iou: Float[Array, "B G"]
 
@@ -67,7 +67,7 @@ def check_channel(
     """
     shape = jax.ShapeDtypeStruct
     b, g = 2, generations
-    each, truths = partial(shape, (b, g)), partial(shape, (b, *canvas))
+    each, pixels = partial(shape, (b, g)), partial(shape, (b, *canvas))
     text = dict.fromkeys((*FORMATS, "box_found"), each(bool)) | {
         "box": shape((b, g, 4), jnp.float32)
     }
@@ -77,8 +77,8 @@ def check_channel(
         lengths=each(jnp.int32),
         text=text,
         logits=shape((b, g, *canvas), jnp.float32),
-        targets=Targets(shape((b, 4), jnp.float32), truths(bool), size, answer, one),
-        valid=truths(bool),
+        targets=Targets(shape((b, 4), jnp.float32), pixels(bool), size, answer, one),
+        valid=pixels(bool),
         box_iou=each(jnp.float32),
         mask_iou=each(jnp.float32),
     )
@@ -118,12 +118,12 @@ class UnifiedReward:
         targets: Targets,
         valid: Bool[Array, "B H W"],
     ) -> Rewards:
-        """Reward completions and their masks.
+        """Rewards completions and their masks.
 
         Args:
             lengths: tokens of each completion that count, end token included.
-            logits: mask logits on the canvas of the true masks.
-            valid: which pixels of the canvas belong to the picture.
+            logits: mask logits on the canvas of the target masks.
+            valid: pixels of the canvas that belong to the image.
         """
         settings = self.settings
         text = self.score(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))

@@ -1,7 +1,7 @@
 """Rollout: completions of a batch of prompts, in one compiled program.
 
 The prompt runs once; its keys serve all completions of the group. Decoding is a loop on the device
-that ends when every completion has.
+that stops when every completion has ended.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from lens_jax.rollout.sampling import Sampling, penalize, row_keys, sample
 
 @struct.dataclass
 class Rollout:
-    """Completions, right padded with the first end token; `lengths` count a drawn end token.
+    """Completions, right padded with the first end token; `lengths` count a sampled end token.
 
     `log_probs` are those of the raw logits (no temperature, whole vocabulary), as scoring computes
     them; 0 past the length. `ended` is False where the limit cut a completion.

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 @struct.dataclass
 class Sampling:
-    """How to draw. `top_k` 0 keeps the whole vocabulary, 1 is greedy whatever the rest says.
+    """Settings of sampling. `top_k` 0 keeps the whole vocabulary, 1 is greedy whatever the rest.
 
     The temperature, one for all or one for each prompt ([B, 1]), may be traced: another one
     compiles nothing. The rest is part of the program.
@@ -28,7 +28,7 @@ GREEDY = Sampling(top_k=1)
 def row_keys(key: Array, sample_id: Int[Array, "B"], num_completions: int) -> Array:  # keys [B, G]
     """A key for every completion, from its sample and its place in the group alone.
 
-    Nothing about devices or processes enters: the same completions are drawn on any mesh.
+    Devices and processes do not enter: the same completions are sampled on any mesh.
     """
     rows = jax.vmap(jax.random.fold_in, (None, 0))(key, sample_id)
     places = jnp.arange(num_completions)
@@ -38,13 +38,13 @@ def row_keys(key: Array, sample_id: Int[Array, "B"], num_completions: int) -> Ar
 def sample(
     logits: Float[Array, "B G V"], keys: Array, index: Int[Array, ""], sampling: Sampling
 ) -> Int[Array, "B G"]:
-    """Draws token `index` of every completion; ties of the greedy choice go to the lower id."""
+    """Samples token `index` of every completion; ties of the greedy choice go to the lower id."""
     if sampling.top_k == 1:
         return top_k(logits, 1)[1][..., 0].astype(jnp.int32)
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
     size = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    draw = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, (size,))))
-    noise = draw(fold(keys, index))
+    gumbel = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, (size,))))
+    noise = gumbel(fold(keys, index))
     temperature = jnp.asarray(sampling.temperature)[..., None]
     if size == logits.shape[-1] and sampling.top_p >= 1.0:
         return jnp.argmax(logits / temperature + noise, axis=-1).astype(jnp.int32)
@@ -60,7 +60,7 @@ def sample(
 def top_k(
     logits: Float[Array, "... V"], k: int
 ) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
-    """As `lax.top_k`, from the k blocks of the vocabulary with the largest maxima.
+    """`lax.top_k` over the k blocks of the vocabulary with the largest maxima.
 
     No other block can hold one of the k largest. Sorting some thousands instead of a whole
     vocabulary matters where top-k is a sort, as on TPU.

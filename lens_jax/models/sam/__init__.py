@@ -1,1 +1,1 @@
-"""SAM 1 and SAM 2, the image models: pictures and prompts in, masks out."""
+"""SAM 1 and SAM 2, the image models: from images and prompts to masks."""

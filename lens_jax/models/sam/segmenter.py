@@ -22,7 +22,7 @@ PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
 
 @struct.dataclass
 class SamFeatures:
-    """What the mask decoder reads of an image: the embedding and, of SAM 2, two finer maps."""
+    """Features that the mask decoder reads: an embedding and, from SAM 2, two finer maps."""
 
     image_embed: Float[Array, "B h w C"]
     high_res: HighRes | None = None

@@ -31,8 +31,8 @@ class VitPatchEmbed(nnx.Module):
 class RelativeAttention(nnx.Module):
     """Self-attention over square maps, with learned relative positions.
 
-    To every score comes the query's product with an embedding of the distance in rows and with one
-    of the distance in columns, distances -(side - 1) ... side - 1 from query to key.
+    Every score gains the query's products with two embeddings, of the distance in rows and of the
+    distance in columns. Distances go from -(side - 1) to side - 1, from query to key.
     """
 
     def __init__(self, dim: int, heads: int, side: int, **options: Any):
@@ -43,7 +43,7 @@ class RelativeAttention(nnx.Module):
         self.rel_pos_w = nnx.Param(jnp.zeros((2 * side - 1, dim // heads)))
 
     def position_bias(self, q: Float[Array, "N S*S heads D"]) -> Float[Array, "N heads S*S S*S"]:
-        """What relative positions add to the scores, float32."""
+        """The scores' bias from relative positions, float32."""
         side = self.side
         q = q.reshape(-1, side, side, *q.shape[2:])
         distance = np.arange(side)[:, None] - np.arange(side) + side - 1
@@ -86,7 +86,7 @@ class Block(nnx.Module):
 
 
 class Neck(nnx.Module):
-    """To the decoder's width: a 1x1 and a 3x3 convolution, each with a norm behind it."""
+    """A 1x1 and a 3x3 convolution to the decoder's width, each followed by a norm."""
 
     def __init__(self, config: SamConfig, **options: Any):
         dim, width = config.embed_dim, config.d_model
