@@ -28,12 +28,14 @@ from PIL import Image
 
 from benchmarks import common, frame
 from lens_jax.data import images
-from lens_jax.data.pipeline import Buckets, Pipeline, Processor
+from lens_jax.data.buckets import Buckets
+from lens_jax.data.pipeline import Pipeline
+from lens_jax.data.processor import Processor
 from lens_jax.data.prompts import IMAGE_TOKEN, Templates
 from lens_jax.data.sample import Sample, Source
 from lens_jax.data.sources import open_source
 from lens_jax.flags import PositiveInt
-from lens_jax.preparation import shapes
+from lens_jax.preparation import shapes, shapes_refcoco
 
 QWEN = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny" / "qwen2_5_vl"
 WIDTH, HEIGHT = 640, 480
@@ -48,7 +50,7 @@ class Options(frame.Options):
 
 def write_pictures(directory: Path, scenes: int = 32) -> None:
     """The generated data set with its pictures and polygons enlarged; grain like a camera's."""
-    shapes.write_refcoco(directory, {"train": scenes}, seed=0)
+    shapes_refcoco.write_refcoco(directory, {"train": scenes}, seed=0)
     rng = np.random.default_rng(0)
     for file in directory.rglob("*.jpg"):
         picture = Image.open(file).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)

@@ -10,7 +10,6 @@ It is part of benchmarks/update.py, whose --help says what is needed.
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +21,10 @@ from torch import Tensor
 from benchmarks.common import Inputs, Size
 from lens_jax import checkpoints
 from lens_jax.config import GRPOConfig
-from lens_jax.convert_weights import qwen_vl, sam2
-from lens_jax.convert_weights.convert import lens_table
+from lens_jax.convert_weights import qwen_vl
 from lens_jax.convert_weights.lens import PREFIXES
+from lens_jax.convert_weights.tables import lens_table
+from lens_jax.convert_weights.torch_models import connect, load_model, load_sam
 from lens_jax.models.lens import LensConfig
 from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
 from lens_jax.rollout.sampler import Rollout
@@ -64,13 +64,14 @@ class OfficialUpdate:
         )
         tensors = official_tensors(config, params)
         self.qwen = self._place(load_qwen(size, tensors, attention))
-        self.sam = self._place(_sam(config, tensors, attention))
+        sam = {n: torch.from_numpy(x) for n, x in tensors.items() if n.startswith("sam.")}
+        self.sam = self._place(load_sam(config.sam, sam.__getitem__, attn_implementation=attention))
         self.context = {
             name: torch.nn.Parameter(torch.from_numpy(x).to(self.device))
             for name, x in tensors.items()
             if name.startswith(PREFIXES)
         }
-        del tensors
+        del tensors, sam
         self.reference = self._place(
             load_qwen(size, official_tensors(config, reference), attention)
         )
@@ -119,7 +120,13 @@ class OfficialUpdate:
         queries = self.context["learnable_query"]
         scheme = self.config.context_positions
         log_probs, hidden = self.score(self.qwen, scheme, queries)
-        logits = self.masks(self.connect(hidden))
+        token = connect(
+            self.context.__getitem__,
+            hidden,
+            self.config.connector_depth,
+            self.config.connector_heads,
+        )
+        logits = self.masks(token)
 
         ratio = torch.exp(log_probs - log_probs.detach())
         difference = past - log_probs
@@ -174,29 +181,6 @@ class OfficialUpdate:
         taken = log_probs[:, p - 1 : p + t - 1].gather(-1, self.tokens[..., None])[..., 0]
         return taken, hidden[:, p + t :]
 
-    def connect(self, x: Tensor) -> Tensor:
-        """SAM's prompt token [N, E] from the queries' hidden states [N, M, D]."""
-        w = self.context
-
-        def linear(x: Tensor, name: str) -> Tensor:
-            return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-
-        def norm(x: Tensor, name: str) -> Tensor:
-            scale, bias = w[f"{name}.weight"], w[f"{name}.bias"]
-            return F.layer_norm(x, x.shape[-1:], scale, bias, eps=1e-6)
-
-        x = x + w["connector.pos_embed"]
-        for i in range(self.config.connector_depth):
-            block = f"connector.blocks.{i}"
-            qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
-            qkv = qkv.unflatten(-1, (3, self.config.connector_heads, -1)).permute(2, 0, 3, 1, 4)
-            attended = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
-            x = x + linear(attended, f"{block}.attn.proj")
-            h = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
-            x = x + linear(h * (1.702 * h).sigmoid(), f"{block}.mlp.fc2")
-        x = F.conv1d(x.transpose(1, 2), w["conv_1d.weight"], w["conv_1d.bias"])[..., 0]
-        return linear(F.gelu(linear(x, "proj_to_sam.0")), "proj_to_sam.2")
-
     def masks(self, token: Tensor) -> Tensor:
         """Logits of the masks at the pictures' size."""
         sam = self.sam
@@ -240,39 +224,8 @@ def load_qwen(
     dtype: str = "float32",
 ) -> torch.nn.Module:
     """A Qwen2.5-VL of transformers with those of `tensors` that are its own."""
-    own = {name: x for name, x in tensors.items() if name.startswith(qwen_vl.PREFIXES)}
+    own = {n: torch.from_numpy(x) for n, x in tensors.items() if n.startswith(qwen_vl.PREFIXES)}
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     model_class = transformers.Qwen2_5_VLForConditionalGeneration
     hf = {"model_type": size.qwen.vision.family} | qwen_vl.hf_config(size.qwen)
-    return _load(model_class, hf, own, attention, dtype)
-
-
-def _sam(config: LensConfig, tensors: Mapping[str, np.ndarray], attention: str) -> torch.nn.Module:
-    rows: dict[str, dict[int, np.ndarray]] = {}
-    for entry in sam2.table(config.sam).entries:
-        name, row = sam2.hf_source(config.sam, entry.source)
-        rows.setdefault(name, {})[row or 0] = tensors[f"sam.{entry.source}"]
-    own = {
-        name: np.concatenate([x for _, x in sorted(parts.items())]) for name, parts in rows.items()
-    }
-    own[sam2.HF_MATRIX_AGAIN] = own[sam2.HF_MATRIX]
-    return _load(transformers.Sam2Model, sam2.hf_config(config.sam), own, attention)
-
-
-def _load(
-    model_class: Any,
-    hf: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    attention: str | None,
-    dtype: str = "float32",
-) -> torch.nn.Module:
-    model, info = model_class.from_pretrained(
-        None,
-        config=transformers.AutoConfig.for_model(**hf),
-        state_dict={name: torch.from_numpy(x) for name, x in tensors.items()},
-        dtype=getattr(torch, dtype),
-        attn_implementation=attention,
-        output_loading_info=True,
-    )
-    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
-        raise ValueError(f"transformers has no place, or nothing, for {', '.join(wrong)}")
-    return model
+    return load_model(model_class, hf, own, **options)

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from lens_jax import interrupts
+from lens_jax.data.boxes import box_iou
+from lens_jax.data.evaluation_batches import Evaluation, EvaluationRow
 from lens_jax.data.images import upsample_logits
-from lens_jax.data.pipeline import Evaluation, EvaluationRow
 from lens_jax.data.sample import Sample
 from lens_jax.distribution import processes
 from lens_jax.inference.lens import Lens, format_of
@@ -134,15 +135,5 @@ def _box_score(
 ) -> float | None:
     """A completion's `Row.box_iou`; `truth` is the sample's box in the text's coordinates."""
     if sample.box is not None:
-        return box_iou(box, truth)
+        return 0.0 if box is None else box_iou(box, truth)
     return None if sample.mask.any() else float(box is None)
-
-
-def box_iou(box: tuple[float, ...] | None, truth: Float[np.ndarray, "4"]) -> float:
-    """IoU of two xyxy boxes; 0 without a box or without area."""
-    if box is None:
-        return 0.0
-    a, b = np.asarray(box, np.float64), np.asarray(truth, np.float64)
-    inner = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0).prod()
-    union = (a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner
-    return float(inner / union) if union > 0 and np.isfinite(union) else 0.0

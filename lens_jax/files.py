@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # What an operating system's error means for whoever gave the file, and what to do.
 _EXPLAINED = {
@@ -45,6 +47,24 @@ def blaming(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: the key {error} is missing") from None
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it holds something else; the message names the file.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def printable(text: object) -> str:

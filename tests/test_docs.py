@@ -16,7 +16,7 @@ from lens_jax import config
 from lens_jax.commands import cli
 from lens_jax.convert_weights import from_torch
 from lens_jax.flags import UsageError
-from lens_jax.preparation import shapes
+from lens_jax.preparation import shapes_refcoco
 from tests import xla
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def test_own_data_and_quickstart_as_printed(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     run, tiny = tmp_path / "runs" / "tiny", ROOT / "checkpoints" / "tiny"
     from_torch(output=run / "final", mllm=tiny / "qwen2_5_vl", sam=tiny / "sam2", num_queries=8)
-    shapes.write_refcoco(run / "data", {"train": 1, "val": 4}, seed=5)
+    shapes_refcoco.write_refcoco(run / "data", {"train": 1, "val": 4}, seed=5)
     own, quick = (ROOT / "docs" / name for name in ("own_data.md", "quickstart.md"))
     blocks = [*fences(own, "bash"), *(b for b in fences(quick) if "launch/predict.py" in b)]
     script = "\n".join(blocks).partition("pip install")[0]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lens_jax import evaluation
-from lens_jax.data.pipeline import EvaluationRow
+from lens_jax.data.evaluation_batches import EvaluationRow
 from lens_jax.data.sample import Sample
 
 SIZE = (8, 8)

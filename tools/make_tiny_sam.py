@@ -42,6 +42,7 @@ from tqdm import tqdm
 from lens_jax.commands import cli
 from lens_jax.convert_weights.sam2 import tensors_from_params
 from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt
+from lens_jax.model_configs.sam import write_sam
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.mask_decoder import SamMasks
 from lens_jax.models.sam.segmenter import Sam2, SamFeatures
@@ -82,7 +83,7 @@ def prompts_of(length: int) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SamSettings:
     """Settings of the pre-training.
 
     Args:
@@ -109,7 +110,7 @@ class Settings:
 
 
 @struct.dataclass
-class Targets:
+class PromptTargets:
     """What `G` prompts of one length mean."""
 
     masks: Bool[Array, "B G S S"]
@@ -118,7 +119,7 @@ class Targets:
 
 
 @struct.dataclass
-class Batch:
+class SceneBatch:
     """Pictures with the kind of what covers each mask cell, and prompts of every length.
 
     Prompts are ordered by way of prompting, `G` a picture in all.
@@ -127,10 +128,10 @@ class Batch:
     pixels: UInt8[Array, "B A A 3"]
     cover: Int[Array, "B h w"]  # 0 background, else 1 + index into KINDS
     points: tuple[Float[Array, "B G N 2"], ...]
-    targets: tuple[Targets, ...]
+    targets: tuple[PromptTargets, ...]
 
 
-def draw_batch(rng: np.random.Generator, images: int, objects: int) -> Batch:
+def draw_batch(rng: np.random.Generator, images: int, objects: int) -> SceneBatch:
     """New scenes; `objects` prompts of each way a picture, objects drawn with replacement.
 
     Half of the pictures have other proportions or plain backgrounds; SAM sees each as a square.
@@ -160,13 +161,13 @@ def draw_batch(rng: np.random.Generator, images: int, objects: int) -> Batch:
         ]
         points.append([[_points(rng, o, PROMPTS[prompt]) for prompt, o in row] for row in drawn])
         targets.append(
-            Targets(
+            PromptTargets(
                 np.array([[o.mask for _, o in row] for row in drawn]),
                 np.array([[o.box / shapes.SIDE for _, o in row] for row in drawn], np.float32),
                 np.array([[KINDS.index((o.color, o.shape)) for _, o in row] for row in drawn]),
             )
         )
-    return Batch(
+    return SceneBatch(
         np.stack(pixels),
         cover[:, cells[:, None], cells],
         tuple(np.array(x, np.float32) for x in points),
@@ -295,7 +296,7 @@ def mask_loss(logits: Float[Array, "*batch S S"], true: Bool[Array, "*batch S S"
 
 
 def object_loss(
-    model: Pretraining, features: SamFeatures, sparse: Array, targets: Targets
+    model: Pretraining, features: SamFeatures, sparse: Array, targets: PromptTargets
 ) -> Float[Array, "B G"]:
     """Box and kind of the object, asked of every mask token."""
     sam = model.sam
@@ -314,7 +315,7 @@ def object_loss(
 
 
 def prompt_loss(
-    model: Pretraining, features: SamFeatures, sparse: Array, targets: Targets
+    model: Pretraining, features: SamFeatures, sparse: Array, targets: PromptTargets
 ) -> tuple[Float[Array, "B G"], Float[Array, "B G"]]:
     """Loss of each prompt, and the IoU of its single mask."""
     masks = model.sam.decode(features, sparse, stability=False)
@@ -328,14 +329,14 @@ def prompt_loss(
     return loss + object_loss(model, features, sparse, targets), actual[..., 0]
 
 
-def dense_objective(model: Pretraining, batch: Batch) -> tuple[Array, dict[str, Array]]:
+def dense_objective(model: Pretraining, batch: SceneBatch) -> tuple[Array, dict[str, Array]]:
     """The first part: the image encoder alone."""
     features = model.sam.encode(model.sam.normalize(batch.pixels))
     return cover_loss(model, features, batch.cover), {}
 
 
 def mask_objective(
-    model: Pretraining, batch: Batch, margin: int = 0
+    model: Pretraining, batch: SceneBatch, margin: int = 0
 ) -> tuple[Array, dict[str, Array]]:
     """The second part: masks from prompts; with a margin of some pixels, the third."""
     features = model.sam.encode(model.sam.normalize(batch.pixels))
@@ -353,10 +354,10 @@ def mask_objective(
 
 def optimize(
     model: Pretraining,
-    objective: Callable[[Pretraining, Batch], tuple[Array, dict[str, Array]]],
+    objective: Callable[[Pretraining, SceneBatch], tuple[Array, dict[str, Array]]],
     schedule: optax.Schedule,
     steps: PositiveInt,
-    draw: Callable[[], Batch],
+    draw: Callable[[], SceneBatch],
     name: str,
     trained: Callable[[tuple, Any], bool] = lambda path, _: True,
 ) -> tuple[Pretraining, list[float]]:
@@ -386,7 +387,7 @@ def in_mask_decoder(path: tuple, _: Any) -> bool:
     return path[:2] == ("sam", "sam_mask_decoder")
 
 
-def loosen(model: Pretraining, settings: Settings, rng: np.random.Generator) -> Pretraining:
+def loosen(model: Pretraining, settings: SamSettings, rng: np.random.Generator) -> Pretraining:
     """The third part: the mask decoder alone learns masks with a margin."""
     peak, steps = settings.learning_rate / 4, settings.loose_steps
     return optimize(
@@ -400,7 +401,7 @@ def loosen(model: Pretraining, settings: Settings, rng: np.random.Generator) -> 
     )[0]
 
 
-def train(settings: Settings) -> tuple[Sam2, list[float]]:
+def train(settings: SamSettings) -> tuple[Sam2, list[float]]:
     """Trains from scratch; the model and the losses of the second part."""
     peak, steps = settings.learning_rate, settings.steps
     model = nnx.jit(lambda: Pretraining(initial_sam(settings.seed), nnx.Rngs(settings.seed + 1)))()
@@ -433,11 +434,11 @@ def train(settings: Settings) -> tuple[Sam2, list[float]]:
     return loosen(model, settings, rng).sam, losses
 
 
-def evaluate(sam: Sam2, settings: Settings) -> dict[str, float]:
+def evaluate(sam: Sam2, settings: SamSettings) -> dict[str, float]:
     """Held-out mean IoU of each way to prompt, with and without the stability rule."""
     graph, params = nnx.split(sam)
 
-    def segment(sam: Sam2, batch: Batch, stability: bool) -> list[SamMasks]:
+    def segment(sam: Sam2, batch: SceneBatch, stability: bool) -> list[SamMasks]:
         features = sam.encode(sam.normalize(batch.pixels))
         return [
             sam.decode(features, sparse_tokens(sam, length, points), stability=stability)
@@ -467,12 +468,12 @@ def evaluate(sam: Sam2, settings: Settings) -> dict[str, float]:
 def save(sam: Sam2, directory: Path) -> None:
     """Writes the configuration and the weights in the original layout."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "sam2_config.json").write_text(json.dumps(CONFIG.to_dict(), indent=1) + "\n")
+    (directory / "sam2_config.json").write_text(json.dumps(write_sam(CONFIG), indent=1) + "\n")
     params = nnx.to_pure_dict(nnx.state(sam))
     save_file(tensors_from_params(CONFIG, params), directory / "model.safetensors")
 
 
-def make(settings: Settings) -> None:
+def make(settings: SamSettings) -> None:
     """Trains, writes and scores the model."""
     cli.announce(settings.output, "float32")
     start = time.perf_counter()
@@ -493,7 +494,7 @@ def make(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run_settings(make, Settings, argv, __doc__)
+    return cli.run_settings(make, SamSettings, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from lens_jax.commands import cli
 from lens_jax.convert_weights import qwen_vl
 from lens_jax.data import images, prompts
 from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt, UsageError
+from lens_jax.model_configs.qwen_vl import read_qwen_vl
 from lens_jax.models import layers
 from lens_jax.models.attention import Prefix, attention, heads_first
 from lens_jax.models.qwen_vl.config import QwenVLConfig
@@ -94,7 +95,7 @@ TENS = 24  # of a coordinate
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class VlmSettings:
     """How long and how fast.
 
     Attributes:
@@ -369,7 +370,7 @@ def answer_loss(
 # ---- training -----------------------------------------------------------------------------------
 
 
-def train(settings: Settings) -> dict:
+def train(settings: VlmSettings) -> dict:
     """Runs the three parts; writes config.json and model.safetensors; returns the last losses."""
     writer = Writer(settings.output)
     special = {name: writer.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in (
@@ -384,7 +385,7 @@ def train(settings: Settings) -> dict:
         "image_token_id": special["image_pad"],
         "video_token_id": special["video_pad"],
     }
-    config = QwenVLConfig.from_hf(hf_config)
+    config = read_qwen_vl(hf_config)
     model = TinyVLM(config, nnx.Rngs(settings.seed))
     if settings.start:
         _load(model, config, settings.start)
@@ -459,7 +460,7 @@ def _load(model: TinyVLM, config: QwenVLConfig, file: Path) -> None:
     nnx.update(model, nnx.State(checkpoints.stack(flat)))
 
 
-def make(settings: Settings) -> None:
+def make(settings: VlmSettings) -> None:
     """Trains and writes the model."""
     if not (settings.output / "tokenizer.json").is_file():
         raise UsageError(
@@ -473,7 +474,7 @@ def make(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run_settings(make, Settings, argv, __doc__)
+    return cli.run_settings(make, VlmSettings, argv, __doc__)
 
 
 if __name__ == "__main__":

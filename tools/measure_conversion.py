@@ -19,7 +19,8 @@ import numpy as np
 from lens_jax.commands import cli
 from lens_jax.convert_weights import lens_table, parameter_shapes, qwen_vl
 from lens_jax.convert_weights.writer import Spec, write_model
-from lens_jax.models.lens import LensConfig
+from lens_jax.model_configs.lens import read_lens
+from lens_jax.model_configs.sam import write_sam
 from lens_jax.models.qwen_vl import config as qwen_vl_config
 from lens_jax.models.sam.config import PRESETS
 
@@ -70,7 +71,7 @@ def measure(directory: Path) -> None:
 
 def write_random_lens(directory: Path) -> int:
     """An official LENS directory of random weights; returns its tensors' bytes."""
-    config = LensConfig.from_dict({"mllm": CONFIG, "sam": PRESETS["large"].to_dict()})
+    config = read_lens({"mllm": CONFIG, "sam": write_sam(PRESETS["large"])})
     shapes = parameter_shapes(config)
     specs = [
         Spec(entry.source, entry.transform.source_shape(shapes[entry.target]), BFLOAT16)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lens_jax.aot import shapes
 from lens_jax.config import RunConfig
-from lens_jax.data.pipeline import Buckets
+from lens_jax.data.buckets import Buckets
 from lens_jax.distribution import sharding
 from lens_jax.inference import programs as inference
 from lens_jax.models.inputs import Batch

@@ -18,7 +18,8 @@ from lens_jax import files
 from lens_jax.checkpoints import arrays
 from lens_jax.checkpoints.manifest import MANIFEST, check_manifest, write_manifest
 from lens_jax.distribution import processes
-from lens_jax.files import CheckpointError, blaming
+from lens_jax.files import CheckpointError, blaming, read_json
+from lens_jax.model_configs.lens import read_lens
 from lens_jax.models.lens import LensConfig
 
 CONFIG = "lens_config.json"
@@ -134,13 +135,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
             f"{directory} holds no {CONFIG}: a pretrained checkpoint is written by training "
             "(RUN/final) or by tools.convert_weights"
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(config).__name__}")
-    return config
+    return read_json(file)
 
 
 def model_shapes(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> LensConfig:
@@ -150,7 +145,7 @@ def model_shapes(directory: str | os.PathLike[str], config: Mapping[str, Any]) -
       CheckpointError: a key is missing or has a wrong value; it names the file and the key.
     """
     with blaming(Path(directory) / CONFIG):
-        return LensConfig.from_dict(config)
+        return read_lens(config)
 
 
 def check_sizes(directory: str | os.PathLike[str]) -> None:

@@ -188,7 +188,7 @@ def _line(error: Exception) -> str:
 
 def complain(error: Exception) -> int:
     """Prints an error, a line for each, clear of progress bars; returns the exit code for it."""
-    for line in error.errors if isinstance(error, UsageError) else [_line(error)]:
+    for line in getattr(error, "errors", None) or [_line(error)]:
         progress.write(f"error: {files.as_typed(line)}")
     return 2
 

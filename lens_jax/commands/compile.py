@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lens_jax.commands import cli
+from lens_jax.files import blaming, read_json
 from lens_jax.flags import Parser, PositiveInt
+from lens_jax.model_configs.qwen_vl import read_qwen_vl
+from lens_jax.model_configs.sam import read_sam
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -191,11 +194,12 @@ def model_shapes(config: Any) -> Any:
 
 def _mllm_shapes(directory: Path) -> Any:
     from lens_jax.config import ConfigError
-    from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
+    from lens_jax.models.qwen_vl.config import PRESETS
 
     file = directory / "config.json"
     if file.exists():
-        return QwenVLConfig.from_hf(json.loads(file.read_text()))
+        with blaming(file):
+            return read_qwen_vl(read_json(file))
     if directory.name in PRESETS:
         return PRESETS[directory.name]
     raise ConfigError(
@@ -205,12 +209,13 @@ def _mllm_shapes(directory: Path) -> Any:
 
 def _sam_shapes(path: Path) -> Any:
     from lens_jax.config import ConfigError
-    from lens_jax.models.sam.config import PRESETS, SAM_PRESETS, sam_config
+    from lens_jax.models.sam.config import PRESETS, SAM_PRESETS
 
     folder = path if path.is_dir() else path.parent
     for file in (folder / "sam2_config.json", folder / "sam_config.json"):
         if file.exists():
-            return sam_config(json.loads(file.read_text()), str(file))
+            with blaming(file):
+                return read_sam(read_json(file))
     named = {f"sam_{name}": shapes for name, shapes in SAM_PRESETS.items()}
     for version in ("sam2", "sam2.1"):
         named |= {f"{version}_hiera_{name}": shapes for name, shapes in PRESETS.items()}
@@ -230,19 +235,18 @@ def text(config: Any) -> dict[str, Any]:
     """
     from transformers import AutoTokenizer
 
-    from lens_jax.files import blaming
+    from lens_jax.data.processor_files import read_generation
     from lens_jax.rewards import text_rewards
 
     places = [config.model.checkpoint, config.model.mllm, ROOT / "checkpoints/tiny/qwen2_5_vl"]
     place = next(x for x in places if x and (Path(x) / "tokenizer.json").exists())
-    generation = json.loads((Path(place) / "generation_config.json").read_text())
-    ends = generation["eos_token_id"]
+    generation = read_generation(Path(place))
     with blaming(Path(place) / "tokenizer.json"):
         read_text = text_rewards(AutoTokenizer.from_pretrained(place))
     return {
         "read_text": read_text,
-        "end_tokens": tuple(ends) if isinstance(ends, list) else (ends,),
-        "repetition_penalty": generation.get("repetition_penalty") or 1.0,
+        "end_tokens": generation.end_tokens,
+        "repetition_penalty": generation.repetition_penalty,
     }
 
 

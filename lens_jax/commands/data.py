@@ -70,7 +70,7 @@ def check(
         only = f"no split but {report.splits[0]}: training needs one to evaluate on"
         print(f"\n{only} (data.eval_split)")
     if checkpoint is not None and report.unusable < len(report.verdicts):
-        from lens_jax.data.pipeline import Processor
+        from lens_jax.data.processor import Processor
 
         processor = Processor.from_pretrained(checkpoint)
         needed = checking.buckets(report, processor, reasoning=reasoning)

@@ -106,7 +106,7 @@ def evaluate(
 
     from lens_jax import checkpoints, evaluation, files, inference
     from lens_jax.config import ConfigError, MeshConfig
-    from lens_jax.data.pipeline import Evaluation
+    from lens_jax.data.evaluation_batches import Evaluation
     from lens_jax.data.sources import open_source
     from lens_jax.distribution import sharding
     from lens_jax.inference import inputs

@@ -15,7 +15,7 @@ from lens_jax.progress import Bar, counted
 if TYPE_CHECKING:
     import numpy as np
 
-    from lens_jax.data.pipeline import Processor
+    from lens_jax.data.processor import Processor
     from lens_jax.data.questions import Question
 
 EXAMPLE = """\
@@ -83,7 +83,7 @@ def predict(
 
     from lens_jax import answers, checkpoints, inference
     from lens_jax.data import questions
-    from lens_jax.data.pipeline import Processor
+    from lens_jax.data.processor import Processor
     from lens_jax.models import precision as precisions
 
     passed_over: list[str] = []
@@ -94,7 +94,7 @@ def predict(
             message = explain(error) if isinstance(error, OSError) else str(error)
             raise cli.UsageError(f"--jsonl: {message}") from None
     elif image.is_dir():
-        folder = questions.Folder.of(image)
+        folder = questions.ImageFolder.of(image)
         passed_over = folder.passed_over
         if not folder.pictures:
             what = "".join(f", {said}" for said in passed_over)

@@ -131,7 +131,7 @@ def check(config, converted: Path | None) -> dict[str, Any]:
     """
     from lens_jax import checkpoints
     from lens_jax.convert_weights import check_torch
-    from lens_jax.data.pipeline import Processor
+    from lens_jax.data.processor import Processor
     from lens_jax.inference import Generation
 
     model = config.model
@@ -170,4 +170,4 @@ def convert(config, output: Path, stopping: "Stopping") -> None:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     failed = subprocess.run(command, env=environment).returncode
     if failed and not stopping.asked:  # Ctrl-C reaches it, too; the processes then stop together
-        raise WeightsError([f"{model.mllm} and {model.sam} could not be converted, as said above"])
+        raise WeightsError(f"{model.mllm} and {model.sam} could not be converted, as said above")

@@ -13,7 +13,7 @@ from lens_jax import interrupts
 from lens_jax.commands import cli
 from lens_jax.convert_weights.convert import Conversion, from_torch
 from lens_jax.convert_weights.export import Export, to_torch
-from lens_jax.convert_weights.verify import Comparison, verify
+from lens_jax.convert_weights.verify import Verification, verify
 from lens_jax.progress import counted
 
 DESCRIPTION = """\
@@ -22,7 +22,7 @@ nothing appears unless every tensor has its place."""
 
 
 def _printed(
-    command: Callable[..., Conversion | Export | Comparison],
+    command: Callable[..., Conversion | Export | Verification],
 ) -> Callable[..., int]:
     """The command as the command line runs it: prints what came out, returns the exit code."""
 
@@ -47,7 +47,7 @@ def _printed(
             case Export():
                 lines = [f"note: {note}" for note in result.notes]
                 lines.append(f"{options['output']}: {counted(result.tensors, 'tensor')}")
-            case Comparison():
+            case Verification():
                 lines = [*result.compared, *(f"differs: {line}" for line in result.differences)]
                 lines.append(
                     counted(len(result.differences), "difference")
@@ -55,7 +55,7 @@ def _printed(
                     else "all agree"
                 )
         print("\n".join(lines))
-        return int(isinstance(result, Comparison) and bool(result.differences))
+        return int(isinstance(result, Verification) and bool(result.differences))
 
     return run
 

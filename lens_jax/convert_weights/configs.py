@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from lens_jax.model_configs.qwen_vl import read_qwen_vl
 from lens_jax.models.qwen_vl.config import QwenVLConfig, VisionConfig
 
 # Official LENS (SAMR1Config) keeps these beside Qwen's own keys.
@@ -29,7 +30,7 @@ def lens_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
       config: lens_config.json.
       dtype: of the exported language model.
     """
-    shapes = QwenVLConfig.from_hf(config["mllm"])
+    shapes = read_qwen_vl(config["mllm"])
     hf = dict(config["mllm"])
     text = dict(hf.pop("text_config", None) or {})
     text.pop("model_type", None)  # the outer one decides
@@ -56,7 +57,7 @@ def lens_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
 def mllm_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
     """The config.json of the plain Qwen-VL inside; arguments as for `lens_config`."""
     hf = {key: value for key, value in config["mllm"].items() if key not in _LENS_KEYS}
-    shapes = QwenVLConfig.from_hf(hf)
+    shapes = read_qwen_vl(hf)
     family = shapes.vision.family
     vision = _complete(hf, shapes.vision)
     if family == "qwen2_5_vl" and hf.get("model_type") != family:

@@ -37,7 +37,7 @@ def _refuse(file: Path, findings: Iterator[Finding]) -> None:
         if found is not None and said != found
     ]
     if errors:
-        raise WeightsError(errors)
+        raise WeightsError(*errors)
 
 
 def _mllm(config: QwenVLConfig, shapes: Mapping[str, Shape]) -> Iterator[Finding]:

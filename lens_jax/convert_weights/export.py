@@ -14,8 +14,8 @@ from tqdm import tqdm
 from lens_jax import checkpoints
 from lens_jax.convert_weights import configs, qwen_vl
 from lens_jax.convert_weights import lens as lens_weights
-from lens_jax.convert_weights.convert import lens_table, parameter_shapes, sam_family, shapes_from
 from lens_jax.convert_weights.table import UNUSED, Entry, WeightsError, carried_entry
+from lens_jax.convert_weights.tables import hf_sam_entries, lens_table, parameter_shapes, sam_family
 from lens_jax.convert_weights.values import is_finite
 from lens_jax.convert_weights.writer import Spec, write_model, write_safetensors
 from lens_jax.data.prompts import Templates
@@ -79,7 +79,7 @@ def to_torch(
       WeightsError: tensors that do not fit the configuration; nothing is written.
     """
     config = checkpoints.read_config(checkpoint)
-    model = shapes_from(Path(checkpoint) / checkpoints.CONFIG, lambda: LensConfig.from_dict(config))
+    model = checkpoints.model_shapes(checkpoint, config)
     with blaming(Path(checkpoint) / checkpoints.CONFIG):
         Templates.from_dict(config.get("prompts", {}))
     stored = checkpoints.saved_params(checkpoint)
@@ -117,7 +117,7 @@ def check_stored(checkpoint: Path, model: LensConfig, stored: Stored) -> None:
         if name in used and stored[name].shape != shape
     ]
     if errors:
-        raise WeightsError(errors)
+        raise WeightsError(*errors)
 
 
 def carried_entries(stored: Stored) -> list[Entry]:
@@ -144,22 +144,17 @@ def _hf_folders(config: Mapping[str, Any], model: LensConfig, stored: Stored) ->
     context = lens_weights.context_table(model.connector_depth).entries
     mllm_json = {"config.json": configs.mllm_config(config, _dtype(stored))}
     family = sam_family(model.sam)
-    sam_json = {family.CONFIG_FILE: config["sam"], "config.json": family.hf_config(model.sam)}
+    sam_json = {family.CONFIG_FILE: config["sam"], "config.json": family.write_hf(model.sam)}
     prefix = UNUSED + "sam/"
     carried = [
         Entry(entry.source.removeprefix("sam."), entry.target)
         for entry in carried_entries(stored)
         if entry.target.startswith(prefix)
     ]
-    rows: dict[str, dict[int, Entry]] = {}
-    for entry in (*family.table(model.sam).entries, *carried):
-        name, row = family.hf_source(model.sam, entry.source)
-        rows.setdefault(name, {})[row or 0] = entry
-    sam = []
-    for name, parts in rows.items():
-        entries = tuple(parts[row] for row in sorted(parts))
-        names = (name, family.HF_MATRIX_AGAIN) if name == family.HF_MATRIX else (name,)
-        sam += [_tensor(name, entries, stored) for name in names]
+    sam = [
+        _tensor(name, entries, stored)
+        for name, entries in hf_sam_entries(model.sam, carried).items()
+    ]
     mllm = _renamed(qwen_vl.table(model.mllm).entries, stored)
     return [
         _Folder("mllm", mllm, mllm_json, has_processor=True),
@@ -192,7 +187,7 @@ def _arrays(checkpoint: Path, tensors: Sequence[_Tensor]) -> Iterator[np.ndarray
         for entry in rows:
             name, x = next(ours)
             if not is_finite(x):
-                raise WeightsError([f"{checkpoint}: tensor {name} holds NaN or infinite values"])
+                raise WeightsError(f"{checkpoint}: tensor {name} holds NaN or infinite values")
             parts.append(entry.transform.inverse(x))
         x = np.concatenate(parts) if len(parts) > 1 else parts[0]
         for _ in group:

@@ -1,8 +1,4 @@
-"""Both models on one random picture: ours in JAX, and in PyTorch what the official code computes.
-
-transformers brings Qwen-VL and SAM; the context module between them is written out here in plain
-PyTorch, from the tensors' official names.
-"""
+"""Both models on one random image: ours in JAX, and what the official code computes in PyTorch."""
 
 import functools
 import inspect
@@ -15,19 +11,21 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import torch
+import transformers
 from flax import nnx
 
 from lens_jax import checkpoints
 from lens_jax.convert_weights import configs, qwen_vl
-from lens_jax.convert_weights.convert import Official, sam_family
+from lens_jax.convert_weights.official import Official
 from lens_jax.convert_weights.reader import LazyTensor
-from lens_jax.convert_weights.table import WeightsError
+from lens_jax.convert_weights.torch_models import connect, load_model, load_sam
 from lens_jax.data.images import arrange_windows, patchify, window_layout
 from lens_jax.data.prompts import rope_positions
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, LensModel, abstract
 from lens_jax.models.qwen_vl.head import logits
-from lens_jax.models.sam.config import SamConfig
+from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
 
 # Tokens of text before the picture's and after them, and after the prompt.
@@ -44,17 +42,8 @@ def run_both(
       official: the configuration of the official weights.
       tensors: name in an official LENS checkpoint -> tensor. Without the context module only
         Qwen-VL's logits and, for a random prompt token, SAM's masks are compared.
-
-    Raises:
-      WeightsError: torch is missing.
     """
-    try:
-        import torch  # noqa: F401
-    except ModuleNotFoundError:
-        raise WeightsError(
-            ["--forward true runs the PyTorch model, too, and needs torch: pip install torch"]
-        ) from None
-    config = LensConfig.from_dict(checkpoints.read_config(checkpoint))
+    config = checkpoints.model_shapes(checkpoint, checkpoints.read_config(checkpoint))
     inputs = _draw(config, official.config["mllm"], np.random.default_rng(seed))
     ours = _ours(checkpoint, config, inputs)
     theirs = _theirs(official, tensors, config, inputs, ours["SAM's prompt token"])
@@ -155,14 +144,17 @@ def _theirs(
     token: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """The same in PyTorch; without a context module the masks are those that `token` prompts."""
-    import torch
-
     has_context = "learnable_query" in tensors
     with torch.no_grad():
         outputs, hidden = _run_mllm(official, tensors, config, inputs)
         prompt_token = torch.from_numpy(token.copy())
         if has_context:
-            prompt_token = _context(tensors, hidden, config.connector_depth, config.connector_heads)
+            prompt_token = connect(
+                lambda name: _torch(tensors[name]).float(),
+                hidden,
+                config.connector_depth,
+                config.connector_heads,
+            )[0]
             outputs["SAM's prompt token"] = prompt_token
         pixels = inputs.prompts.sam_pixels[0].astype(np.float32)
         pixels = torch.from_numpy((pixels - PIXEL_MEAN) / PIXEL_STD).permute(2, 0, 1)[None]
@@ -172,14 +164,10 @@ def _theirs(
 
 def _run_mllm(official: Official, tensors, config: LensConfig, inputs: _Inputs):
     """Logits of the prompt, and the hidden states of the queries if there are any."""
-    import torch
-    import transformers
-
     hf = configs.mllm_config(official.config, np.dtype(np.float32))
     names = [name for name in tensors if name.startswith(qwen_vl.PREFIXES)]
-    model = _load(
-        getattr(transformers, hf["architectures"][0]), hf, {n: _torch(tensors[n]) for n in names}
-    )
+    model_class = getattr(transformers, hf["architectures"][0])
+    model = load_model(model_class, hf, {name: _torch(tensors[name]) for name in names})
     prompts, ids = inputs.prompts, torch.from_numpy(inputs.prompts.tokens).long()
     arguments = {
         "input_ids": ids,
@@ -215,53 +203,13 @@ def _run_mllm(official: Official, tensors, config: LensConfig, inputs: _Inputs):
     return outputs, hidden[:, -queries.shape[1] :]
 
 
-def _context(tensors: Mapping[str, LazyTensor], x, depth: int, heads: int):
-    """Connector, convolution and projection of queries [1, M, D]: a token [E]."""
-    import torch.nn.functional as F
-
-    def w(name: str):
-        return _torch(tensors[name]).float()
-
-    def linear(x, name: str):
-        return F.linear(x, w(f"{name}.weight"), w(f"{name}.bias"))
-
-    def norm(x, name: str):
-        return F.layer_norm(x, x.shape[-1:], w(f"{name}.weight"), w(f"{name}.bias"), eps=1e-6)
-
-    x = x + w("connector.pos_embed")
-    for i in range(depth):
-        block = f"connector.blocks.{i}"
-        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + linear(attended, f"{block}.attn.proj")
-        h = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
-        x = x + linear(h * (1.702 * h).sigmoid(), f"{block}.mlp.fc2")
-    x = F.conv1d(x.transpose(1, 2), w("conv_1d.weight"), w("conv_1d.bias"))[..., 0]
-    return linear(F.gelu(linear(x, "proj_to_sam.0")), "proj_to_sam.2")[0]
-
-
 def _run_sam(config: LensConfig, tensors: Mapping[str, LazyTensor], pixels, token):
     """The low-resolution logits of all masks [4, h, w] for one prompt token [E]."""
-    import torch
-    import transformers
-
-    family = sam_family(config.sam)
-    rows: dict[str, dict[int, LazyTensor]] = {}
-    for entry in family.table(config.sam).entries:
-        name, row = family.hf_source(config.sam, entry.source)
-        rows.setdefault(name, {})[row or 0] = tensors[f"sam.{entry.source}"]
-    state = {
-        name: torch.cat([_torch(parts[row]) for row in sorted(parts)])
-        for name, parts in rows.items()
-    }
-    state[family.HF_MATRIX_AGAIN] = state[family.HF_MATRIX]
-    if isinstance(config.sam, SamConfig):
-        model = _load(transformers.SamModel, family.hf_config(config.sam), state)
-        coarse, more = model.get_image_embeddings(pixels), {}
-    else:
-        model = _load(transformers.Sam2Model, family.hf_config(config.sam), state)
-        *fine, coarse = model.get_image_embeddings(pixels)
+    model = load_sam(config.sam, lambda name: _torch(tensors[name]))
+    more = {}
+    coarse = model.get_image_embeddings(pixels)
+    if isinstance(config.sam, Sam2Config):
+        *fine, coarse = coarse
         more = {"high_resolution_features": fine}
     no_mask = model.prompt_encoder.no_mask_embed.weight[..., None, None]
     # The decoder gives its first mask or the others; SAM 2's the first in training mode alone.
@@ -279,26 +227,8 @@ def _run_sam(config: LensConfig, tensors: Mapping[str, LazyTensor], pixels, toke
     return torch.cat(masks)
 
 
-def _load(model_class, hf: Mapping[str, Any], state: Mapping[str, Any]):
-    """A transformers model in float32 from tensors; each must have its place."""
-    import torch
-    import transformers
-
-    config = transformers.AutoConfig.for_model(**{**hf, "model_type": hf["model_type"]})
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=dict(state), dtype=torch.float32, output_loading_info=True
-    )
-    if wrong := [
-        name for key in ("missing", "unexpected", "mismatched") for name in info[key + "_keys"]
-    ]:
-        raise WeightsError([f"transformers has no place, or nothing, for {name}" for name in wrong])
-    return model.eval()
-
-
-def _torch(tensor: LazyTensor):
+def _torch(tensor: LazyTensor) -> torch.Tensor:
     """A tensor of PyTorch's from mapped values, copied."""
-    import torch
-
     x = np.array(tensor.load())
     if x.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)

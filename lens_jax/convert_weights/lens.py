@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from lens_jax.convert_weights.qwen_vl import linear
-from lens_jax.convert_weights.reader import LazyTensor, Source
+from lens_jax.convert_weights.reader import LazyTensor, Weights
 from lens_jax.convert_weights.table import CONV1D, SQUEEZE, Entry, Shape, Table, WeightsError
 
 PREFIXES = ("learnable_query", "connector.", "conv_1d.", "proj_to_sam.")
@@ -39,7 +39,7 @@ def context_table(depth: int) -> Table:
     return Table(tuple(entries))
 
 
-def fresh_context(table: Table, expected: dict[str, Shape], seed: int) -> Source:
+def fresh_context(table: Table, expected: dict[str, Shape], seed: int) -> Weights:
     """A new context module under its official names, float32, every tensor keyed by (seed, place).
 
     Queries, convolution and linear kernels from N(0, 0.02), norms 1 and 0, biases and the position
@@ -63,7 +63,7 @@ def fresh_context(table: Table, expected: dict[str, Shape], seed: int) -> Source
 
         return LazyTensor(entry.transform.source_shape(shape), np.dtype(np.float32), draw)
 
-    return Source(
+    return Weights(
         {entry.source: tensor(entry, place) for place, entry in enumerate(table.entries)},
         "fresh context module",
     )
@@ -72,7 +72,7 @@ def fresh_context(table: Table, expected: dict[str, Shape], seed: int) -> Source
 _NORM = re.compile(r"sam\..*norm(\d|_final_attn)?\.weight")
 
 
-def check_trained_sam(source: Source) -> None:
+def check_trained_sam(source: Weights) -> None:
     """Raises WeightsError for the sam.* of a checkpoint after stage 1, which nobody has trained.
 
     All its norms are as they were made, the same in every channel; a trained one's never are.
@@ -80,8 +80,6 @@ def check_trained_sam(source: Source) -> None:
     norms = [x.load() for name, x in source.items() if _NORM.fullmatch(name)]
     if norms and all((x == x.flat[0]).all() for x in norms if x.size):
         raise WeightsError(
-            [
-                f"{source.where}: its sam.* was never trained, as after stage 1 (every norm's "
-                "weights are equal): name the true SAM's weights with --sam FILE"
-            ]
+            f"{source.where}: its sam.* was never trained, as after stage 1 (every norm's "
+            "weights are equal): name the true SAM's weights with --sam FILE"
         )

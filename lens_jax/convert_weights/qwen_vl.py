@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from lens_jax.convert_weights.reader import Source
+from lens_jax.convert_weights.reader import Weights
 from lens_jax.convert_weights.table import LINEAR, Entry, Table, WeightsError, flattened_conv
 from lens_jax.convert_weights.values import difference
-from lens_jax.models.qwen_vl.config import QwenVLConfig, tie_levels
+from lens_jax.model_configs.qwen_vl import tie_levels
+from lens_jax.models.qwen_vl.config import QwenVLConfig
 
 PREFIXES = ("visual.", "model.", "lm_head.")
 
@@ -116,7 +117,7 @@ def hf_config(config: QwenVLConfig) -> dict[str, Any]:
     }
 
 
-def settle_tie(hf: dict[str, Any], source: Source) -> dict[str, Any]:
+def settle_tie(hf: dict[str, Any], source: Weights) -> dict[str, Any]:
     """config.json whose levels agree on whether the embeddings are tied.
 
     Where they contradict each other, the weights decide: tied if there is no head of their own.
@@ -130,7 +131,7 @@ def settle_tie(hf: dict[str, Any], source: Source) -> dict[str, Any]:
     return {**hf, "tie_word_embeddings": tied, "text_config": nested}
 
 
-def without_tied_head(source: Source) -> Source:
+def without_tied_head(source: Weights) -> Weights:
     """Leaves out a language-model head that repeats the embedding.
 
     Raises:
@@ -141,9 +142,7 @@ def without_tied_head(source: Source) -> Source:
         return source
     if difference(head.load(), embedding.load()):
         raise WeightsError(
-            [
-                f"{source.where}: lm_head.weight differs from model.embed_tokens.weight, but "
-                "config.json ties them; set tie_word_embeddings to false"
-            ]
+            f"{source.where}: lm_head.weight differs from model.embed_tokens.weight, but "
+            "config.json ties them; set tie_word_embeddings to false"
         )
     return source.select(lambda name: name != "lm_head.weight")

@@ -15,7 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lens_jax.convert_weights.table import Shape, WeightsError
+from lens_jax.convert_weights.table import Shape, Table, WeightsError
+from lens_jax.files import read_json
 
 SAFETENSORS_DTYPES = {
     "BOOL": np.bool_,
@@ -53,7 +54,7 @@ class LazyTensor:
     load: Callable[[], np.ndarray]
 
 
-class Source(Mapping[str, LazyTensor]):
+class Weights(Mapping[str, LazyTensor]):
     """Named tensors of one checkpoint, read on demand. `where` names it in messages."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor], where: str):
@@ -73,11 +74,11 @@ class Source(Mapping[str, LazyTensor]):
     def shapes(self) -> dict[str, Shape]:
         return {name: tensor.shape for name, tensor in self.items()}
 
-    def select(self, keep: Callable[[str], bool]) -> "Source":
+    def select(self, keep: Callable[[str], bool]) -> "Weights":
         """The tensors whose names satisfy `keep`."""
-        return Source({name: t for name, t in self.items() if keep(name)}, self.where)
+        return Weights({name: t for name, t in self.items() if keep(name)}, self.where)
 
-    def rename(self, new_name: Callable[[str], str]) -> "Source":
+    def rename(self, new_name: Callable[[str], str]) -> "Weights":
         """The same tensors under other names; two that meet under one name are an error."""
         renamed: dict[str, LazyTensor] = {}
         errors = []
@@ -86,17 +87,25 @@ class Source(Mapping[str, LazyTensor]):
                 errors.append(f"{self.where}: tensor {new_name(name)} is there in two spellings")
             renamed[new_name(name)] = tensor
         if errors:
-            raise WeightsError(errors)
-        return Source(renamed, self.where)
+            raise WeightsError(*errors)
+        return Weights(renamed, self.where)
 
 
-def from_arrays(tensors: Mapping[str, np.ndarray], where: str = "memory") -> Source:
+@dataclass(frozen=True)
+class TabledWeights:
+    """A source with the table that must account for all of it."""
+
+    source: Weights
+    table: Table
+
+
+def from_arrays(tensors: Mapping[str, np.ndarray], where: str = "memory") -> Weights:
     """Arrays already in memory, as a source."""
     lazy = {n: LazyTensor(tuple(x.shape), x.dtype, lambda x=x: x) for n, x in tensors.items()}
-    return Source(lazy, where)
+    return Weights(lazy, where)
 
 
-def open_weights(path: Path) -> Source:
+def open_weights(path: Path) -> Weights:
     """Opens a weight file, or the directory that holds one (Hugging Face names, sharded or not).
 
     Raises:
@@ -106,60 +115,43 @@ def open_weights(path: Path) -> Source:
     if path.is_dir():
         return _open_directory(path)
     if not path.exists():
-        raise WeightsError([f"{path}: no such file or directory"])
+        raise WeightsError(f"{path}: no such file or directory")
     with path.open("rb") as file:
         start = file.read(32).lstrip()
     for begin, what in _NO_FILES:
         if start.startswith(begin):
-            raise WeightsError([f"{path}: is {what}"])
+            raise WeightsError(f"{path}: is {what}")
     if path.suffix == ".safetensors":
-        return Source(_read_safetensors(path), str(path))
+        return Weights(_read_safetensors(path), str(path))
     if path.suffix in _TORCH_SUFFIXES:
-        return Source(_read_torch(path), str(path))
-    raise WeightsError([f"{path}: not a weight file: expected .safetensors, .pt, .pth or .bin"])
+        return Weights(_read_torch(path), str(path))
+    raise WeightsError(f"{path}: not a weight file: expected .safetensors, .pt, .pth or .bin")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-      WeightsError: the file is missing, or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError([f"{path}: no such file"]) from None
-    except ValueError as error:
-        raise WeightsError([f"{path}: not valid JSON: {error}"]) from None
-    if not isinstance(value, dict):
-        raise WeightsError([f"{path}: expected a JSON object, found {type(value).__name__}"])
-    return value
-
-
-def _open_directory(directory: Path) -> Source:
+def _open_directory(directory: Path) -> Weights:
     for name in _MODEL_FILES:
         if (directory / name).exists():
             if name.endswith(".json"):
                 return _open_shards(directory / name)
-            return Source(open_weights(directory / name), str(directory))
+            return Weights(open_weights(directory / name), str(directory))
     suffixes = (".safetensors", *_TORCH_SUFFIXES)
     files = sorted(f for f in directory.iterdir() if f.suffix in suffixes)
     if len(files) != 1:
         found = ", ".join(f.name for f in files) or "none"
         raise WeightsError(
-            [f"{directory}: expected model.safetensors, its index or one file, found {found}"]
+            f"{directory}: expected model.safetensors, its index or one file, found {found}"
         )
     return open_weights(files[0])
 
 
-def _open_shards(index: Path) -> Source:
+def _open_shards(index: Path) -> Weights:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise WeightsError([f"{index}: has no weight_map"])
+        raise WeightsError(f"{index}: has no weight_map")
     errors, tensors = [], {}
     for file in dict.fromkeys(weight_map.values()):
         if not isinstance(file, str) or Path(file).name != file:
-            raise WeightsError([f"{index}: shard {file!r} is not a plain file name"])
+            raise WeightsError(f"{index}: shard {file!r} is not a plain file name")
         if not (index.parent / file).exists():
             errors.append(f"{index.parent / file}: no such file, though {index.name} names it")
             continue
@@ -176,8 +168,8 @@ def _open_shards(index: Path) -> Source:
                 errors.append(f"{shard.where}: tensor {name} is not in {index.name}")
         tensors |= shard
     if errors:
-        raise WeightsError(errors)
-    return Source(tensors, str(index.parent))
+        raise WeightsError(*errors)
+    return Weights(tensors, str(index.parent))
 
 
 def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -186,18 +178,18 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         if not 8 < start <= size:
-            raise WeightsError([f"{path}: not a safetensors file, or cut short"])
+            raise WeightsError(f"{path}: not a safetensors file, or cut short")
         try:
             header = json.loads(file.read(start - 8), object_pairs_hook=list)
             placed = [
                 (name, *_placed(dict(info))) for name, info in header if name != "__metadata__"
             ]
         except (ValueError, TypeError, KeyError):
-            raise WeightsError([f"{path}: not a safetensors file: broken header"]) from None
+            raise WeightsError(f"{path}: not a safetensors file: broken header") from None
     needed = start + max((end for *_, end in placed), default=0)
     if needed > size:
         raise WeightsError(
-            [f"{path}: cut short: {size} bytes instead of {needed}; is the download complete?"]
+            f"{path}: cut short: {size} bytes instead of {needed}; is the download complete?"
         )
     errors, tensors = [], {}
     for name, dtype, shape, begin, end in placed:
@@ -215,7 +207,7 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
             continue
         tensors[name] = LazyTensor(shape, kind, _mapped(path, kind, start + begin, shape))
     if errors:
-        raise WeightsError(errors)
+        raise WeightsError(*errors)
     return tensors
 
 
@@ -240,10 +232,8 @@ def _read_torch(path: Path) -> dict[str, LazyTensor]:
         import torch
     except ModuleNotFoundError:
         raise WeightsError(
-            [
-                f"{path}: reading a torch file needs torch (pip install torch), or save it as "
-                "safetensors"
-            ]
+            f"{path}: reading a torch file needs torch (pip install torch), or save it as "
+            "safetensors"
         ) from None
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
@@ -252,16 +242,16 @@ def _read_torch(path: Path) -> dict[str, LazyTensor]:
         )
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise WeightsError([f"{path}: torch cannot load it: {reason}"]) from None
+        raise WeightsError(f"{path}: torch cannot load it: {reason}") from None
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
     if not isinstance(state, dict) or not state:
-        raise WeightsError([f"{path}: holds no state dict"])
+        raise WeightsError(f"{path}: holds no state dict")
     strangers = [name for name, x in state.items() if not isinstance(x, torch.Tensor)]
     if strangers:
-        raise WeightsError([f"{path}: {name} is not a tensor" for name in strangers])
+        raise WeightsError(*[f"{path}: {name} is not a tensor" for name in strangers])
 
     def load(x: torch.Tensor) -> np.ndarray:
         x = x.detach()
@@ -274,7 +264,7 @@ def _read_torch(path: Path) -> dict[str, LazyTensor]:
         try:
             return np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
         except TypeError:
-            raise WeightsError([f"{path}: tensor {name} has the unsupported type {kind}"]) from None
+            raise WeightsError(f"{path}: tensor {name} has the unsupported type {kind}") from None
 
     return {
         name: LazyTensor(tuple(x.shape), dtype(name, x), lambda x=x: load(x))

@@ -1,8 +1,7 @@
 """The weight table of SAM 1: original names, as in Meta's .pth files."""
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from lens_jax.convert_weights import sam2
 from lens_jax.convert_weights.sam_parts import (
@@ -13,10 +12,20 @@ from lens_jax.convert_weights.sam_parts import (
     prompt_encoder,
     with_bias,
 )
-from lens_jax.convert_weights.table import CONV2D, SQUEEZE, Entry, Table, flattened_conv
-from lens_jax.models.sam.config import SamConfig
+from lens_jax.convert_weights.table import (
+    CONV2D,
+    SQUEEZE,
+    Entry,
+    Shape,
+    Table,
+    WeightsError,
+    flattened_conv,
+)
+from lens_jax.model_configs.sam import read_sam1, write_hf_sam1
+from lens_jax.models.sam.config import SAM_PRESETS, SamConfig
 
 CONFIG_FILE = "sam_config.json"  # our own, beside the weights
+read_config, read_hf, write_hf = read_sam1, read_sam1, write_hf_sam1
 CARRIED_NAMES = ()  # the model uses every tensor
 
 
@@ -102,9 +111,24 @@ def original_encoder_name(name: str) -> str:
     return "image_encoder." + rest.replace(".layer_norm", ".norm")
 
 
-def hf_config(config: SamConfig) -> dict[str, Any]:
-    """config.json of Hugging Face's SamModel; `SamConfig.from_dict` reads it."""
-    return {"architectures": ["SamModel"]} | config.to_dict()
+def recognise(shapes: Mapping[str, Shape], where: str = "the checkpoint") -> SamConfig:
+    """The published model whose tensors have these shapes, original names, no prefix.
 
-
-config_from_hf = SamConfig.from_dict
+    Raises:
+      WeightsError: when no published model has these shapes.
+    """
+    try:
+        _, cells, _, embed_dim = shapes["image_encoder.pos_embed"]
+    except (KeyError, ValueError):
+        raise WeightsError(
+            f"{where} holds no SAM 1: image_encoder.pos_embed [1, h, w, C] is missing"
+        ) from None
+    block = re.compile(r"image_encoder\.blocks\.\d+\.norm1\.weight")
+    depth = sum(block.fullmatch(name) is not None for name in shapes)
+    for preset in SAM_PRESETS.values():
+        if (preset.embedding_size, preset.embed_dim, preset.depth) == (cells, embed_dim, depth):
+            return preset
+    raise WeightsError(
+        f"{where} has an image encoder of {depth} blocks of width {embed_dim} on {cells} x "
+        f"{cells} cells, which is no published SAM 1; put its sam_config.json beside it"
+    )

@@ -19,13 +19,16 @@ from lens_jax.convert_weights.table import (
     CONV2D,
     SQUEEZE,
     Entry,
+    Shape,
     Table,
+    WeightsError,
     chain,
     flattened_conv,
     params_from,
     tensors_from,
 )
-from lens_jax.models.sam.config import HF_MASK_DECODER, PRESETS, Sam2Config, read_sections
+from lens_jax.model_configs.sam import read_hf_sam2, read_sam2, write_hf_sam2
+from lens_jax.models.sam.config import PRESETS, Sam2Config
 
 # Regular tensors of the original model that a single picture never needs.
 CARRIED_NAMES = (
@@ -40,6 +43,7 @@ CARRIED_NAMES = (
 )
 CARRIED = tuple(map(re.escape, CARRIED_NAMES))
 CONFIG_FILE = "sam2_config.json"  # our own, beside the weights
+read_config, read_hf, write_hf = read_sam2, read_hf_sam2, write_hf_sam2
 # The memory of video, which LENS takes out of the model but not out of its checkpoints.
 JUNK = (r"memory_attention\..+", r"memory_encoder\..+", r"maskmem_tpos_enc")
 
@@ -148,152 +152,29 @@ def original_encoder_name(name: str) -> str:
     return "image_encoder.trunk." + rest.replace(".layer_norm", ".norm")
 
 
-def hf_config(config: Sam2Config) -> dict[str, Any]:
-    """config.json of Hugging Face's Sam2Model."""
-    stages = len(config.stages)
-    return {
-        "architectures": ["Sam2Model"],
-        "model_type": "sam2",
-        "vision_config": {
-            "model_type": "sam2_vision_model",
-            "backbone_config": {
-                "model_type": "sam2_hiera_det_model",
-                "hidden_size": config.embed_dim,
-                "num_attention_heads": config.num_heads,
-                "image_size": [config.image_size] * 2,
-                "window_positional_embedding_background_size": list(
-                    config.window_pos_embed_bkg_spatial_size
-                ),
-                "num_query_pool_stages": stages - 1,
-                "blocks_per_stage": list(config.stages),
-                "embed_dim_per_stage": list(config.stage_dims),
-                "num_attention_heads_per_stage": [config.num_heads * 2**i for i in range(stages)],
-                "window_size_per_stage": list(config.window_spec),
-                "global_attention_blocks": list(config.global_att_blocks),
-            },
-            "backbone_channel_list": list(config.stage_dims[::-1]),
-            "backbone_feature_sizes": config.to_dict()["feature_sizes"],
-            "fpn_hidden_size": config.d_model,
-            "fpn_top_down_levels": list(config.fpn_top_down_levels),
-            "num_feature_levels": stages - config.scalp,
-        },
-        "prompt_encoder_config": {
-            "hidden_size": config.d_model,
-            "image_size": config.image_size,
-            "patch_size": 16,
-        },
-        "mask_decoder_config": {
-            "hidden_size": config.d_model,
-            "mlp_dim": config.decoder_mlp_dim,
-            "num_hidden_layers": config.decoder_depth,
-            "num_attention_heads": config.decoder_heads,
-            "attention_downsample_rate": config.attention_downsample_rate,
-            "num_multimask_outputs": config.num_multimask_outputs,
-            "iou_head_depth": config.iou_head_depth,
-            "iou_head_hidden_dim": config.iou_head_hidden_dim,
-            "dynamic_multimask_via_stability": True,
-            "dynamic_multimask_stability_delta": config.stability_delta,
-            "dynamic_multimask_stability_thresh": config.stability_thresh,
-        },
-    }
+def recognise(shapes: Mapping[str, Shape], where: str = "the checkpoint") -> Sam2Config:
+    """The published model whose tensors have these shapes, original names, no prefix.
 
-
-# Sections and keys of Hugging Face's Sam2Config and Sam2VideoConfig -> our fields, and what this
-# port takes for granted.
-_BACKBONE = "vision_config.backbone_config"
-_HF_FIELDS = {
-    "": {"image_size": "image_size"},
-    _BACKBONE: {
-        "image_size": "image_size",
-        "hidden_size": "embed_dim",
-        "num_attention_heads": "num_heads",
-        "blocks_per_stage": "stages",
-        "global_attention_blocks": "global_att_blocks",
-        "window_positional_embedding_background_size": "window_pos_embed_bkg_spatial_size",
-        "window_size_per_stage": "window_spec",
-    },
-    "vision_config": {"fpn_hidden_size": "d_model", "fpn_top_down_levels": "fpn_top_down_levels"},
-    "prompt_encoder_config": {"hidden_size": "d_model", "image_size": "image_size"},
-    "mask_decoder_config": HF_MASK_DECODER
-    | {
-        "dynamic_multimask_stability_delta": "stability_delta",
-        "dynamic_multimask_stability_thresh": "stability_thresh",
-    },
-}
-_HF_FIXED = {
-    _BACKBONE: {
-        "num_channels": 3,
-        "patch_kernel_size": [7, 7],
-        "patch_stride": [4, 4],
-        "patch_padding": [3, 3],
-        "query_stride": [2, 2],
-        "mlp_ratio": 4,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-    },
-    "vision_config": {
-        "fpn_kernel_size": 1,
-        "fpn_stride": 1,
-        "fpn_padding": 0,
-        "num_feature_levels": 3,
-    },
-    "prompt_encoder_config": {
-        "patch_size": 16,
-        "mask_input_channels": 16,
-        "num_point_embeddings": 4,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "scale": 1,
-    },
-    "mask_decoder_config": {"hidden_act": "gelu", "dynamic_multimask_via_stability": True},
-}
-_HF_MODEL_TYPES = ("sam2", "sam2_video")
-
-
-def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Sam2Config:
-    """Reads config.json of Hugging Face's Sam2Model or Sam2VideoModel.
-
-    Keys that a file leaves out have Hugging Face's default, which is the tiny model's.
+    Heads, windows and global blocks leave no trace in shapes, so only published models can be
+    told; SAM 2 and 2.1 differ only in tensors that the image model does not use.
 
     Raises:
-      KeyError: a section is missing.
-      ValueError: another model, a switch that this port does not have, contradicting shapes.
+      WeightsError: when no published model has these shapes.
     """
-    if hf.get("model_type", "sam2") not in _HF_MODEL_TYPES:
-        raise ValueError(
-            f"{where}: model_type {hf['model_type']!r} is none of {', '.join(_HF_MODEL_TYPES)}"
-        )
-    vision = hf["vision_config"]
-    backbone = dict(vision["backbone_config"])
-    sides = backbone.get("image_size")
-    if isinstance(sides, list):
-        if len(set(sides)) != 1:
-            raise ValueError(f"{where}: {_BACKBONE}.image_size = {sides} is no square")
-        backbone["image_size"] = sides[0]
-    # The model goes by the heads of each stage; published files leave the number beside at 1.
-    heads = backbone.get("num_attention_heads_per_stage")
-    if heads:
-        backbone["num_attention_heads"] = heads[0]
-    sections = {**hf, "vision_config": {**vision, "backbone_config": backbone}}
-    fields = read_sections(sections, _HF_FIELDS, _HF_FIXED, PRESETS["tiny"], where)
-    config = Sam2Config(**fields)
-    stages = range(len(config.stages))
-    cells = config.to_dict()["feature_sizes"]
-    follows = {
-        f"{_BACKBONE}.num_query_pool_stages": len(config.stages) - 1,
-        f"{_BACKBONE}.embed_dim_per_stage": list(config.stage_dims),
-        f"{_BACKBONE}.num_attention_heads_per_stage": [config.num_heads * 2**i for i in stages],
-        "vision_config.backbone_channel_list": list(config.stage_dims[::-1]),
-        "vision_config.backbone_feature_sizes": cells,
-    }
-    for name, expected in follows.items():
-        section, _, key = name.rpartition(".")
-        value = (backbone if section == _BACKBONE else vision).get(key)
-        if value is not None and value != expected:
-            raise ValueError(
-                f"{where}: {name} = {value}, but the rest of the file asks for {expected}"
-            )
-    return config
+    try:
+        embed_dim = shapes["image_encoder.trunk.patch_embed.proj.weight"][0]
+    except KeyError as error:
+        raise WeightsError(f"{where} holds no SAM 2 trunk: {error} is missing") from None
+    block = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.norm2\.weight")
+    widths = [shape[0] for name, shape in shapes.items() if block.fullmatch(name)]
+    stages = tuple(widths.count(width) for width in sorted(set(widths)))
+    for preset in PRESETS.values():
+        if (preset.embed_dim, preset.stages) == (embed_dim, stages):
+            return preset
+    raise WeightsError(
+        f"{where} has a trunk of embed_dim {embed_dim} and stages {list(stages)}, which is no "
+        "published SAM 2; put its sam2_config.json beside it"
+    )
 
 
 def params_from_tensors(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lens_jax.convert_weights.reader import read_json
 from lens_jax.convert_weights.table import (
     CONV2D,
     CONV_TRANSPOSE2D,
@@ -18,6 +17,7 @@ from lens_jax.convert_weights.table import (
     WeightsError,
     flattened_conv,
 )
+from lens_jax.files import read_json
 from lens_jax.models.sam.config import DecoderConfig, Sam2Config
 from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
 
@@ -35,7 +35,7 @@ def check_pictures(directory: Path) -> None:
         said = settings.get(key)
         if said is not None and (np.shape(said) != (3,) or not np.allclose(said, published)):
             expected = [round(float(x), 3) for x in published]
-            raise WeightsError([f"{file}: {key} is {said}: only {expected} is supported"])
+            raise WeightsError(f"{file}: {key} is {said}: only {expected} is supported")
 
 
 def with_bias(source: str, target: str, transform=LINEAR) -> Iterator[Entry]:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lens_jax.convert_weights.reader import Source
+from lens_jax.convert_weights.reader import Weights
 from lens_jax.convert_weights.table import WeightsError
 
 _MERGE = (
@@ -28,27 +28,23 @@ def check_directory(directory: Path) -> None:
     """Raises WeightsError for the directory of an adapter, or one that is none of a model's."""
     if (directory / "adapter_config.json").is_file():
         raise WeightsError(
-            [
-                f"{directory}: adapter_config.json says that this is a LoRA adapter, not a model: "
-                f"{_MERGE}"
-            ]
+            f"{directory}: adapter_config.json says that this is a LoRA adapter, not a model: "
+            f"{_MERGE}"
         )
 
 
-def check_names(source: Source) -> None:
+def check_names(source: Weights) -> None:
     """Raises WeightsError, one line, for tensors whose names are those of no model."""
     names = list(source)
     if found := next(filter(_LORA.search, names), None):
-        raise WeightsError([f"{source.where}: {found} belongs to a LoRA adapter: {_MERGE}"])
+        raise WeightsError(f"{source.where}: {found} belongs to a LoRA adapter: {_MERGE}")
     if found := next(filter(_QUANTISED.search, names), None):
         raise WeightsError(
-            [
-                f"{source.where}: {found} belongs to quantised weights, which cannot be read; take "
-                "the release that is not quantised"
-            ]
+            f"{source.where}: {found} belongs to quantised weights, which cannot be read; take "
+            "the release that is not quantised"
         )
     for prefix, (who, what) in _WRAPPERS.items():
         if sum(name.startswith(prefix) for name in names) > len(names) / 2:
             raise WeightsError(
-                [f"{source.where}: the names begin with {prefix} as {who} writes them, {what}"]
+                f"{source.where}: the names begin with {prefix} as {who} writes them, {what}"
             )

@@ -13,22 +13,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lens_jax.commands.cli import UsageError
+from lens_jax.files import CheckpointError
 
 Shape = tuple[int, ...]
 UNUSED = "unused/"
 
 
-class WeightsError(UsageError):
+class WeightsError(CheckpointError):
     """Everything that is wrong with a set of tensors, one line each."""
 
-    def __init__(self, errors: Iterable[str]):
-        self._errors = list(errors)
-        super().__init__("\n".join(self._errors))
-
-    @property
-    def errors(self) -> list[str]:
-        return self._errors
+    def __init__(self, *errors: str):
+        super().__init__("\n".join(errors))
+        self.errors = list(errors)
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,7 @@ def make_plan(
         ]
         errors += [f"{where}: missing tensor {name}" for name in missing]
     if errors:
-        raise WeightsError(errors)
+        raise WeightsError(*errors)
     return Plan(tuple(entries), tuple(junk))
 
 

@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from lens_jax import checkpoints
 from lens_jax.convert_weights import lens as lens_weights
-from lens_jax.convert_weights.convert import Official, lens_table, open_official, shapes_from
 from lens_jax.convert_weights.export import Stored, carried_entries, check_stored
+from lens_jax.convert_weights.official import Official, open_official
 from lens_jax.convert_weights.reader import LazyTensor, open_weights
 from lens_jax.convert_weights.table import WeightsError
+from lens_jax.convert_weights.tables import lens_table
 from lens_jax.convert_weights.values import Dtype, cast, difference
 from lens_jax.models.lens import LensConfig
 
@@ -21,7 +22,7 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Verification:
     """What was compared, a line each, and what differs, a line each."""
 
     compared: tuple[str, ...]
@@ -34,7 +35,7 @@ def verify(
     sam: Path | None = None,
     dtype: Dtype = "keep",
     forward: bool = False,
-) -> Comparison:
+) -> Verification:
     """Compares a checkpoint of lens-jax with official PyTorch weights.
 
     Every tensor must have the same shape, type and bits; what differs is printed. Ends with 0 if
@@ -61,13 +62,11 @@ def verify(
     """
     checkpoint, torch = Path(checkpoint), Path(torch)
     config = checkpoints.read_config(checkpoint)
-    model = shapes_from(checkpoint / checkpoints.CONFIG, lambda: LensConfig.from_dict(config))
+    model = checkpoints.model_shapes(checkpoint, config)
     stored = checkpoints.saved_params(checkpoint)
     check_stored(checkpoint, model, stored)
     official, has_context = _open(torch, sam)
-    differences = list(
-        _configs(model, shapes_from(torch, lambda: LensConfig.from_dict(official.config)))
-    )
+    differences = list(_configs(model, official.shapes))
     theirs = _tensors(official, has_context)
     count = 0
     for line in _compare(checkpoint, model, stored, theirs, dtype, has_context):
@@ -76,13 +75,17 @@ def verify(
             differences.append(line)
     compared = [f"{count} tensors"]
     if forward:
-        from lens_jax.convert_weights.forward import run_both
-
+        try:
+            from lens_jax.convert_weights.forward import run_both
+        except ModuleNotFoundError:
+            raise WeightsError(
+                "--forward true runs the PyTorch model, too, and needs torch: pip install torch"
+            ) from None
         for name, gap in run_both(checkpoint, official, theirs).items():
             compared.append(f"{name}: largest difference {gap:.1e} of the largest value")
             if not gap <= TOLERANCE:
                 differences.append(f"{name} differ by {gap:.1e} of the largest value")
-    return Comparison(tuple(compared), tuple(differences))
+    return Verification(tuple(compared), tuple(differences))
 
 
 def _open(directory: Path, sam: Path | None) -> tuple[Official, bool]:
@@ -94,7 +97,7 @@ def _open(directory: Path, sam: Path | None) -> tuple[Official, bool]:
     if has_context:
         return open_official(None, directory, sam), True
     if sam is None:
-        raise WeightsError([f"--torch {directory} is a Qwen-VL alone: give its SAM as --sam FILE"])
+        raise WeightsError(f"--torch {directory} is a Qwen-VL alone: give its SAM as --sam FILE")
     return open_official(directory, None, sam), False
 
 

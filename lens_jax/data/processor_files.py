@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lens_jax.data import images, prompts
-from lens_jax.files import CheckpointError, blaming
+from lens_jax.files import CheckpointError, blaming, read_json
 
 log = logging.getLogger("lens_jax")
 
@@ -51,24 +51,9 @@ def has_images(directory: Path) -> bool:
     return nested or (directory / PREPROCESSOR).is_file()
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it holds something else.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{file} is missing: copy it there from the model's release"
-        ) from None
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
+def _check_there(file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: copy it there from the model's release")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +95,7 @@ def read_images(directory: Path) -> ImageSettings:
     settings = read_json(file).get("image_processor") if file.is_file() else None
     if settings is None:
         file = directory / PREPROCESSOR
+        _check_there(file)
         settings = read_json(file)
     with blaming(file):
         return _image_settings(_given(settings, "image_processor"))
@@ -232,7 +218,7 @@ def _tokenizer(directory: Path) -> Any:
 
     file = directory / TOKENIZER
     if not has_tokenizer(directory):
-        raise FileNotFoundError(f"{file} is missing: copy it there from the model's release")
+        _check_there(file)
     if not file.is_file():
         file = directory / SLOW_TOKENIZER[0]
     elif not _is_byte_level(read_json(file)):  # transformers may read it as one

@@ -71,7 +71,7 @@ class Templates:
         ]
 
 
-class PromptEncoder:
+class PromptTokenizer:
     """Expressions to token ids, with a tokenizer's chat template.
 
     The template is rendered once a kind of question. The expression is text, whatever it holds: the

@@ -32,7 +32,7 @@ class Question:
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
+class ImageFolder:
     """The pictures of a folder by name, and what else lies there, counted by ending."""
 
     pictures: list[Path]
@@ -40,7 +40,7 @@ class Folder:
     folders: int
 
     @classmethod
-    def of(cls, folder: Path) -> "Folder":
+    def of(cls, folder: Path) -> "ImageFolder":
         """Hidden files and the files of answers are neither; folders in it are not entered."""
         endings = Image.registered_extensions().keys() - NO_PICTURES
         pictures, others, folders = [], Counter(), 0

@@ -9,8 +9,10 @@ from jaxtyping import Int, Shaped, UInt8
 from PIL import Image
 
 from lens_jax.data.arrays import to_picture
+from lens_jax.data.batching import stack_prompts
+from lens_jax.data.buckets import Buckets
 from lens_jax.data.images import FACTOR, smart_resize
-from lens_jax.data.pipeline import Buckets, Processor, stack_prompts
+from lens_jax.data.processor import Processor
 from lens_jax.data.sources.annotations import sentence, short
 from lens_jax.models.inputs import Prompts
 from lens_jax.progress import counted

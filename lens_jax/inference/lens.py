@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from lens_jax import checkpoints, libtpu
 from lens_jax.data.images import upsample_logits
-from lens_jax.data.pipeline import Processor
+from lens_jax.data.processor import Processor
 from lens_jax.data.sources.annotations import short
 from lens_jax.distribution import sharding
 from lens_jax.inference import inputs, programs

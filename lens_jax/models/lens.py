@@ -7,7 +7,6 @@ for every completion.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,11 +18,11 @@ from lens_jax.models.inputs import Prompts
 from lens_jax.models.layers import shapes_of
 from lens_jax.models.long_attention import XLA, Attention
 from lens_jax.models.parameters import POLICY, select
-from lens_jax.models.qwen_vl.config import QwenVLConfig, Section
+from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.qwen_vl.head import token_log_probs
 from lens_jax.models.qwen_vl.language import CompletionCache, LanguageModel, PromptCache
 from lens_jax.models.qwen_vl.vision import VisionTower
-from lens_jax.models.sam.config import Sam2Config, SamConfig, sam_config
+from lens_jax.models.sam.config import Sam2Config, SamConfig
 from lens_jax.models.sam.mask_decoder import SamMasks
 from lens_jax.models.sam.segmenter import Sam1, Sam2, SamFeatures
 
@@ -59,30 +58,6 @@ class LensConfig:
         sam = self.sam
         trunk = (sam.embed_dim // sam.num_heads,) if isinstance(sam, Sam2Config) else ()
         return self.mllm.head_dim, self.mllm.vision.head_dim, *trunk
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "LensConfig":
-        """Reads lens_config.json's `mllm` (a Hugging Face config), `sam` and context fields.
-
-        Raises:
-            ValueError: a value is wrong; the message names the key.
-            KeyError: a key is missing.
-        """
-        for part in ("mllm", "sam"):
-            if not isinstance(config[part], Mapping):
-                raise ValueError(f"{part}: expected an object, found {config[part]!r}")
-        try:
-            sam = sam_config(config["sam"])
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"sam: a section has another form than expected ({error})") from None
-        fields = {f.name for f in dataclasses.fields(cls)} - {"mllm", "sam"}
-        given = Section({k: v for k, v in config.items() if k in fields}, "LENS")
-        numbers = given.keys() - {"context_positions"}
-        return cls(
-            mllm=QwenVLConfig.from_hf(config["mllm"]),
-            sam=sam,
-            **{key: given.whole(key) if key in numbers else given[key] for key in given},
-        )
 
 
 @struct.dataclass

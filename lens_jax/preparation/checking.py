@@ -12,24 +12,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lens_jax.data import images
+from lens_jax.data.boxes import box_iou, mask_box
 from lens_jax.data.mask_files import read_mask
 from lens_jax.data.percent import DOUBT, LARGE, Coordinates, Reach
 from lens_jax.data.sample import Sample
 from lens_jax.data.sources.folder import (
     FILE,
-    Row,
+    ManifestRow,
     RowError,
     coordinates,
     file_of,
-    mask_box,
     read_manifest,
     read_row,
 )
 from lens_jax.files import printable
+from lens_jax.preparation.tally import Tally
 from lens_jax.reports import drawing, pages
 
 if TYPE_CHECKING:
-    from lens_jax.data.pipeline import Processor
+    from lens_jax.data.processor import Processor
 
 FIT = 0.7  # IoU that a given box has at least with its mask's own
 SLACK = 1.0  # pixels by which coordinates may leave the picture unremarked
@@ -53,7 +54,7 @@ class Verdict:
     width); `box` is the sample's.
     """
 
-    row: Row
+    row: ManifestRow
     error: Note | None = None
     notes: list[Note] = dataclasses.field(default_factory=list)
     no_target: bool = False
@@ -91,11 +92,11 @@ class Report:
     def errors(self) -> list[tuple[str, int, str]]:
         """(kind, rows, the first one's text), the most frequent first; the rows add up to
         `unusable`."""
-        return _tally([v.error] for v in self.verdicts if v.error is not None)
+        return _tallied([v.error] for v in self.verdicts if v.error is not None)
 
     def notes(self) -> list[tuple[str, int, str]]:
         """The same for what usable rows should be looked at for; a row may come under several."""
-        return _tally(v.notes for v in self.verdicts)
+        return _tallied(v.notes for v in self.verdicts)
 
 
 def check(
@@ -174,7 +175,7 @@ def page(report: Report, thumbnails: int) -> str:
     )
 
 
-def _judge(data_dir: Path, row: Row) -> Verdict:
+def _judge(data_dir: Path, row: ManifestRow) -> Verdict:
     try:
         sample = read_row(data_dir, row)
         content = file_of(data_dir, row.image).read_bytes()
@@ -193,7 +194,7 @@ def _judge(data_dir: Path, row: Row) -> Verdict:
     return Verdict(row, None, notes, not sample.mask.any(), picture, target, size, sample.box)
 
 
-def _remarks(data_dir: Path, row: Row, sample: Sample) -> Iterable[tuple[str, str]]:
+def _remarks(data_dir: Path, row: ManifestRow, sample: Sample) -> Iterable[tuple[str, str]]:
     """What a row says that may be a mistake."""
     height, width = sample.mask.shape
     if row.form == "mask":
@@ -210,7 +211,7 @@ def _remarks(data_dir: Path, row: Row, sample: Sample) -> Iterable[tuple[str, st
         what = f"{row.form or 'box'} leaves the picture by {over.max():.1f} pixels and is cut off"
         yield "outside the picture", what
     if row.box is not None and row.form is not None:
-        fit = _box_iou(np.array(row.box), mask_box(sample.mask))
+        fit = box_iou(row.box, mask_box(sample.mask))
         if fit < FIT:
             yield "box against mask", f"box and {row.form} have an IoU of {fit:.2f}"
     if row.unknown:
@@ -299,25 +300,20 @@ def _count(split: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
-def _tally(rows: Iterable[Sequence[Note]]) -> list[tuple[str, int, str]]:
-    found: dict[str, tuple[int, str]] = {}
+def _tallied(rows: Iterable[Sequence[Note]]) -> list[tuple[str, int, str]]:
+    """A row counts once for each kind of its notes."""
+    tally = Tally()
     for notes in rows:
         for kind, text in {note.kind: note.text for note in reversed(notes)}.items():
-            count, first = found.get(kind, (0, text))
-            found[kind] = (count + 1, first)
-    return sorted(((kind, *rest) for kind, rest in found.items()), key=lambda row: -row[1])
+            tally.add(kind, text)
+    return tally.rows()
 
 
-def _thumbnail(data_dir: Path, row: Row) -> str:
+def _thumbnail(data_dir: Path, row: ManifestRow) -> str:
     """The picture with mask and box as a data URI."""
     sample = read_row(data_dir, row)
     return pages.data_uri(drawing.overlay(sample.image, sample.box, sample.mask, side=SIDE))
 
 
-def _box_iou(a: np.ndarray, b: np.ndarray) -> float:
-    inner = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0).prod()
-    return float(inner / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner))
-
-
-def _where(row: Row) -> str:
+def _where(row: ManifestRow) -> str:
     return f"{FILE}, line {row.line}"

@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 
 from lens_jax import checkpoints, files
-from lens_jax.preparation import shapes
+from lens_jax.preparation import shapes, shapes_refcoco
 
 FOLDER = ".scenes"
 TREE = "refer_seg"
@@ -33,13 +33,13 @@ def provide(run: Path, scenes: Mapping[str, int], seed: int) -> str:
 
     Args:
         run: the run's directory.
-        scenes, seed: see `shapes.write_refcoco`.
+        scenes, seed: see `shapes_refcoco.write_refcoco`.
 
     Raises:
         ValueError: RUN/data holds a RefCOCO that was not generated.
     """
     data = run / "data"
-    found = shapes.drawn_in(data)
+    found = shapes_refcoco.drawn_in(data)
     if found and found["scenes"] == dict(scenes) and found["seed"] == seed:
         return f"scenes: those in {data}"
     if found is not None:
@@ -54,14 +54,15 @@ def provide(run: Path, scenes: Mapping[str, int], seed: int) -> str:
     except OSError as error:
         if error.errno not in _UNSHARED:
             raise
-        shapes.write_refcoco(data, scenes, seed)
+        shapes_refcoco.write_refcoco(data, scenes, seed)
         return f"scenes: drawn into {data}; they cannot be shared in {shared.parent}: {error}"
     return f"scenes: {'drawn into' if drawn else 'reused from'} {shared}"
 
 
 def _key(scenes: Mapping[str, int], seed: int) -> str:
     """Of all that a drawing depends on."""
-    code = hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()
+    sources = [Path(module.__file__).read_bytes() for module in (shapes, shapes_refcoco)]
+    code = hashlib.sha256(b"".join(sources)).hexdigest()
     settings = [sorted(scenes.items()), seed, code, np.__version__, PIL.__version__]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
@@ -85,7 +86,7 @@ def _draw(shared: Path, scenes: Mapping[str, int], seed: int) -> None:
     """Under the lock: what is there is damaged."""
     shutil.rmtree(shared, ignore_errors=True)
     with _unfinished(shared) as folder:
-        shapes.write_refcoco(folder, scenes, seed)
+        shapes_refcoco.write_refcoco(folder, scenes, seed)
         for file in folder.rglob("*"):
             if file.is_file():  # every run shares it: nobody is to write into it
                 file.chmod(0o444)

@@ -10,7 +10,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from lens_jax import files
-from lens_jax.data.pipeline import Evaluation, EvaluationRow
+from lens_jax.data.evaluation_batches import Evaluation, EvaluationRow
 from lens_jax.data.prompts import box_to_pixels
 from lens_jax.evaluation import Row, summarize
 from lens_jax.progress import counted

@@ -11,7 +11,9 @@ import jax
 from flax import nnx
 
 from lens_jax.config import RunConfig
-from lens_jax.data.pipeline import Buckets, Evaluation, Processor
+from lens_jax.data.buckets import Buckets
+from lens_jax.data.evaluation_batches import Evaluation
+from lens_jax.data.processor import Processor
 from lens_jax.data.sample import Source
 from lens_jax.distribution import processes
 from lens_jax.inference import Lens

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lens_jax import files
-from lens_jax.data.pipeline import EvaluationRow
+from lens_jax.data.evaluation_batches import EvaluationRow
 from lens_jax.data.prompts import box_to_pixels
 from lens_jax.distribution import processes, sharding
 from lens_jax.evaluation import Row, evaluate

@@ -13,13 +13,15 @@ from flax import nnx
 from lens_jax import checkpoints
 from lens_jax.config import ConfigError, DataConfig, RunConfig, batch_rows, check_batches
 from lens_jax.data import curriculum
-from lens_jax.data.pipeline import Buckets, Evaluation, Processor
+from lens_jax.data.buckets import Buckets
+from lens_jax.data.evaluation_batches import Evaluation
+from lens_jax.data.processor import Processor
 from lens_jax.data.sample import Source
 from lens_jax.data.sources import Joined, folder, open_source
 from lens_jax.distribution import processes, sharding
 from lens_jax.inference import Generation, Lens
 from lens_jax.models.lens import LensConfig, LensModel
-from lens_jax.preparation import scenes, shapes
+from lens_jax.preparation import scenes, shapes_refcoco
 from lens_jax.training import programs
 from lens_jax.training.compilations import Compilations
 from lens_jax.training.job import Job, say, stop_if_asked
@@ -81,7 +83,7 @@ def _check_drawn(data: DataConfig) -> None:
             "folder of one's own: set data.dataset to folder, or data.shapes.train_scenes to 0"
         )
     try:
-        found = shapes.drawn_in(data_dir)
+        found = shapes_refcoco.drawn_in(data_dir)
     except ValueError as error:
         raise ConfigError(f"data.data_dir: {error}") from error
     if found and (found["scenes"], found["seed"]) != (_scenes(data), data.shapes.seed):
@@ -161,7 +163,7 @@ def _draw(directory: Path, data: DataConfig) -> str:
     """The generated scenes, and in words where they are from."""
     if data.data_dir is None:
         return scenes.provide(directory, _scenes(data), data.shapes.seed)
-    shapes.write_refcoco(data.data_dir, _scenes(data), data.shapes.seed)
+    shapes_refcoco.write_refcoco(data.data_dir, _scenes(data), data.shapes.seed)
     return f"scenes: those in {data.data_dir}"
 
 

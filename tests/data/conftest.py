@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lens_jax.data.pipeline import Processor
-from lens_jax.preparation import shapes
+from lens_jax.data.processor import Processor
+from lens_jax.preparation import shapes_refcoco
 
 TINY = Path(__file__).parents[2] / "checkpoints" / "tiny" / "qwen2_5_vl"
 
@@ -25,5 +25,7 @@ def processor(tokenizer):
 def shapes_dir(tmp_path_factory):
     """40 scenes for training, 10 of each other split, on disk."""
     directory = tmp_path_factory.mktemp("shapes")
-    shapes.write_refcoco(directory, {"train": 40, "val": 10, "testA": 10, "testB": 10}, seed=3)
+    shapes_refcoco.write_refcoco(
+        directory, {"train": 40, "val": 10, "testA": 10, "testB": 10}, seed=3
+    )
     return directory

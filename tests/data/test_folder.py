@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from lens_jax.data.buckets import Buckets
+from lens_jax.data.evaluation_batches import Evaluation
 from lens_jax.data.masks import decode_runs, draw_polygons
-from lens_jax.data.pipeline import Buckets, Evaluation, Pipeline
+from lens_jax.data.pipeline import Pipeline
 from lens_jax.data.sample import SampleError, read_image, to_rgb
 from lens_jax.data.sources import open_source
 from lens_jax.data.sources.folder import Folder, RowError

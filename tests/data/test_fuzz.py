@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from lens_jax.commands import data as command
+from lens_jax.data.buckets import Buckets
 from lens_jax.data.masks import encode_runs
-from lens_jax.data.pipeline import Buckets, Pipeline
+from lens_jax.data.pipeline import Pipeline
 from lens_jax.data.sample import SampleError
 from lens_jax.data.sources.folder import Folder
 from lens_jax.data.sources.refcoco import RefCoco

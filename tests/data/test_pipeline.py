@@ -11,7 +11,11 @@ import pytest
 from PIL import Image
 
 from lens_jax.data import images
-from lens_jax.data.pipeline import Buckets, Evaluation, Order, Pipeline, Processor
+from lens_jax.data.buckets import Buckets
+from lens_jax.data.evaluation_batches import Evaluation
+from lens_jax.data.order import Order
+from lens_jax.data.pipeline import Pipeline
+from lens_jax.data.processor import Processor
 from lens_jax.data.sample import Sample, SampleError
 from lens_jax.data.sources import Joined
 from lens_jax.data.sources.folder import Folder

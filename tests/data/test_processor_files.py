@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lens_jax.data import images, processor_files
-from lens_jax.data.pipeline import Processor
+from lens_jax.data.processor import Processor
 from lens_jax.files import CheckpointError
 from tests.data.conftest import TINY
 

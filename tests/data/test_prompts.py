@@ -40,7 +40,7 @@ def test_tokens_are_the_whole_texts_tokens(tokenizer, expression, reasoning):
     )
     question, end, tail = rest.rpartition("<|im_end|>\n<|im_start|>assistant\n")
     expected = encoded(tokenizer, f"{head}<|vision_end|>", question, end + tail)
-    tokens, start = prompts.PromptEncoder(tokenizer, templates).prompt(expression, 7, reasoning)
+    tokens, start = prompts.PromptTokenizer(tokenizer, templates).prompt(expression, 7, reasoning)
     assert tokens.tolist() == expected
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert np.flatnonzero(tokens == image).tolist() == list(range(start, start + 7))
@@ -50,7 +50,7 @@ def test_tokens_are_the_whole_texts_tokens(tokenizer, expression, reasoning):
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_an_answers_sentence_is_text(tokenizer, expression):
-    encoder = prompts.PromptEncoder(tokenizer, prompts.Templates())
+    encoder = prompts.PromptTokenizer(tokenizer, prompts.Templates())
     for box, written in (((1, 22, 333, 4), "<|box_start|>(1,22),(333,4)<|box_end|>"), (None, "")):
         expected = encoded(
             tokenizer,
@@ -67,20 +67,20 @@ def test_answer(tokenizer):
         "<|im_end|>"
     )
     assert prompts.answer_text("a {0} b", (1, 22, 333, 4)) == text
-    encoder = prompts.PromptEncoder(tokenizer, prompts.Templates())
+    encoder = prompts.PromptTokenizer(tokenizer, prompts.Templates())
     assert encoder.answer("a {0} b", (1, 22, 333, 4)).tolist() == tokenizer(text).input_ids
 
 
 def test_special_tokens_of_a_question_template_are_special(tokenizer):
     templates = prompts.Templates(question="Find <|object_ref_start|>{question}<|object_ref_end|>!")
-    tokens, _ = prompts.PromptEncoder(tokenizer, templates).prompt("<|object_ref_end|>", 2)
+    tokens, _ = prompts.PromptTokenizer(tokenizer, templates).prompt("<|object_ref_end|>", 2)
     marks = ["<|object_ref_start|>", "<|object_ref_end|>"]
     start, end = tokenizer.convert_tokens_to_ids(marks)
     assert np.sum(tokens == start) == np.sum(tokens == end) == 1
 
 
 def test_half_a_character_is_refused(tokenizer):
-    encoder = prompts.PromptEncoder(tokenizer, prompts.Templates())
+    encoder = prompts.PromptTokenizer(tokenizer, prompts.Templates())
     for encode in (lambda text: encoder.prompt(text, 1), lambda text: encoder.answer(text, None)):
         with pytest.raises(ValueError, match=r"the \\ud83d cup.*no valid Unicode"):
             encode("the \ud83d cup")

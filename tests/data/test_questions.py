@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lens_jax import answers
-from lens_jax.data.questions import Folder, ListError, Question, name, read_list
+from lens_jax.data.questions import ImageFolder, ListError, Question, name, read_list
 from lens_jax.inference import Result
 
 ROW = {"image": "a.png", "prompt": "the circle"}
@@ -40,7 +40,7 @@ def test_a_folder_counts_what_is_passed_over(tmp_path):
     result = Result("", None, np.eye(8, dtype=bool), np.eye(2), True, True)
     question = Question(tmp_path / "b.jpg", "it", "b")
     answers.write(tmp_path, question, np.zeros((8, 8, 3), np.uint8), result, "asked")
-    folder = Folder.of(tmp_path)
+    folder = ImageFolder.of(tmp_path)
     assert [file.name for file in folder.pictures] == ["A.PNG", "b.jpg", "c.mpo", "folder.png"]
     files, folders = folder.passed_over
     assert files.startswith("5 files of other kinds passed over (.heic 2, ")
@@ -54,7 +54,7 @@ def test_names_alone_make_no_answers(tmp_path):
     for file in ("dog.mask.png", "dog.overlay.png"):
         Image.new("L", (8, 8)).save(tmp_path / file)
     (tmp_path / "dog.json").touch()
-    folder = Folder.of(tmp_path)
+    folder = ImageFolder.of(tmp_path)
     assert [file.name for file in folder.pictures] == ["dog.mask.png", "dog.overlay.png"]
     assert folder.passed_over == ["1 file of another kind passed over (.json 1)"]
 

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from lens_jax.data.sample import SampleError
 from lens_jax.data.sources import Joined
 from lens_jax.data.sources.refcoco import RefCoco, load_refs, summed_mask
-from lens_jax.preparation import shapes
+from lens_jax.preparation import shapes, shapes_refcoco
 from lens_jax.preparation.conversion import convert
 
 
@@ -54,13 +54,13 @@ def test_held_out_words_are_held_out(shapes_dir):
 
 
 def test_same_seed_same_files_and_nothing_twice(shapes_dir, tmp_path):
-    shapes.write_refcoco(tmp_path, {"train": 5}, seed=3)
+    shapes_refcoco.write_refcoco(tmp_path, {"train": 5}, seed=3)
     name = "refer_seg/images/mscoco/images/train2014/COCO_train2014_000000000003.jpg"
     assert (tmp_path / name).read_bytes() == (shapes_dir / name).read_bytes()
     before = (tmp_path / name).stat().st_mtime_ns
-    shapes.write_refcoco(tmp_path, {"train": 5}, seed=3)
+    shapes_refcoco.write_refcoco(tmp_path, {"train": 5}, seed=3)
     assert (tmp_path / name).stat().st_mtime_ns == before
-    shapes.write_refcoco(tmp_path, {"train": 5}, seed=4)
+    shapes_refcoco.write_refcoco(tmp_path, {"train": 5}, seed=4)
     assert (tmp_path / name).read_bytes() != (shapes_dir / name).read_bytes()
 
 

@@ -14,15 +14,17 @@ from flax import nnx
 from PIL import Image
 
 from lens_jax import Lens, checkpoints
-from lens_jax.convert_weights import from_torch, sam2, to_torch
+from lens_jax.convert_weights import from_torch, to_torch
 from lens_jax.convert_weights.__main__ import main
-from lens_jax.data.pipeline import Processor
+from lens_jax.data.processor import Processor
 from lens_jax.data.prompts import Templates
-from lens_jax.models.lens import LensConfig
-from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
+from lens_jax.model_configs.lens import read_lens
+from lens_jax.model_configs.qwen_vl import read_qwen_vl
+from lens_jax.model_configs.sam import read_hf_sam2, read_sam1, write_sam2
+from lens_jax.models.qwen_vl.config import PRESETS
 from lens_jax.models.qwen_vl.head import logits
 from lens_jax.models.sam.config import PRESETS as SAM2_PRESETS
-from lens_jax.models.sam.config import SAM_PRESETS, SamConfig
+from lens_jax.models.sam.config import SAM_PRESETS
 from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
 from tests.genuine import build
 from tests.genuine.conftest import SAM
@@ -168,7 +170,7 @@ def test_the_same_model_saved_again_is_the_same(converted, name):
     release = converted(f"{name.split('.')[0]}.released")
     ours = converted(name)
     same(params(ours), params(release))
-    mine, theirs = (LensConfig.from_dict(checkpoints.read_config(d)) for d in (ours, release))
+    mine, theirs = (read_lens(checkpoints.read_config(d)) for d in (ours, release))
     assert mine == theirs
     a, b = map(fed, (ours, release))
     for key, x in b.items():
@@ -198,11 +200,11 @@ def test_logits_are_those_of_transformers(converted, genuine, name):
 def test_published_sizes_in_every_form(model):
     forms = published(model)
     for form, config in forms.items():
-        assert QwenVLConfig.from_hf(config) == PRESETS[model], form
+        assert read_qwen_vl(config) == PRESETS[model], form
 
 
 def test_the_7b_has_a_head_of_its_own_in_every_form():
-    first, *rest = map(QwenVLConfig.from_hf, published("Qwen2-VL-7B-Instruct").values())
+    first, *rest = map(read_qwen_vl, published("Qwen2-VL-7B-Instruct").values())
     assert (first.vocab_size, first.tie_word_embeddings, first.hidden_size) == (152064, False, 3584)
     assert first.vision.out_hidden_size == 3584 and first.vision.depth == 32
     assert all(config == first for config in rest)
@@ -265,10 +267,10 @@ def test_metas_file_is_the_same_model(converted, genuine, tmp_path, capsys, name
 def test_published_sams_are_told_by_their_config():
     for size, preset in SAM2_PRESETS.items():
         for config in published(f"sam2.1-hiera-{size.replace('_', '-')}").values():
-            assert sam2.config_from_hf(config) == preset
+            assert read_hf_sam2(config) == preset
     for size, preset in (("base", "vit_b"), ("large", "vit_l"), ("huge", "vit_h")):
         for config in published(f"sam-vit-{size}").values():
-            assert SamConfig.from_dict(config) == SAM_PRESETS[preset]
+            assert read_sam1(config) == SAM_PRESETS[preset]
 
 
 # --- LENS -----------------------------------------------------------------------------------------
@@ -283,8 +285,8 @@ def write_lens(directory: Path, mllm: str, changes: dict[str, np.ndarray] | None
     tensors |= {f"sam.{name}": x for name, x in build.meta_tensors(SAM).items()}
     build.write(f"lens.{mllm}", directory, tensors | (changes or {}), shards=2)
     # Official ones hold SAM 2 large, which its shapes tell; this one is small.
-    shapes = sam2.config_from_hf(sam["files"]["config.json"])
-    (directory / "sam2_config.json").write_text(json.dumps(shapes.to_dict()))
+    shapes = read_hf_sam2(sam["files"]["config.json"])
+    (directory / "sam2_config.json").write_text(json.dumps(write_sam2(shapes)))
     torch.save({"seed": 42}, directory / "training_args.bin")
     (directory / "trainer_state.json").write_text('{"global_step": 1500}')
     (directory / "latest").write_text("global_step1500")
@@ -313,7 +315,7 @@ def test_a_lens_on_qwen2_vl(converted, tmp_path):
     lens = write_lens(tmp_path / "lens", "qwen2_vl_2b")
     from_torch(tmp_path / "out", lens=lens, dtype="float32")
     ours, theirs = tmp_path / "out", converted("qwen2_vl_2b.released")
-    mine, other = (LensConfig.from_dict(checkpoints.read_config(d)) for d in (ours, theirs))
+    mine, other = (read_lens(checkpoints.read_config(d)) for d in (ours, theirs))
     assert mine.mllm == other.mllm and mine.sam == other.sam
     assert checkpoints.read_config(ours)["coordinates"] == "qwen2vl"
     tensors = [
@@ -372,7 +374,7 @@ def test_what_is_exported_loads_where_it_came_from(converted, genuine, tmp_path,
     from_torch(tmp_path / "again", lens=tmp_path / "lens")
     same(params(tmp_path / "again"), params(checkpoint))
     mine, theirs = (checkpoints.read_config(d) for d in (tmp_path / "again", checkpoint))
-    assert LensConfig.from_dict(mine) == LensConfig.from_dict(theirs)
+    assert read_lens(mine) == read_lens(theirs)
 
 
 # --- what is contradictory or missing -------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from lens_jax import checkpoints
 from lens_jax.convert_weights import from_torch
-from lens_jax.preparation import shapes
+from lens_jax.preparation import shapes_refcoco
 from tests.golden import weights as golden
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def data_dir(tmp_path_factory) -> Path:
     """Generated scenes in RefCOCO's layout, 4 of them for validation."""
     directory = tmp_path_factory.mktemp("data")
-    shapes.write_refcoco(directory, {"train": 1, "val": 4}, seed=5)
+    shapes_refcoco.write_refcoco(directory, {"train": 1, "val": 4}, seed=5)
     return directory
 
 

@@ -22,6 +22,7 @@ from lens_jax.aot import shapes as aot_shapes
 from lens_jax.commands import compile as command
 from lens_jax.convert_weights import qwen_vl
 from lens_jax.distribution import sharding
+from lens_jax.model_configs.sam import write_sam
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import PRESETS
 from lens_jax.models.sam.config import PRESETS as SAM2
@@ -68,7 +69,7 @@ def compiled(shapes, tmp_path_factory) -> tuple[dict, Path]:
     (root / "mllm" / "config.json").write_text(
         json.dumps({"model_type": "qwen2_5_vl"} | qwen_vl.hf_config(SIZES["small"].qwen))
     )
-    (root / "sam2_config.json").write_text(json.dumps(shapes.sam.to_dict()))
+    (root / "sam2_config.json").write_text(json.dumps(write_sam(shapes.sam)))
     run = RUN | {"model.mllm": root / "mllm", "model.sam": root / "sam2.pt", "model.num_queries": 8}
     (root / "run.yaml").write_text("precision: bfloat16\n")
     argv = ["--config", root / "run.yaml", "--topology", "v5e:2x2", "--stage", "grpo"]

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from lens_jax.commands import data, evaluate
-from lens_jax.data.pipeline import Buckets, Pipeline, Processor
+from lens_jax.data.buckets import Buckets
+from lens_jax.data.pipeline import Pipeline
+from lens_jax.data.processor import Processor
 from lens_jax.data.sources.folder import Folder
 
 ROW = {"image": "a.png", "expressions": ["it"], "box": [4, 3, 20, 15]}

@@ -6,6 +6,7 @@ import pytest
 
 from lens_jax import checkpoints
 from lens_jax.commands import train
+from lens_jax.model_configs.sam import write_sam
 from lens_jax.training import metrics
 from tests import qwen2_vl, sam1
 from tests.golden import weights as golden
@@ -28,7 +29,7 @@ def test_trains(mllm, sam, data_dir, tmp_path):
         "model.mllm": family.write_mllm(GOLDEN, tmp_path / "mllm"),
         "model.sam": golden.write_sam(GOLDEN, tmp_path / "sam")
         if sam == "sam2"
-        else sam1.write_original(tmp_path / "sam", sam1.tensors(), sam1.CONFIG.to_dict()),
+        else sam1.write_original(tmp_path / "sam", sam1.tensors(), write_sam(sam1.CONFIG)),
         "model.num_queries": 3,
         "alignment.steps": 1,
         "grpo.steps": 1,

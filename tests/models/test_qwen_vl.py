@@ -17,6 +17,7 @@ from transformers import (
 from lens_jax import checkpoints
 from lens_jax.convert_weights import parameter_shapes
 from lens_jax.convert_weights.qwen_vl import official_name, table
+from lens_jax.model_configs.qwen_vl import read_qwen_vl
 from lens_jax.models.layers import shapes_of
 from lens_jax.models.lens import abstract, split_policy
 from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
@@ -108,7 +109,7 @@ def tokens_only(x, rows, side):
 def test_parity(ours, side):
     tied = ours.mllm.tie_word_embeddings
     theirs = hf_model(ours.mllm)
-    assert QwenVLConfig.from_hf(theirs.config.to_dict()) == ours.mllm
+    assert read_qwen_vl(theirs.config.to_dict()) == ours.mllm
     tensors = official(theirs.state_dict().items())
     if tied:
         tensors.pop("lm_head.weight", None)
@@ -171,7 +172,7 @@ def parameters(mllm: QwenVLConfig) -> int:
 @pytest.mark.parametrize("size", SIZES)
 def test_published_shapes(size):
     hidden, mlp, layers, heads, kv_heads, vocabulary, tied, vision_mlp, count = SIZES[size]
-    mllm = QwenVLConfig.from_hf(
+    mllm = read_qwen_vl(
         dict(
             model_type="qwen2_5_vl",
             hidden_size=hidden,
@@ -249,7 +250,7 @@ def published_qwen2(size):
 @pytest.mark.compiled
 @pytest.mark.parametrize("size", QWEN2_SIZES)
 def test_published_shapes_of_qwen2(size):
-    mllm = QwenVLConfig.from_hf(published_qwen2(size))
+    mllm = read_qwen_vl(published_qwen2(size))
     assert mllm.head_dim == 128 and sum(mllm.mrope_section) == 64
     assert (mllm.vision.hidden_size, mllm.vision.intermediate_size) == (1280, 5120)
     assert mllm.vision.full_attention_blocks == tuple(range(32))
@@ -263,7 +264,7 @@ def test_published_shapes_of_qwen2(size):
 def test_the_table_is_the_published_model(size):
     """Names and shapes of transformers' own model."""
     hf = published_qwen2(size)
-    mllm = QwenVLConfig.from_hf(hf)
+    mllm = read_qwen_vl(hf)
     with torch.device("meta"):
         theirs = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**hf)).state_dict()
     shapes = {official_name(name): tuple(x.shape) for name, x in theirs.items()}
@@ -282,19 +283,19 @@ def test_both_forms_of_a_config_say_the_same(size, tmp_path):
     Qwen2VLConfig(**published).save_pretrained(tmp_path)
     nested = json.loads((tmp_path / "config.json").read_text())
     assert "hidden_size" not in nested
-    assert QwenVLConfig.from_hf(nested) == QwenVLConfig.from_hf(published)
+    assert read_qwen_vl(nested) == read_qwen_vl(published)
     del published["vision_config"]["hidden_size"]  # some versions leave it out where it is 3584
-    assert QwenVLConfig.from_hf(nested) == QwenVLConfig.from_hf(published)
+    assert read_qwen_vl(nested) == read_qwen_vl(published)
 
 
 def test_families_are_told_apart_by_their_vision_tower():
     """LENS saves Qwen2.5-VL under the other family's model_type, with that one's defaults."""
     lens = micro.hf_config(micro.CONFIG.mllm) | {"model_type": "qwen2_vl"}
     lens["vision_config"] |= {"embed_dim": 1280, "mlp_ratio": 4}
-    assert QwenVLConfig.from_hf(lens) == micro.CONFIG.mllm
+    assert read_qwen_vl(lens) == micro.CONFIG.mllm
     plain = micro.hf_config(micro.QWEN2_VL.mllm)
-    assert QwenVLConfig.from_hf(plain) == micro.QWEN2_VL.mllm
-    assert QwenVLConfig.from_hf(plain | {"model_type": "qwen2_vl"}) == micro.QWEN2_VL.mllm
+    assert read_qwen_vl(plain) == micro.QWEN2_VL.mllm
+    assert read_qwen_vl(plain | {"model_type": "qwen2_vl"}) == micro.QWEN2_VL.mllm
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def test_a_contradicting_config_is_one_clear_error(change, message):
         if value is None:
             del part[key]
     with pytest.raises(ValueError, match=message) as caught:
-        QwenVLConfig.from_hf(hf)
+        read_qwen_vl(hf)
     assert "\n" not in str(caught.value)
 
 
@@ -327,7 +328,7 @@ def test_a_missing_key_is_named(key):
     for part in (hf, hf["text_config"], hf["vision_config"]):
         part.pop(key, None)
     with pytest.raises(ValueError, match=key):
-        QwenVLConfig.from_hf(hf)
+        read_qwen_vl(hf)
 
 
 def released(**changes):
@@ -409,7 +410,7 @@ PUBLISHED = PRESETS["Qwen2.5-VL-3B-Instruct"]
     ],
 )
 def test_what_says_the_same_is_read_the_same(changes):
-    assert QwenVLConfig.from_hf(released(**changes)) == PUBLISHED
+    assert read_qwen_vl(released(**changes)) == PUBLISHED
 
 
 @pytest.mark.parametrize(
@@ -444,7 +445,7 @@ def test_what_says_the_same_is_read_the_same(changes):
 )
 def test_what_is_not_computed_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
-        QwenVLConfig.from_hf(released(**changes))
+        read_qwen_vl(released(**changes))
     assert "\n" not in str(caught.value)
 
 
@@ -455,7 +456,7 @@ def test_left_out_keys_have_the_classes_defaults(name):
     theirs = getattr(transformers, f"{name}Config")()
     text, vision = theirs.text_config, theirs.vision_config
     kind = {"Qwen2VL": "qwen2_vl", "Qwen2_5_VL": "qwen2_5_vl"}[name]
-    ours = QwenVLConfig.from_hf({"model_type": kind, "text_config": {"model_type": "x"}})
+    ours = read_qwen_vl({"model_type": kind, "text_config": {"model_type": "x"}})
     assert ours.num_heads == text.num_attention_heads and ours.vocab_size == text.vocab_size
     assert (ours.num_layers, ours.num_kv_heads) == (text.num_hidden_layers, 8)
     assert (ours.hidden_size, ours.intermediate_size) == (text.hidden_size, text.intermediate_size)

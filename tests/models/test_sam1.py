@@ -9,10 +9,11 @@ import transformers
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from lens_jax.convert_weights.sam1 import HF_MATRIX_AGAIN, hf_source, table
-from lens_jax.convert_weights.table import params_from, tensors_from
+from lens_jax.convert_weights.sam1 import HF_MATRIX_AGAIN, hf_source, recognise, table
+from lens_jax.convert_weights.table import WeightsError, params_from, tensors_from
+from lens_jax.model_configs.sam import read_sam, read_sam1, write_sam, write_sam1
 from lens_jax.models.layers import shapes_of
-from lens_jax.models.sam.config import SAM_PRESETS, Sam2Config, SamConfig, sam_config
+from lens_jax.models.sam.config import SAM_PRESETS, Sam2Config, SamConfig
 from lens_jax.models.sam.segmenter import Sam1
 from tests import micro
 from tests.models import segmenters
@@ -56,7 +57,7 @@ def original_names(config: SamConfig, tensors: dict) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def pair():
     torch.manual_seed(0)
-    theirs = transformers.SamModel(transformers.SamConfig(**CONFIG.to_dict()))
+    theirs = transformers.SamModel(transformers.SamConfig(**write_sam1(CONFIG)))
     theirs.shared_image_embedding.requires_grad_(False)
     perturb(theirs)
     theirs.prompt_encoder.shared_embedding = theirs.shared_image_embedding
@@ -200,37 +201,37 @@ def test_published_sizes(name):
     }
     assert sum(map(np.prod, ours.values())) == PUBLISHED[name] + 2 * config.d_model // 2
     with torch.device("meta"):
-        theirs = transformers.SamModel(transformers.SamConfig(**config.to_dict())).state_dict()
+        theirs = transformers.SamModel(transformers.SamConfig(**write_sam1(config))).state_dict()
     shapes = {}
     for entry in table(config).entries:
         shapes[entry.source] = entry.transform.source_shape(ours[entry.target.partition("/")[2]])
         assert shapes[entry.source] == tuple(theirs.pop(hf_source(config, entry.source)[0]).shape)
     assert set(theirs) == {HF_MATRIX_AGAIN}
     assert len(shapes) == len(ours)
-    assert SamConfig.from_shapes(shapes) == config
+    assert recognise(shapes) == config
 
 
 def test_transformers_defaults_are_vit_b():
     """What a file of Hugging Face's leaves out."""
     theirs = transformers.SamConfig().to_dict()
-    assert SamConfig.from_dict(theirs) == SAM_PRESETS["vit_b"]
+    assert read_sam1(theirs) == SAM_PRESETS["vit_b"]
     theirs["vision_config"] = {"hidden_size": 1024, "num_hidden_layers": 24}
     theirs["vision_config"] |= {"num_attention_heads": 16, "global_attn_indexes": [5, 11, 17, 23]}
-    assert SamConfig.from_dict(theirs) == SAM_PRESETS["vit_l"]
+    assert read_sam1(theirs) == SAM_PRESETS["vit_l"]
 
 
 def test_config_round_trip_and_errors():
-    assert sam_config(CONFIG.to_dict()) == CONFIG
-    assert isinstance(sam_config(Sam2Config().to_dict()), Sam2Config)
+    assert read_sam(write_sam1(CONFIG)) == CONFIG
+    assert isinstance(read_sam(write_sam(Sam2Config())), Sam2Config)
     with pytest.raises(ValueError, match=r"model_type 'sam3' is none of sam, sam2"):
-        sam_config({"model_type": "sam3"})
+        read_sam({"model_type": "sam3"})
 
     def changed(section, **values):
-        config = CONFIG.to_dict()
+        config = write_sam1(CONFIG)
         return config | {section: config[section] | values}
 
     for config, message in (
-        (CONFIG.to_dict() | {"model_type": "sam2"}, "'sam2' is not that of SAM 1"),
+        (write_sam1(CONFIG) | {"model_type": "sam2"}, "'sam2' is not that of SAM 1"),
         (changed("vision_config", use_rel_pos=False), r"vision_config\.use_rel_pos = False"),
         (changed("mask_decoder_config", hidden_size=64), r"mask_decoder_config\.hidden_size = 64"),
         (
@@ -239,7 +240,7 @@ def test_config_round_trip_and_errors():
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            SamConfig.from_dict(config)
+            read_sam1(config)
     with pytest.raises(ValueError, match="image_size 120 must be a multiple of 16"):
         dataclasses.replace(CONFIG, image_size=120)
     with pytest.raises(ValueError, match="multiple of the 5 heads"):
@@ -247,7 +248,7 @@ def test_config_round_trip_and_errors():
     with pytest.raises(ValueError, match=r"\[3\] are none of 3 blocks"):
         dataclasses.replace(CONFIG, global_attn_indexes=(1, 3))
     shapes = {"image_encoder.pos_embed": (1, 8, 8, 24)}
-    with pytest.raises(ValueError, match=r"sam_config\.json"):
-        SamConfig.from_shapes(shapes)
-    with pytest.raises(ValueError, match="holds no SAM 1"):
-        SamConfig.from_shapes({})
+    with pytest.raises(WeightsError, match=r"sam_config\.json"):
+        recognise(shapes)
+    with pytest.raises(WeightsError, match="holds no SAM 1"):
+        recognise({})

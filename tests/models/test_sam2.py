@@ -14,9 +14,12 @@ from lens_jax.convert_weights.sam2 import (
     HF_MATRIX_AGAIN,
     hf_source,
     params_from_tensors,
+    recognise,
     table,
     tensors_from_params,
 )
+from lens_jax.convert_weights.table import WeightsError
+from lens_jax.model_configs.sam import read_sam2, write_sam2
 from lens_jax.models.layers import shapes_of
 from lens_jax.models.sam.config import PRESETS, Sam2Config
 from lens_jax.models.sam.hiera import bicubic_matrix
@@ -67,7 +70,7 @@ def prompts():
 
 def hf_model(config: Sam2Config, seed: int = 0) -> transformers.Sam2Model:
     stages = len(config.stages)
-    sizes = config.to_dict()["feature_sizes"]
+    sizes = write_sam2(config)["feature_sizes"]
     torch.manual_seed(seed)
     model = transformers.Sam2Model(
         transformers.Sam2Config(
@@ -323,15 +326,15 @@ def test_published_sizes(name, published):
         for entry in table(PRESETS[name]).entries
     }
     assert len(shapes) == len(parameters)
-    assert Sam2Config.from_shapes(shapes) == PRESETS[name]
+    assert recognise(shapes) == PRESETS[name]
 
 
 def test_config_round_trip_and_errors():
-    assert Sam2Config.from_dict(PADDED.to_dict()) == PADDED
+    assert read_sam2(write_sam2(PADDED)) == PADDED
     with pytest.raises(ValueError, match="pred_obj_scores"):
-        Sam2Config.from_dict(BASE.to_dict() | {"pred_obj_scores": False})
+        read_sam2(write_sam2(BASE) | {"pred_obj_scores": False})
     with pytest.raises(ValueError, match=r"image_size 120"):
         dataclasses.replace(BASE, image_size=120)
-    with pytest.raises(ValueError, match=r"sam2_config\.json"):
+    with pytest.raises(WeightsError, match=r"sam2_config\.json"):
         shapes = {"image_encoder.trunk.patch_embed.proj.weight": (8, 3, 7, 7)}
-        Sam2Config.from_shapes(shapes)
+        recognise(shapes)

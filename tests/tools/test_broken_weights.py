@@ -167,7 +167,7 @@ BROKEN = {  # what is done to (lens/, sam2.pt), and what the line says
         lambda lens, _: edit_json(lens / INDEX, lambda i: i.pop("weight_map")),
         f"{INDEX}: has no weight_map",
     ),
-    "an index that is not JSON": (cut(INDEX, 0.5), f"{INDEX}: not valid JSON"),
+    "an index that is not JSON": (cut(INDEX, 0.5), f"{INDEX} is not JSON"),
     "a truncated file": (cut(SECOND, 0.9), f"{SECOND}: cut short"),
     "a truncated header": (cut(SECOND, 0.0005), f"{SECOND}: not a safetensors file"),
     "a header that is not JSON": (
@@ -210,7 +210,7 @@ BROKEN = {  # what is done to (lens/, sam2.pt), and what the line says
         "missing tensor lm_head.weight",
     ),
     "a foreign architecture": (llama, "config.json: "),
-    "a configuration that is not JSON": (cut("config.json", 0.5), "config.json: not valid JSON"),
+    "a configuration that is not JSON": (cut("config.json", 0.5), "config.json is not JSON"),
     "a configuration that is a list": (
         lambda lens, _: (lens / "config.json").write_text("[1]"), "expected a JSON object"
     ),

@@ -27,8 +27,10 @@ from lens_jax.convert_weights import (
 from lens_jax.convert_weights import table as tables
 from lens_jax.convert_weights.__main__ import main
 from lens_jax.convert_weights.reader import open_weights
+from lens_jax.model_configs.lens import read_lens
+from lens_jax.model_configs.sam import read_sam2, write_sam
 from lens_jax.models.lens import LensConfig, abstract
-from lens_jax.models.sam.config import PRESETS, Sam2Config
+from lens_jax.models.sam.config import PRESETS
 from tests import qwen2_vl
 from tests.golden import weights as golden
 
@@ -65,7 +67,7 @@ def read(directory: Path) -> dict[str, np.ndarray]:
 
 
 def lens_config(directory: Path) -> LensConfig:
-    return LensConfig.from_dict(checkpoints.read_config(directory))
+    return read_lens(checkpoints.read_config(directory))
 
 
 def official_from(params: dict[str, np.ndarray], config: LensConfig) -> dict[str, np.ndarray]:
@@ -190,9 +192,7 @@ def test_the_table_covers_published_sizes(size):
         out_hidden_size=2048,
         fullatt_block_indexes=[7, 15, 23, 31],
     )
-    config = LensConfig.from_dict(
-        {"mllm": text | {"vision_config": vision}, "sam": PRESETS[size].to_dict()}
-    )
+    config = read_lens({"mllm": text | {"vision_config": vision}, "sam": write_sam(PRESETS[size])})
     table, shapes = lens_table(config), parameter_shapes(config)
     sources = {e.source: e.transform.source_shape(shapes[e.target]) for e in table.entries}
     plan = tables.make_plan(table, sources, shapes, "LENS")
@@ -308,7 +308,7 @@ def test_lens_round_trip_is_bit_exact(converted, official):
 def test_the_produced_tree_is_the_model(converted):
     config, params = checkpoints.load_pretrained(converted)
     params.pop("unused")
-    state = nnx.to_pure_dict(nnx.state(abstract(LensConfig.from_dict(config))))
+    state = nnx.to_pure_dict(nnx.state(abstract(read_lens(config))))
     shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)  # noqa: E731
     assert jax.tree.structure(params) == jax.tree.structure(state)
     assert shapes(params) == shapes(state)
@@ -337,8 +337,8 @@ def test_lens_config_says_what_inference_needs(converted, official):
     assert config["coordinates"] == "qwen2p5vl"
     assert config["num_queries"] == official["learnable_query"].shape[1]
     assert config["mllm"] == json.loads((source / "config.json").read_text())
-    expected = Sam2Config.from_dict(json.loads((source / "sam2_config.json").read_text()))
-    assert Sam2Config.from_dict(config["sam"]) == expected
+    expected = read_sam2(json.loads((source / "sam2_config.json").read_text()))
+    assert read_sam2(config["sam"]) == expected
     assert "{question}" in config["prompts"]["question"]
     for name in ("tokenizer.json", "generation_config.json", "preprocessor_config.json"):
         assert (converted / name).read_bytes() == (source / name).read_bytes()
@@ -382,12 +382,12 @@ def test_a_stage_1_checkpoint_takes_sam_from_its_own_file(files, official, tmp_p
 def test_load_lens_state_is_what_a_checkpoint_holds(converted, official):
     config, params = checkpoints.load_pretrained(converted)
     params.pop("unused")
-    state = load_lens_state(official, LensConfig.from_dict(config))
+    state = load_lens_state(official, read_lens(config))
     jax.tree.map(np.testing.assert_array_equal, state, params)
     head = {"lm_head.weight": official["model.embed_tokens.weight"]}
     jax.tree.map(
         np.testing.assert_array_equal,
-        load_lens_state(head | official, LensConfig.from_dict(config)),
+        load_lens_state(head | official, read_lens(config)),
         params,
     )
 
@@ -536,7 +536,7 @@ def test_weights_of_the_other_family_are_refused(tmp_path, files, capsys):
 
 
 def test_sam_under_hugging_faces_names(files, tmp_path, official):
-    config = Sam2Config.from_dict(json.loads((files / "sam/sam2_config.json").read_text()))
+    config = read_sam2(json.loads((files / "sam/sam2_config.json").read_text()))
     tensors, rows = {}, {}
     for entry in sam2.table(config).entries:
         name, row = sam2.hf_source(config, entry.source)
@@ -551,7 +551,7 @@ def test_sam_under_hugging_faces_names(files, tmp_path, official):
     directory = tmp_path / "sam"
     directory.mkdir()
     golden.write_safetensors(directory, tensors)
-    (directory / "sam2_config.json").write_text(json.dumps(config.to_dict()))
+    (directory / "sam2_config.json").write_text(json.dumps(write_sam(config)))
     conversion = from_torch(tmp_path / "out", lens=files / "lens", sam=directory)
     assert "sam.memory_encoder.projection.bias" in conversion.dropped
     back = official_from(read(tmp_path / "out"), lens_config(tmp_path / "out"))
@@ -566,7 +566,7 @@ def test_published_sam_is_told_by_its_shapes():
     with torch.device("meta"):
         theirs = transformers.Sam2Model(transformers.Sam2Config()).state_dict()
     shapes = {sam2.original_encoder_name(n): tuple(x.shape) for n, x in theirs.items()}
-    assert Sam2Config.from_shapes(shapes) == PRESETS["tiny"]
+    assert sam2.recognise(shapes) == PRESETS["tiny"]
 
 
 # --- what goes wrong ------------------------------------------------------------------------------

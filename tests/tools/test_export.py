@@ -19,6 +19,7 @@ from lens_jax.convert_weights.__main__ import main
 from lens_jax.convert_weights.reader import open_weights
 from lens_jax.convert_weights.table import WeightsError
 from lens_jax.convert_weights.writer import Spec, write_model
+from lens_jax.model_configs.sam import read_sam2
 from lens_jax.models.sam.config import PRESETS, Sam2Config
 from tests import micro
 from tests.golden import weights as golden
@@ -118,7 +119,7 @@ def test_safetensors_reads_what_was_written(tmp_path):
 
 def golden_sam() -> Sam2Config:
     config = json.loads((GOLDEN / "lens_tiny" / "sam2_config.json").read_text())
-    return Sam2Config.from_dict(config)
+    return read_sam2(config)
 
 
 def test_settings_come_back(checkpoint, tmp_path, capsys):
@@ -144,7 +145,7 @@ SAM = micro.CONFIG.sam
 def hugging_face_sam(directory: Path, dtype: torch.dtype) -> dict[str, np.ndarray]:
     """A Sam2Model as transformers saves it, with the tensors that the video model has besides."""
     torch.manual_seed(1)
-    hf = transformers.Sam2Config.from_dict(sam2.hf_config(SAM))
+    hf = transformers.Sam2Config.from_dict(sam2.write_hf(SAM))
     model = transformers.Sam2Model(hf).to(dtype)
     with torch.no_grad():
         for x in [*model.parameters(), model.prompt_encoder.shared_embedding.positional_embedding]:
@@ -222,7 +223,7 @@ def test_official_to_hugging_face_and_back(official, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("config", [SAM, Sam2Config()])
 def test_the_configuration_of_sam_is_invertible(config):
-    assert sam2.config_from_hf(sam2.hf_config(config)) == config
+    assert sam2.read_hf(sam2.write_hf(config)) == config
 
 
 def test_positions_of_sam_that_contradict_are_refused(tmp_path, capsys):

@@ -12,8 +12,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from lens_jax.convert_weights.sam2 import params_from_tensors
+from lens_jax.model_configs.sam import read_sam2
 from lens_jax.models.layers import shapes_of
-from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.segmenter import Sam2
 from lens_jax.preparation import shapes
 from tests import xla
@@ -23,7 +23,7 @@ SHIPPED = Path(__file__).parents[2] / "checkpoints" / "tiny" / "sam2"
 
 
 def load(directory: Path) -> Sam2:
-    config = Sam2Config.from_dict(json.loads((directory / "sam2_config.json").read_text()))
+    config = read_sam2(json.loads((directory / "sam2_config.json").read_text()))
     model = shapes_of(lambda rngs: Sam2(config, rngs=rngs))
     nnx.update(model, params_from_tensors(config, load_file(directory / "model.safetensors")))
     return model
@@ -50,7 +50,7 @@ def test_a_few_steps(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["steps"] == 12
     assert record["last_loss"] < 0.8 * record["first_loss"]
-    scores = make_tiny_sam.evaluate(load(tmp_path), make_tiny_sam.Settings(evaluation_scenes=4))
+    scores = make_tiny_sam.evaluate(load(tmp_path), make_tiny_sam.SamSettings(evaluation_scenes=4))
     assert set(scores) == set(prompts) | {f"{prompt}, stability rule" for prompt in prompts}
     assert scores == pytest.approx(record["held_out_mean_iou"], abs=1e-3)
 
@@ -94,7 +94,7 @@ def test_batches_are_prompts_of_their_objects():
 
 def test_shipped_weights_segment_held_out_pictures():
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 3.5 * 2**20
-    settings = make_tiny_sam.Settings(evaluation_scenes=64, seed=1234)
+    settings = make_tiny_sam.SamSettings(evaluation_scenes=64, seed=1234)
     scores = make_tiny_sam.evaluate(load(SHIPPED), settings)
     # They find the object and draw it with a margin.
     assert 0.6 < scores["box"] < 0.8 and 0.6 < scores["box+"] < 0.8

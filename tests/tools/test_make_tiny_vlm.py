@@ -29,14 +29,14 @@ def folder(tmp_path):
 @pytest.mark.nightly
 def test_a_few_steps(folder):
     parts = {"scenes": 64, "vision_steps": 3, "tight_steps": 3, "loose_steps": 2}
-    losses = make_tiny_vlm.train(make_tiny_vlm.Settings(output=folder, **parts))
+    losses = make_tiny_vlm.train(make_tiny_vlm.VlmSettings(output=folder, **parts))
     assert list(losses) == ["vision", "tight", "loose"]
     assert all(np.isfinite(values).all() for values in losses.values())
     _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not report["unexpected_keys"]
     assert set(report["missing_keys"]) <= {"lm_head.weight"}
     before = load_file(folder / "model.safetensors")
-    again = make_tiny_vlm.Settings(
+    again = make_tiny_vlm.VlmSettings(
         output=folder, start=folder / "model.safetensors",
         scenes=8, vision_steps=0, tight_steps=0, loose_steps=1,
     )  # fmt: skip

@@ -12,8 +12,8 @@ from lens_jax import checkpoints
 from lens_jax.convert_weights import qwen_vl
 from lens_jax.convert_weights.__main__ import main
 from lens_jax.convert_weights.reader import from_arrays, open_weights
-from lens_jax.data.pipeline import Processor
-from lens_jax.models.qwen_vl.config import QwenVLConfig
+from lens_jax.data.processor import Processor
+from lens_jax.model_configs.qwen_vl import read_qwen_vl
 from tests.golden import weights as golden
 
 ROOT = Path(__file__).parents[2]
@@ -188,7 +188,7 @@ def test_of_two_levels_the_weights_decide_what_is_tied(tensors, head):
     settled = qwen_vl.settle_tie(hf, source)
     tied = head != "another"
     assert settled["tie_word_embeddings"] is settled["text_config"]["tie_word_embeddings"] is tied
-    assert QwenVLConfig.from_hf(settled).tie_word_embeddings is tied
+    assert read_qwen_vl(settled).tie_word_embeddings is tied
     for level in ({"tie_word_embeddings": None}, {"text_config": None}):
         assert qwen_vl.settle_tie(hf | level, source) == hf | level  # nothing to settle
 

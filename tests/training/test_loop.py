@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from lens_jax import config as configs
 from lens_jax.config import AlignmentConfig, CheckpointConfig, ConfigError, DataConfig, RunConfig
-from lens_jax.data.pipeline import Buckets, Processor
+from lens_jax.data.buckets import Buckets
+from lens_jax.data.processor import Processor
 from lens_jax.data.sample import Sample, SampleError
 from lens_jax.distribution import sharding
 from lens_jax.training import metrics, run_directory, stages

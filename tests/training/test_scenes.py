@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lens_jax.data.sources import open_source
-from lens_jax.preparation import scenes, shapes
+from lens_jax.preparation import scenes, shapes, shapes_refcoco
 
 NUMBERS = {"train": 3, "val": 2}
 REFS = "data/refer_seg/refcoco/refs(unc).p"
@@ -37,7 +37,7 @@ def test_runs_share_their_scenes_and_stay_whole(provide, tmp_path):
 
 def test_they_are_what_a_run_alone_would_draw(provide, tmp_path):
     provide("a", seed=3)
-    shapes.write_refcoco(tmp_path / "alone", NUMBERS, seed=3)
+    shapes_refcoco.write_refcoco(tmp_path / "alone", NUMBERS, seed=3)
     for file in (tmp_path / "alone").rglob("*.*"):
         same = tmp_path / "a" / "data" / file.relative_to(tmp_path / "alone")
         assert file.read_bytes() == same.read_bytes()
@@ -49,7 +49,7 @@ def test_other_settings_are_other_scenes(provide, tmp_path, monkeypatch):
     assert len(keys | {scenes._key(NUMBERS, 0)}) == 4
     provide("a")
     assert "drawn into" in provide("a", seed=1)  # begun anew, before its first update
-    info = shapes.drawn_in(tmp_path / "a" / "data")
+    info = shapes_refcoco.drawn_in(tmp_path / "a" / "data")
     assert info["seed"] == 1
 
 
@@ -85,7 +85,7 @@ def test_a_run_draws_for_itself_where_it_cannot_share(provide, tmp_path):
     (tmp_path / ".scenes").mkdir()
     os.chown(tmp_path / ".scenes", 1, -1) if os.getuid() == 0 else os.chmod(tmp_path / ".scenes", 0)
     assert "cannot be shared" in provide("a")
-    assert shapes.drawn_in(tmp_path / "a" / "data")["scenes"] == NUMBERS
+    assert shapes_refcoco.drawn_in(tmp_path / "a" / "data")["scenes"] == NUMBERS
 
 
 def test_nothing_is_drawn_over_a_real_refcoco(provide, tmp_path):
@@ -93,7 +93,10 @@ def test_nothing_is_drawn_over_a_real_refcoco(provide, tmp_path):
     folder.mkdir(parents=True)
     (folder / "instances.json").write_text(json.dumps({"info": {"description": "COCO 2014"}}))
     (folder / "refs(unc).p").write_bytes(b"mine")
-    for call in (lambda: provide("a"), lambda: shapes.write_refcoco(folder.parents[1], NUMBERS, 0)):
+    for call in (
+        lambda: provide("a"),
+        lambda: shapes_refcoco.write_refcoco(folder.parents[1], NUMBERS, 0),
+    ):
         with pytest.raises(ValueError, match="not generated, and no scenes are drawn over it"):
             call()
     assert (folder / "refs(unc).p").read_bytes() == b"mine"

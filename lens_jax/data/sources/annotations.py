@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from lens_jax.data import boxes
+
 LARGEST = 1e9  # of any coordinate; larger ones have no place in a picture
 LONGEST_NAME = 1000  # characters of a file's name with its folders
 LARGEST_PICTURE = 2**28  # pixels, more than Pillow decodes
@@ -96,8 +98,7 @@ def fitting_box(
         raise ValueError(f"{what} [{x0}, {y0}, {x1}, {y1}] (xyxy) has no area")
     if min(x0, y0) >= 0 and max(x1, y1) <= 1 and max(mask.shape) > 2:
         raise ValueError(f"{what} {list(box)} (xyxy) is in fractions; give pixels")
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not (x0 < columns[-1] + 1 and columns[0] < x1 and y0 < rows[-1] + 1 and rows[0] < y1):
+    if not boxes.touch(box, boxes.mask_box(mask)):
         raise ValueError(f"{what} {list(box)} (xyxy) does not touch the mask")
     return np.array(box, np.float64)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from lens_jax.data import boxes
 from lens_jax.data.mask_files import read_mask
 from lens_jax.data.masks import decode_runs, draw_polygons
 from lens_jax.data.sample import Sample, SampleError, orientation, read_image
@@ -35,7 +36,7 @@ class RowError(SampleError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ManifestRow:
     """A line of the manifest, checked for types, before any file is opened.
 
     `shape` is the value of the key `form`, one of SHAPES; both are None where there is but a box,
@@ -91,7 +92,7 @@ class Folder:
         return dataclasses.replace(sample, image_id=self._numbers[row.image])
 
 
-def read_manifest(data_dir: Path) -> list[Row]:
+def read_manifest(data_dir: Path) -> list[ManifestRow]:
     """All lines that are not empty. Raises FileNotFoundError or ValueError if there is none."""
     file = data_dir / FILE
     if not file.is_file():
@@ -106,29 +107,35 @@ def read_manifest(data_dir: Path) -> list[Row]:
     return rows
 
 
-def parse(line: bytes, number: int, file: Path = Path(FILE)) -> Row:
+def parse(line: bytes, number: int, file: Path = Path(FILE)) -> ManifestRow:
     """A line of the manifest; what is wrong with it is in `error`, which names `file`."""
-    where = f"{file}, line {number}"
+    split, image = None, ""
     try:
-        content = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        return Row(number, None, error=RowError("not JSON", f"{where}: not JSON ({reason})"))
-    if not isinstance(content, dict):
-        return Row(number, None, error=RowError("not JSON", f"{where}: not a JSON object"))
-    split = content.get("split", "train")
-    if not _is_text(split):
-        error = RowError("wrong type", f"{where}: split must be a name, not {_short(split)}")
-        return Row(number, None, error=error)
-    try:
+        content = _content(line, "utf-8-sig" if number == 1 else "utf-8")
+        name = content.get("split", "train")
+        if not _is_text(name):
+            raise RowError("wrong type", f"split must be a name, not {_short(name)}")
+        split = name
+        if _is_text(content.get("image")):
+            image = content["image"]
         return _typed(content, number, split)
     except RowError as error:
-        located = RowError(error.kind, f"{where}: {error}")
-        image = content.get("image")
-        return Row(number, split, image if _is_text(image) else "", error=located)
+        located = RowError(error.kind, f"{file}, line {number}: {error}")
+        return ManifestRow(number, split, image, error=located)
 
 
-def read_row(data_dir: Path, row: Row) -> Sample:
+def _content(line: bytes, encoding: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line.decode(encoding))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise RowError("not JSON", f"not JSON ({reason})") from None
+    if not isinstance(content, dict):
+        raise RowError("not JSON", "not a JSON object")
+    return content
+
+
+def read_row(data_dir: Path, row: ManifestRow) -> Sample:
     """Opens the files of a row and derives what it does not say.
 
     Raises:
@@ -162,7 +169,7 @@ def read_row(data_dir: Path, row: Row) -> Sample:
 
 
 def read_target(
-    data_dir: Path, row: Row, size: tuple[int, int]
+    data_dir: Path, row: ManifestRow, size: tuple[int, int]
 ) -> tuple[Bool[np.ndarray, "H W"], Float[np.ndarray, "4"] | None]:
     """A row's mask and box xyxy, for a picture of `size` (height, width).
 
@@ -187,12 +194,12 @@ def file_of(data_dir: Path, name: str) -> Path:
     return data_dir / name.replace("\\", "/") if "\\" in name and not _exists(path) else path
 
 
-def coordinates(row: Row) -> Float[np.ndarray, "N 2"]:
+def coordinates(row: ManifestRow) -> Float[np.ndarray, "N 2"]:
     """All corners (x, y) of a row's polygons and box. Raises RowError for what are no polygons."""
     return np.concatenate([np.empty((0, 2)), *_coordinates(row).values()])
 
 
-def _coordinates(row: Row) -> dict[str, Float[np.ndarray, "N 2"]]:
+def _coordinates(row: ManifestRow) -> dict[str, Float[np.ndarray, "N 2"]]:
     """The corners of each of its keys that has some."""
     found = {} if row.box is None else {"box": np.reshape(row.box, (2, 2))}
     if row.form == "polygons":
@@ -200,13 +207,7 @@ def _coordinates(row: Row) -> dict[str, Float[np.ndarray, "N 2"]]:
     return found
 
 
-def mask_box(mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "4"]:
-    """xyxy around the pixels that are set, of which there must be one; the ends are exclusive."""
-    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float64)
-
-
-def _typed(content: dict[str, Any], number: int, split: str) -> Row:
+def _typed(content: dict[str, Any], number: int, split: str) -> ManifestRow:
     image, expressions = content.get("image"), content.get("expressions")
     if not _is_text(image):
         raise RowError("wrong type", "image must be the path of a picture, in Unicode")
@@ -240,10 +241,10 @@ def _typed(content: dict[str, Any], number: int, split: str) -> Row:
             raise RowError("wrong type", message)
         _check_name(shape, "mask")
     unknown = tuple(key for key in content if key not in KEYS)
-    return Row(number, split, image, tuple(expressions), form, shape, box, unknown)
+    return ManifestRow(number, split, image, tuple(expressions), form, shape, box, unknown)
 
 
-def _mask(data_dir: Path, row: Row, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+def _mask(data_dir: Path, row: ManifestRow, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
     height, width = size
     if row.form is None:
         mask = np.zeros(size, bool)
@@ -275,13 +276,12 @@ def _mask(data_dir: Path, row: Row, size: tuple[int, int]) -> Bool[np.ndarray, "
     return mask
 
 
-def _box(row: Row, mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "4"] | None:
+def _box(row: ManifestRow, mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "4"] | None:
     if row.box is None:
-        return mask_box(mask) if mask.any() else None
+        return boxes.mask_box(mask) if mask.any() else None
     height, width = mask.shape
     box = np.clip(row.box, 0, [width, height, width, height])
-    around = mask_box(mask)
-    if (np.minimum(box, around)[2:] <= np.maximum(box, around)[:2]).any():
+    if not boxes.touch(box, boxes.mask_box(mask)):
         raise RowError("box off mask", f"box: {list(row.box)} does not touch the {row.form}")
     return box
 

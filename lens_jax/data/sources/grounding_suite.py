@@ -21,7 +21,7 @@ IMAGE_FOLDER = "coco/unlabeled2017"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class SuiteRow:
     """A line of the file before its picture is read; `error` says why it cannot be used."""
 
     line: int
@@ -87,7 +87,7 @@ class GroundingSuite:
         )
 
 
-def _row(line: str, number: int, evaluation: bool) -> Row:
+def _row(line: str, number: int, evaluation: bool) -> SuiteRow:
     try:
         content = json.loads(line)
         if not isinstance(content, dict):
@@ -97,11 +97,11 @@ def _row(line: str, number: int, evaluation: bool) -> Row:
         inside(Path(), content.get("image_path"), "image_path")
         box, segmentation = (content[key] for key in ("box", "segmentation"))
         box = None if box is None else numbers(box, 4, "box")
-        return Row(number, content["image_path"], caption, box, segmentation)
+        return SuiteRow(number, content["image_path"], caption, box, segmentation)
     except KeyError as key:
-        return Row(number, error=f"{key} is missing")
+        return SuiteRow(number, error=f"{key} is missing")
     except (ValueError, RecursionError) as error:
-        return Row(number, error=str(error))
+        return SuiteRow(number, error=str(error))
 
 
 def question(caption: str, evaluation: bool) -> str:

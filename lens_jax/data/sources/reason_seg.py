@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
+from lens_jax.data import boxes
 from lens_jax.data.sample import Sample, SampleError, read_image
 from lens_jax.data.sources.annotations import check_size, numbers, picture_size, sentences, short
 
@@ -237,8 +238,7 @@ def label_map(annotation: Annotation, height: int, width: int) -> UInt8[np.ndarr
 
 def mask_box(mask: Bool[np.ndarray, "H W"]) -> Int[np.ndarray, "4"]:
     """xyxy of the first and the last pixels that are set, of which there must be one."""
-    ys, xs = np.nonzero(mask)
-    return np.array([xs.min(), ys.min(), xs.max(), ys.max()])
+    return (boxes.mask_box(mask) - (0, 0, 1, 1)).astype(np.int64)
 
 
 def _paint(canvas: UInt8[np.ndarray, "H W"], corners: Int[np.ndarray, "N 2"], value: int) -> None:

@@ -18,8 +18,8 @@ from lens_jax.data.percent import DOUBT, Coordinates, Reach
 from lens_jax.data.sample import orientation, to_rgb, turn, turn_box
 from lens_jax.data.sources.folder import FILE, RowError, parse, read_target
 from lens_jax.data.sources.folder import coordinates as corners_of
-from lens_jax.files import printable
 from lens_jax.preparation.conversion.objects import Found, LeftOut, Picture, Unfit
+from lens_jax.preparation.tally import Tally
 
 ALL = ""  # the name of the group of all objects
 PICTURES = "pictures"  # where the output's pictures lie
@@ -65,20 +65,6 @@ class _Known:
         return self.stored if self.orientation < 5 else self.stored[::-1]
 
 
-class _Tally:
-    """What was found how often, and where first."""
-
-    def __init__(self):
-        self.counts: dict[str, tuple[int, str]] = {}
-
-    def add(self, what: str, text: str) -> None:
-        count, first = self.counts.get(what, (0, printable(text)))
-        self.counts[what] = (count + 1, first)
-
-    def rows(self) -> list[tuple[str, int, str]]:
-        return sorted(((k, *v) for k, v in self.counts.items()), key=lambda row: -row[1])
-
-
 def write(
     found: Iterable[Found | LeftOut],
     folder: Path,
@@ -97,7 +83,7 @@ def write(
     """
     pictures = _Pictures(folder, data_dir)
     rows: list[_Row] = []
-    left_out = _Tally()
+    left_out = Tally()
     reaches: dict[str, Reach] = collections.defaultdict(Reach)
     with open(folder / FILE, "w", encoding="utf-8") as manifest:
         for item in progress(found):
@@ -133,7 +119,7 @@ def write(
                 reaches[group].add(name, item.picture.size or known.upright, corners)
     if coordinates == "auto":
         rows = _without_percent(rows, reaches, folder, pictures, left_out)
-    remarks = _Tally()
+    remarks = Tally()
     for row in rows:
         for remark in row.remarks:
             remarks.add(remark, row.where)
@@ -161,7 +147,7 @@ def _without_percent(
     reaches: dict[str, Reach],
     folder: Path,
     pictures: "_Pictures",
-    left_out: _Tally,
+    left_out: Tally,
 ) -> list[_Row]:
     """Removes the lines, and the pictures, of groups that are in percent."""
     kept = [not reaches[row.group].is_percent for row in rows]
