@@ -10,6 +10,7 @@ from lens_jax import checkpoints
 from lens_jax.convert_weights import lens_table, load_lens_state
 from lens_jax.data.images import arrange_windows, window_layout
 from lens_jax.data.prompts import rope_positions
+from lens_jax.model_configs.lens import read_lens
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.lens import LensConfig, LensModel, abstract
 
@@ -21,7 +22,7 @@ def read_json(file: Path):
 def lens_config(golden_dir: Path, positions: str) -> LensConfig:
     tiny = golden_dir / "lens_tiny"
     hf = read_json(tiny / "config.json")
-    return LensConfig.from_dict(
+    return read_lens(
         {
             "mllm": hf,
             "sam": read_json(tiny / "sam2_config.json"),

@@ -11,8 +11,8 @@ import pytest
 from lens_jax import checkpoints
 from lens_jax.commands import evaluate
 from lens_jax.convert_weights import from_torch
+from lens_jax.data.buckets import Buckets
 from lens_jax.data.images import window_layout
-from lens_jax.data.pipeline import Buckets
 from lens_jax.inference import inputs, programs
 from lens_jax.inference.lens import Lens
 from lens_jax.rollout.sampler import Rollout

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from lens_jax.data import images, prompts
-from lens_jax.data.pipeline import Processor
+from lens_jax.data.processor import Processor
 from lens_jax.models.sam.segmenter import Sam2
 
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from lens_jax.convert_weights.sam2 import params_from_tensors
+from lens_jax.model_configs.sam import read_sam2
 from lens_jax.models.layers import shapes_of
-from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.segmenter import Sam2
 
 FEATURES, MASKS = 2e-4, 8e-4  # absolute tolerances
@@ -23,9 +23,7 @@ def golden(golden_dir):
 
 @pytest.fixture(scope="module")
 def model(golden_dir, golden_weights):
-    config = Sam2Config.from_dict(
-        json.loads((golden_dir / "lens_tiny" / "sam2_config.json").read_text())
-    )
+    config = read_sam2(json.loads((golden_dir / "lens_tiny" / "sam2_config.json").read_text()))
     model = shapes_of(lambda rngs: Sam2(config, rngs=rngs))
     nnx.update(model, params_from_tensors(config, golden_weights, prefix="sam."))
     return model
