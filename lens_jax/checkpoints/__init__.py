@@ -22,25 +22,3 @@ from lens_jax.checkpoints.pretrained import (
 )
 from lens_jax.checkpoints.training import TrainingCheckpoints
 from lens_jax.files import CheckpointError
-
-__all__ = [
-    "CONFIG",
-    "MANIFEST",
-    "CheckpointError",
-    "TrainingCheckpoints",
-    "check_manifest",
-    "check_sizes",
-    "copy_processor_files",
-    "iterate_params",
-    "layer_of",
-    "load_pretrained",
-    "model_shapes",
-    "new_directory",
-    "read_config",
-    "read_params",
-    "save_pretrained",
-    "saved_params",
-    "stack",
-    "unstack",
-    "write_manifest",
-]

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from lens_jax import interpreter, interrupts  # noqa: F401, the interpreter before all that may fail
+from lens_jax import interpreter, interrupts  # the interpreter before all that may fail
 
 
 def start(name):

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lens_jax.commands import cli
-from lens_jax.files import blaming, read_json
 from lens_jax.flags import Parser, PositiveInt
-from lens_jax.model_configs.qwen_vl import read_qwen_vl
-from lens_jax.model_configs.sam import read_sam
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,19 +123,17 @@ def compile_run(
             only until a program does not fit, and without compiling what cannot.
     """
     from lens_jax.aot.compiling import Slice, compile_program, suggestions
+    from lens_jax.aot.run_models import model_shapes, texts
     from lens_jax.aot.run_programs import list_programs
     from lens_jax.training import programs
 
     part = Slice.of(topology, config, slices)
     rows, names = [], []
     with programs.precision(config):
-        for program in list_programs(
-            config,
-            model_shapes(config),
-            part.mesh,
-            stages=stages,
-            **text(config),
-        ):
+        listed = list_programs(
+            config, model_shapes(config), part.mesh, stages=stages, **texts(config)
+        )
+        for program in listed:
             names.append(program.name)
             if not program.name.startswith(only) or (quick and program.shorter):
                 continue
@@ -165,88 +160,6 @@ def compile_run(
         "mesh": dict(part.mesh.shape),
         "fits": all(row["fits"] for row in rows),
         "programs": rows,
-    }
-
-
-def model_shapes(config: Any) -> Any:
-    """LensConfig of the run's model: from its files, or published by their names."""
-    from lens_jax import checkpoints
-    from lens_jax.config import ConfigError
-    from lens_jax.models.lens import LensConfig
-
-    model = config.model
-    positions = {"context_positions": model.context_positions} if model.context_positions else {}
-    if model.checkpoint and (Path(model.checkpoint) / checkpoints.CONFIG).exists():
-        settings = checkpoints.read_config(model.checkpoint) | positions
-        return checkpoints.model_shapes(model.checkpoint, settings)
-    if not (model.mllm and model.sam):
-        raise ConfigError(
-            f"model.checkpoint {model.checkpoint} does not exist: name what it was made of as "
-            "model.mllm and model.sam to compile without it"
-        )
-    return LensConfig(
-        _mllm_shapes(Path(model.mllm)),
-        _sam_shapes(Path(model.sam)),
-        num_queries=model.num_queries,
-        **positions,
-    )
-
-
-def _mllm_shapes(directory: Path) -> Any:
-    from lens_jax.config import ConfigError
-    from lens_jax.models.qwen_vl.config import PRESETS
-
-    file = directory / "config.json"
-    if file.exists():
-        with blaming(file):
-            return read_qwen_vl(read_json(file))
-    if directory.name in PRESETS:
-        return PRESETS[directory.name]
-    raise ConfigError(
-        f"model.mllm: {file} does not exist, and shapes are known of {', '.join(PRESETS)} alone"
-    )
-
-
-def _sam_shapes(path: Path) -> Any:
-    from lens_jax.config import ConfigError
-    from lens_jax.models.sam.config import PRESETS, SAM_PRESETS
-
-    folder = path if path.is_dir() else path.parent
-    for file in (folder / "sam2_config.json", folder / "sam_config.json"):
-        if file.exists():
-            with blaming(file):
-                return read_sam(read_json(file))
-    named = {f"sam_{name}": shapes for name, shapes in SAM_PRESETS.items()}
-    for version in ("sam2", "sam2.1"):
-        named |= {f"{version}_hiera_{name}": shapes for name, shapes in PRESETS.items()}
-    for name, shapes in named.items():
-        if path.name.startswith(name):
-            return shapes
-    raise ConfigError(
-        f"model.sam: {folder} holds no sam2_config.json, and by name shapes are known of "
-        f"{', '.join(named)} alone"
-    )
-
-
-def text(config: Any) -> dict[str, Any]:
-    """What the programs know of the tokenizer and of how completions are written.
-
-    Without its files that of the tiny checkpoint: its rewards' tables are some megabytes smaller.
-    """
-    from transformers import AutoTokenizer
-
-    from lens_jax.data.processor_files import read_generation
-    from lens_jax.rewards import text_rewards
-
-    places = [config.model.checkpoint, config.model.mllm, ROOT / "checkpoints/tiny/qwen2_5_vl"]
-    place = next(x for x in places if x and (Path(x) / "tokenizer.json").exists())
-    generation = read_generation(Path(place))
-    with blaming(Path(place) / "tokenizer.json"):
-        read_text = text_rewards(AutoTokenizer.from_pretrained(place))
-    return {
-        "read_text": read_text,
-        "end_tokens": generation.end_tokens,
-        "repetition_penalty": generation.repetition_penalty,
     }
 
 

@@ -5,15 +5,3 @@ from lens_jax.convert_weights.export import to_torch
 from lens_jax.convert_weights.table import WeightsError
 from lens_jax.convert_weights.tables import lens_table, load_lens_state, parameter_shapes
 from lens_jax.convert_weights.verify import verify
-
-__all__ = [
-    "Conversion",
-    "WeightsError",
-    "check_torch",
-    "from_torch",
-    "lens_table",
-    "load_lens_state",
-    "parameter_shapes",
-    "to_torch",
-    "verify",
-]

@@ -7,5 +7,3 @@ is checked and prepared before them.
 from lens_jax.inference.generation import Generation
 from lens_jax.inference.inputs import check_length
 from lens_jax.inference.lens import Lens, Responses, Result
-
-__all__ = ["Generation", "Lens", "Responses", "Result", "check_length"]

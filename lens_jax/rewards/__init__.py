@@ -1,5 +1,3 @@
 """Rewards on the device: sentence, box and mask, unified (LENS, section 3.3)."""
 
 from lens_jax.rewards.sentence import text_rewards
-
-__all__ = ["text_rewards"]

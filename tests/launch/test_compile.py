@@ -17,7 +17,7 @@ from flax import nnx
 
 from benchmarks.common import SIZES
 from lens_jax import config as configs
-from lens_jax.aot import compiling, hlo, run_programs, tpu
+from lens_jax.aot import compiling, hlo, run_models, run_programs, tpu
 from lens_jax.aot import shapes as aot_shapes
 from lens_jax.commands import compile as command
 from lens_jax.convert_weights import qwen_vl
@@ -287,7 +287,7 @@ def test_the_smallest_slice_that_fits(monkeypatch, capsys):
 def test_recipes(file):
     """Each loads, names models whose shapes are known, and is the published recipe."""
     config = configs.load(["--config", str(file)])
-    shapes = command.model_shapes(config)
+    shapes = run_models.model_shapes(config)
     assert shapes.sam == SAM2["large"]
     size = "Qwen2.5-VL-3B-Instruct" if "_3b_" in file.stem else "Qwen2-VL-2B-Instruct"
     assert shapes.mllm == PRESETS[size]

@@ -9,8 +9,6 @@ from lens_jax.data.percent import Coordinates
 from lens_jax.preparation.conversion import coco, labelme, objects, reason_seg, refer, writing
 from lens_jax.preparation.conversion.writing import Summary
 
-__all__ = ["LAYOUTS", "Summary", "convert"]
-
 LAYOUTS = ("refcoco", "reason_seg", "coco", "labelme")
 
 
