@@ -220,7 +220,7 @@ def random_inputs(
         start = (length - images) // 3
         if start < 1:
             raise ValueError(f"a prompt of {length} tokens holds no picture of {images} tokens")
-        tokens[i, start - 1] = mllm.image_token_id - 1  # as in `qwen_vl.hf_config`
+        tokens[i, start - 1] = mllm.image_token_id - 1  # as in `write_qwen_vl`
         tokens[i, start : start + images] = mllm.image_token_id
         index[i, start : start + images] = slots
         positions[i, :, :length], following[i] = rope_positions(length, start, units)

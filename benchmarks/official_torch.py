@@ -25,6 +25,7 @@ from lens_jax.convert_weights import qwen_vl
 from lens_jax.convert_weights.lens import PREFIXES
 from lens_jax.convert_weights.tables import lens_table
 from lens_jax.convert_weights.torch_models import connect, load_model, load_sam
+from lens_jax.model_configs.qwen_vl import write_qwen_vl
 from lens_jax.models.lens import LensConfig
 from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
 from lens_jax.rollout.sampler import Rollout
@@ -227,5 +228,5 @@ def load_qwen(
     own = {n: torch.from_numpy(x) for n, x in tensors.items() if n.startswith(qwen_vl.PREFIXES)}
     options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     model_class = transformers.Qwen2_5_VLForConditionalGeneration
-    hf = {"model_type": size.qwen.vision.family} | qwen_vl.hf_config(size.qwen)
+    hf = {"model_type": size.qwen.vision.family} | write_qwen_vl(size.qwen)
     return load_model(model_class, hf, own, **options)

@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lens_jax.convert_weights.qwen_vl import hf_config as hf_config
 from lens_jax.data.images import arrange_windows, window_layout
 from lens_jax.data.prompts import rope_positions
 from lens_jax.models.inputs import Prompts, Targets

@@ -17,9 +17,10 @@ import ml_dtypes
 import numpy as np
 
 from lens_jax.commands import cli
-from lens_jax.convert_weights import lens_table, parameter_shapes, qwen_vl
+from lens_jax.convert_weights import lens_table, parameter_shapes
 from lens_jax.convert_weights.writer import Spec, write_model
 from lens_jax.model_configs.lens import read_lens
+from lens_jax.model_configs.qwen_vl import write_qwen_vl
 from lens_jax.model_configs.sam import write_sam
 from lens_jax.models.qwen_vl import config as qwen_vl_config
 from lens_jax.models.sam.config import PRESETS
@@ -28,7 +29,7 @@ EXAMPLE = "  python -m tools.measure_conversion --directory /tmp/conversion"
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # config.json of LENS-3B, without the keys that no shape depends on.
-CONFIG = qwen_vl.hf_config(qwen_vl_config.PRESETS["Qwen2.5-VL-3B-Instruct"]) | {
+CONFIG = write_qwen_vl(qwen_vl_config.PRESETS["Qwen2.5-VL-3B-Instruct"]) | {
     "architectures": ["SAMR1ForConditionalGeneration_qwen2p5"],
     "model_type": "qwen2_vl",
     "torch_dtype": "bfloat16",

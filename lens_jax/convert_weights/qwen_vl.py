@@ -75,48 +75,6 @@ def official_name(name: str) -> str:
     return name
 
 
-def hf_config(config: QwenVLConfig) -> dict[str, Any]:
-    """These shapes as a config.json of transformers, without model_type: `config.vision.family`."""
-    vision = config.vision
-    tower: dict[str, Any] = {"depth": vision.depth, "num_heads": vision.num_heads}
-    if vision.family == "qwen2_vl":
-        tower |= {
-            "embed_dim": vision.hidden_size,
-            "mlp_ratio": vision.intermediate_size // vision.hidden_size,
-            "hidden_size": vision.out_hidden_size,
-        }
-    else:
-        tower |= {
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "out_hidden_size": vision.out_hidden_size,
-            "fullatt_block_indexes": list(vision.full_attention_blocks),
-            "window_size": vision.window_size,
-        }
-    return {
-        "text_config": {
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": config.num_kv_heads,
-            "vocab_size": config.vocab_size,
-            "rms_norm_eps": config.rms_norm_eps,
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": list(config.mrope_section),
-                "rope_theta": config.rope_theta,
-            },
-        },
-        "vision_config": tower,
-        "image_token_id": config.image_token_id,
-        "vision_start_token_id": config.image_token_id - 1,
-        "vision_end_token_id": config.image_token_id - 2,
-        "video_token_id": config.image_token_id - 3,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
-
-
 def settle_tie(hf: dict[str, Any], source: Weights) -> dict[str, Any]:
     """config.json whose levels agree on whether the embeddings are tied.
 

@@ -20,8 +20,8 @@ from lens_jax import config as configs
 from lens_jax.aot import compiling, hlo, run_models, run_programs, tpu
 from lens_jax.aot import shapes as aot_shapes
 from lens_jax.commands import compile as command
-from lens_jax.convert_weights import qwen_vl
 from lens_jax.distribution import sharding
+from lens_jax.model_configs.qwen_vl import write_qwen_vl
 from lens_jax.model_configs.sam import write_sam
 from lens_jax.models.lens import LensConfig, abstract
 from lens_jax.models.qwen_vl.config import PRESETS
@@ -67,7 +67,7 @@ def compiled(shapes, tmp_path_factory) -> tuple[dict, Path]:
     root = tmp_path_factory.mktemp("compile")
     (root / "mllm").mkdir()
     (root / "mllm" / "config.json").write_text(
-        json.dumps({"model_type": "qwen2_5_vl"} | qwen_vl.hf_config(SIZES["small"].qwen))
+        json.dumps({"model_type": "qwen2_5_vl"} | write_qwen_vl(SIZES["small"].qwen))
     )
     (root / "sam2_config.json").write_text(json.dumps(write_sam(shapes.sam)))
     run = RUN | {"model.mllm": root / "mllm", "model.sam": root / "sam2.pt", "model.num_queries": 8}

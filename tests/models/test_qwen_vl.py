@@ -17,7 +17,7 @@ from transformers import (
 from lens_jax import checkpoints
 from lens_jax.convert_weights import parameter_shapes
 from lens_jax.convert_weights.qwen_vl import official_name, table
-from lens_jax.model_configs.qwen_vl import read_qwen_vl
+from lens_jax.model_configs.qwen_vl import read_qwen_vl, write_qwen_vl
 from lens_jax.models.layers import shapes_of
 from lens_jax.models.lens import abstract, split_policy
 from lens_jax.models.qwen_vl.config import PRESETS, QwenVLConfig
@@ -57,7 +57,7 @@ def hf_model(mllm: QwenVLConfig) -> torch.nn.Module:
         "qwen2_vl": (Qwen2VLForConditionalGeneration, Qwen2VLConfig),
         "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig),
     }[mllm.vision.family]
-    model = model(config(**micro.hf_config(mllm))).eval()
+    model = model(config(**write_qwen_vl(mllm))).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for name, x in model.named_parameters():
@@ -290,10 +290,10 @@ def test_both_forms_of_a_config_say_the_same(size, tmp_path):
 
 def test_families_are_told_apart_by_their_vision_tower():
     """LENS saves Qwen2.5-VL under the other family's model_type, with that one's defaults."""
-    lens = micro.hf_config(micro.CONFIG.mllm) | {"model_type": "qwen2_vl"}
+    lens = write_qwen_vl(micro.CONFIG.mllm) | {"model_type": "qwen2_vl"}
     lens["vision_config"] |= {"embed_dim": 1280, "mlp_ratio": 4}
     assert read_qwen_vl(lens) == micro.CONFIG.mllm
-    plain = micro.hf_config(micro.QWEN2_VL.mllm)
+    plain = write_qwen_vl(micro.QWEN2_VL.mllm)
     assert read_qwen_vl(plain) == micro.QWEN2_VL.mllm
     assert read_qwen_vl(plain | {"model_type": "qwen2_vl"}) == micro.QWEN2_VL.mllm
 
@@ -311,7 +311,7 @@ def test_families_are_told_apart_by_their_vision_tower():
     ],
 )
 def test_a_contradicting_config_is_one_clear_error(change, message):
-    hf = micro.hf_config(micro.QWEN2_VL.mllm)
+    hf = write_qwen_vl(micro.QWEN2_VL.mllm)
     for key, value in change.items():
         part = hf if key == "model_type" else hf["vision_config"]
         part[key] = value
@@ -324,7 +324,7 @@ def test_a_contradicting_config_is_one_clear_error(change, message):
 
 @pytest.mark.parametrize("key", ["fullatt_block_indexes", "num_key_value_heads", "image_token_id"])
 def test_a_missing_key_is_named(key):
-    hf = micro.hf_config(micro.CONFIG.mllm)
+    hf = write_qwen_vl(micro.CONFIG.mllm)
     for part in (hf, hf["text_config"], hf["vision_config"]):
         part.pop(key, None)
     with pytest.raises(ValueError, match=key):
