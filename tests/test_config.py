@@ -2,11 +2,14 @@
 
 import dataclasses
 import typing
+from pathlib import Path
 
 import pytest
+import yaml
 
 from lens_jax import config as configs
 from lens_jax.config import ConfigError, sections
+from lens_jax.config.keys import flatten
 from lens_jax.data import images
 from lens_jax.models.parameters import PARTS
 from lens_jax.training.advantages import RULES
@@ -30,6 +33,18 @@ def refused(capsys, *argv):
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1
     return err
+
+
+def test_keys_and_defaults_are_frozen():
+    """Files of users hold these keys, and count on these defaults."""
+    file = Path(__file__).parent / "config_defaults.yaml"
+    frozen = flatten(yaml.safe_load(file.read_text()))
+    known = configs.leaves(configs.RunConfig())
+    changed = {key for key in frozen.keys() | known.keys() if frozen.get(key) != known.get(key)}
+    changed |= frozen.keys() ^ known.keys()
+    assert not changed, (
+        f"if these are to change, change them in {file.name}, too: {sorted(changed)}"
+    )
 
 
 def test_default_file_is_tiny():
