@@ -15,6 +15,7 @@ from lens_jax.aot import hlo
 from lens_jax.config import ConfigError, MeshConfig
 from lens_jax.distribution import sharding
 from lens_jax.distribution.rows import Share
+from lens_jax.models.parameters import parameter_axes
 from tests import tpu
 
 
@@ -22,8 +23,11 @@ def mesh_of(data=1, fsdp=1, tensor=1):
     return sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
 
 
-def spec(path, shape, mesh, **options):
-    return sharding.parameter_spec(path, shape, mesh, min_elements=0, **options)
+AXES = parameter_axes(kv_heads=2)
+
+
+def spec(name, shape, mesh):
+    return sharding.parameter_spec(name, shape, mesh, AXES, min_elements=0)
 
 
 def test_no_mesh_named_takes_every_device():
@@ -106,13 +110,13 @@ def test_table(path, shape, expected):
 
 def test_kv_heads_are_never_cut_inside_a_head():
     path, shape = "language/layers/k_proj/kernel", (3, 64, 32)
-    assert spec(path, shape, mesh_of(tensor=2), kv_heads=2) == P(None, None, "tensor")
-    assert spec(path, shape, mesh_of(tensor=4), kv_heads=2) == P(None, None, None)
+    assert spec(path, shape, mesh_of(tensor=2)) == P(None, None, "tensor")
+    assert spec(path, shape, mesh_of(tensor=4)) == P(None, None, None)
 
 
 def test_small_parameters_are_replicated():
     assert (
-        sharding.parameter_spec("language/layers/q_proj/kernel", (2, 64, 64), mesh_of(fsdp=8))
+        sharding.parameter_spec("language/layers/q_proj/kernel", (2, 64, 64), mesh_of(fsdp=8), AXES)
         == P()
     )
 
@@ -127,11 +131,13 @@ def test_shardings_of_a_training_state():
     params = nnx.state(Block())
     optimizer = optax.adamw(1e-3)
     for tree in (params, nnx.to_pure_dict(params)):
-        places = sharding.shardings(tree, mesh, min_elements=0)
+        places = sharding.shardings(tree, mesh, AXES, min_elements=0)
         kernels = {x.spec for x in jax.tree.leaves(places)}
         assert P("fsdp", "tensor") in kernels
         tree = jax.device_put(tree, places)
-        moments = sharding.shardings(jax.eval_shape(optimizer.init, tree), mesh, min_elements=0)
+        moments = sharding.shardings(
+            jax.eval_shape(optimizer.init, tree), mesh, AXES, min_elements=0
+        )
         state = jax.jit(optimizer.init, out_shardings=moments)(tree)
         assert jax.tree.map(lambda x: x.sharding.spec, state[0].mu) == jax.tree.map(
             lambda x: x.sharding.spec, tree
@@ -142,10 +148,10 @@ def test_shardings_of_a_training_state():
 def test_sampling_gathers_all_but_tensor():
     mesh = mesh_of(fsdp=4, tensor=2)
     tree = {"language": {"q_proj": {"kernel": jnp.zeros((2048, 256))}, "norm": jnp.zeros(64)}}
-    places = sharding.sampling_shardings(tree, mesh)
+    places = sharding.sampling_shardings(tree, mesh, AXES)
     assert places["language"]["q_proj"]["kernel"].spec == P(None, "tensor")
     assert places["language"]["norm"].is_fully_replicated
-    whole = sharding.sampling_shardings(tree, mesh_of(fsdp=8))
+    whole = sharding.sampling_shardings(tree, mesh_of(fsdp=8), AXES)
     assert all(place.is_fully_replicated for place in jax.tree.leaves(whole))
 
 

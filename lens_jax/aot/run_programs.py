@@ -71,14 +71,14 @@ def _evaluation(config, mesh, model, end_tokens, repetition_penalty) -> Iterator
 
     Each of these reads a part of the model, and all of it is there.
     """
-    kv_heads = model.config.mllm.num_kv_heads
+    axes = model.config.axes
     definition, params = nnx.split(model)
-    params = shapes.placed(params, sharding.shardings(params, mesh, kv_heads=kv_heads))
+    params = shapes.placed(params, sharding.shardings(params, mesh, axes))
     copy, named = params, {"parameters": params}
     if sharding.num_parts(mesh) > 1:
-        reshard = programs.make_reshard(config, mesh, params, kv_heads)
+        reshard = programs.make_reshard(config, mesh, params, axes)
         light = jax.eval_shape(reshard, params)
-        copy = shapes.placed(light, sharding.sampling_shardings(light, mesh, kv_heads=kv_heads))
+        copy = shapes.placed(light, sharding.sampling_shardings(light, mesh, axes))
         yield Program("evaluation.relayout", reshard, (params,), named=named, beside={})
     beside = {} if copy is params else named
     named = named if copy is params else {"sampling copy": copy}
@@ -142,14 +142,14 @@ def _reinforcement(config, mesh, model, read_text, end_tokens) -> Iterator[Progr
     stage = programs.build_reinforcement(
         config, mesh, model, read_text=read_text, end_tokens=end_tokens
     )
-    kv_heads = model.config.mllm.num_kv_heads
+    axes = model.config.axes
     state, frozen = _state(stage, mesh, model)
     batch = _batch(config, model, config.grpo.batch_size, mesh)
     step = shapes.placed(state.step, sharding.replicated(mesh))
     policy = stage.policy(state.params, frozen)
     light = jax.eval_shape(stage.reshard, policy)
-    copy = shapes.placed(light, sharding.sampling_shardings(light, mesh, kv_heads=kv_heads))
-    reference = shapes.placed(light, sharding.shardings(light, mesh, kv_heads=kv_heads))
+    copy = shapes.placed(light, sharding.sampling_shardings(light, mesh, axes))
+    reference = shapes.placed(light, sharding.shardings(light, mesh, axes))
     rows = sharding.batch_sharding(mesh)
     written = shapes.placed(jax.eval_shape(stage.sample, copy, batch, step), rows)
 
@@ -227,9 +227,9 @@ def _batch(config: RunConfig, model: LensModel, rows: int, mesh: Mesh) -> Batch:
 
 def _state(stage: programs.Stage, mesh: Mesh, model) -> tuple[Any, Any]:
     """The training state and the frozen parameters as they lie on the mesh."""
-    kv_heads = model.config.mllm.num_kv_heads
+    axes = model.config.axes
     return tuple(
-        shapes.placed(x, sharding.shardings(x, mesh, kv_heads=kv_heads))
+        shapes.placed(x, sharding.shardings(x, mesh, axes))
         for x in (jax.eval_shape(stage.create, stage.trained), stage.frozen)
     )
 

@@ -139,7 +139,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def model_shapes(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> LensConfig:
-    """What `config`, lens_config.json of that directory, says of the model's shapes.
+    """The model's shapes by `config`, the lens_config.json of that directory.
 
     Raises:
       CheckpointError: a key is missing or has a wrong value; it names the file and the key.

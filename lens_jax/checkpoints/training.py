@@ -153,7 +153,7 @@ class TrainingCheckpoints:
             raise self._failed(target, reason) from error
 
     def _failed(self, target: epath.Path, reason: str) -> "CheckpointError":
-        """What to say about a checkpoint that could not be written; makes room."""
+        """The error for a checkpoint that could not be written; makes room."""
         last = "those before it cannot be read now"
         with contextlib.suppress(OSError):
             if processes.is_main():
@@ -239,7 +239,7 @@ class TrainingCheckpoints:
 
 
 def _first_reason(error: BaseException | None) -> str | None:
-    """What went wrong in whichever process; None if nothing did.
+    """The error of whichever process met one; None if none did.
 
     Where one fails the others wait for it in vain: what they say is asked last.
     """
@@ -253,7 +253,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _abstract(leaf: Any) -> Any:
-    """What orbax is asked for: without a sharding (keys too), a host array."""
+    """The form that orbax is asked for: without a sharding (keys too), a host array."""
     if _is_key(leaf):
         data = jax.eval_shape(jax.random.key_data, leaf)
         return np.empty(data.shape, data.dtype)

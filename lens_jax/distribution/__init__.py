@@ -8,10 +8,11 @@ batch lie over `data` and `fsdp` together, so each of these parts computes its o
 rows that its devices hold (`sharding.share`, a `rows.Share`); `sharding.global_batch` makes one
 array of them, and `own_rows` takes them back.
 
-**Parameters.** A parameter's last dimensions have logical axes (`embed`, `heads`, `mlp`, ...), and
-`sharding.LOGICAL` says which axis of the mesh cuts each. `embed` lies over `fsdp`, the others over
-`tensor`. Small parameters, and axes that do not divide, stay whole. Moments lie as their parameters
-do, so an optimizer step moves nothing. There are two layouts:
+**Parameters.** A model names the logical axes of its parameters' last dimensions, `embed`, `heads`,
+`mlp` and so on (`axes.ParameterAxes`), and `sharding.LOGICAL` says which axis of the mesh cuts
+each: `fsdp` cuts `embed`, `tensor` the others. Small parameters, and axes that do not divide, stay
+whole. Moments lie as their parameters do, so an optimizer step moves nothing. There are two
+layouts:
 
 - *training*, `sharding.shardings`: cut over `fsdp` and `tensor`, one part a device;
 - *sampling*, `sharding.sampling_shardings`: cut over `tensor` alone, and whole on every part of

@@ -1,8 +1,9 @@
 """Gradients on a mesh, fully sharded and data-parallel: every device computes those of its rows.
 
-Parameters lie in parts. Those of layers enter the forward pass as `ShardedParameter`s, which
-`layers.scan` gathers as each layer runs, forward and again backward; the sum of a layer's gradient
-over devices comes back in parts. The compiler places collectives over `tensor` alone.
+Each device holds a part of every large parameter. The parts of layers enter the forward pass as
+`ShardedParameter`s. `layers.scan` gathers them as each layer runs, forward and again backward, and
+the sum of a layer's gradient over devices comes back in parts. The compiler places collectives over
+`tensor` alone.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from lens_jax.distribution import sharding
+from lens_jax.distribution.axes import ParameterAxes, name_of
 from lens_jax.distribution.sharded import ShardedParameter, gather
-from lens_jax.models.parameters import is_scanned, is_stacked, name_of
 
 Metrics = dict[str, Array]
 Loss = Callable[[nnx.State, Any, Any], tuple[Array, Metrics]]
@@ -34,7 +35,7 @@ class Layout:
     mesh: Mesh
     dtype: Any
     """Type that parameters have while they are gathered: that of the products."""
-    kv_heads: int
+    axes: ParameterAxes
 
 
 def differentiate(
@@ -56,20 +57,20 @@ def differentiate(
         gradient = partial(jax.grad(loss, has_aux=True), params, constants)
         return accumulate(gradient, batch, micro_batches)
     mesh = layout.mesh
-    places = sharding.shardings((params, constants), mesh, kv_heads=layout.kv_heads)
+    shardings = sharding.shardings((params, constants), mesh, layout.axes)
 
     def local(params, constants, batch):
         def local_loss(params, constants, rows):
-            sharded = partial(_sharded, dtype=layout.dtype)
-            trees = jax.tree_util.tree_map_with_path(sharded, (params, constants), places)
+            sharded = partial(_sharded, layout=layout)
+            trees = jax.tree_util.tree_map_with_path(sharded, (params, constants), shardings)
             return loss(*trees, rows)
 
         gradient = partial(jax.grad(local_loss, has_aux=True), params, constants)
         gradients, metrics = accumulate(gradient, batch, micro_batches)
-        gradients = jax.tree.map(partial(_sum_over_devices, mesh), gradients, places[0])
+        gradients = jax.tree.map(partial(_sum_over_devices, mesh), gradients, shardings[0])
         return gradients, jax.lax.psum(metrics, ROWS)
 
-    specs = jax.tree.map(lambda place: P(*map(_fsdp, place.spec)), places)
+    specs = jax.tree.map(lambda x: P(*map(_fsdp, x.spec)), shardings)
     return jax.shard_map(
         local,
         mesh=mesh,
@@ -103,24 +104,26 @@ def accumulate(
     return jax.lax.scan(add, zeros, batch)[0]
 
 
-def _sharded(path, leaf: Array, place: NamedSharding, *, dtype: Any) -> ShardedParameter | Array:
+def _sharded(
+    path, leaf: Array, where: NamedSharding, *, layout: Layout
+) -> ShardedParameter | Array:
     """A device's part of a parameter, gathered now or, if it is of layers, as each of them runs."""
-    cut = [dim for dim, axis in enumerate(place.spec) if _fsdp(axis)]
+    cut = [dim for dim, axis in enumerate(where.spec) if _fsdp(axis)]
     if not cut:
         return leaf
     name = name_of(path)
-    rank = leaf.ndim - is_stacked(name)
-    part = ShardedParameter(leaf, "fsdp", cut[0] - leaf.ndim, rank, dtype)
-    return part if is_scanned(name) else gather(part)
+    rank = leaf.ndim - layout.axes.is_stacked(name)
+    part = ShardedParameter(leaf, "fsdp", cut[0] - leaf.ndim, rank, layout.dtype)
+    return part if layout.axes.is_scanned(name) else gather(part)
 
 
-def _sum_over_devices(mesh: Mesh, gradient: Array, place: NamedSharding) -> Array:
+def _sum_over_devices(mesh: Mesh, gradient: Array, where: NamedSharding) -> Array:
     """The gradient of what is not cut over `fsdp`; what is, is summed over it as it is computed."""
-    axes = tuple(axis for axis in ROWS if mesh.shape[axis] > 1 and axis not in place.spec)
+    axes = tuple(axis for axis in ROWS if mesh.shape[axis] > 1 and axis not in where.spec)
     gradient = jax.lax.psum(gradient, axes) if axes else gradient
     if mesh.shape["tensor"] == 1:
         return gradient
-    spec = P(*(axis if axis == "tensor" else None for axis in place.spec))
+    spec = P(*(axis if axis == "tensor" else None for axis in where.spec))
     return jax.lax.with_sharding_constraint(gradient, spec)
 
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class RemoteError(Exception):
-    """What process 0 could not do for all; the text is its own."""
+    """Process 0 could not do something for all; the text is its own."""
 
 
 def start(config: DistributedConfig) -> None:
@@ -53,7 +53,7 @@ def start(config: DistributedConfig) -> None:
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which writes what is written once."""
+    """True in process 0, which writes the files that all processes share."""
     return jax.process_index() == 0
 
 
@@ -78,7 +78,7 @@ def total(*values: int) -> list[int]:
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process gives (anything that JSON holds), in their order."""
+    """The values of all processes (anything that JSON holds), in their order."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -89,7 +89,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def by_main(function: Callable[[], T]) -> T:
-    """What `function` returns (anything that JSON holds) to process 0, which alone calls it.
+    """Calls `function` in process 0 alone; all get its result (anything that JSON holds).
 
     Raises:
         RemoteError: in the other processes, where it raised in process 0.

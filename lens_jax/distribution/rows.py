@@ -10,7 +10,7 @@ class Share:
     parts: tuple[int, ...] = (0,)
     count: int = 1
     repeated: tuple[int, ...] = ()
-    """Those of `parts` that a process before this one holds as well: not to be counted twice."""
+    """The parts that a process before this one holds as well: not to be counted twice."""
 
     @property
     def whole(self) -> bool:

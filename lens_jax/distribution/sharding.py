@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says how parameters lie on it.
+"""The device mesh, and how parameters and batches lie on it.
 
 Mesh axes: `data` (copies of the model), `fsdp` (parameters, moments and batch in parts), `tensor`
 (heads, MLPs, vocabulary in parts). Batches are sharded over (`data`, `fsdp`). On one device every
@@ -6,7 +6,6 @@ rule vanishes.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,28 +16,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lens_jax.config import ConfigError, MeshConfig
+from lens_jax.distribution.axes import ParameterAxes, name_of
 from lens_jax.distribution.rows import Share
-from lens_jax.models.parameters import is_stacked, name_of
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
-
-# Parameter path -> logical axes of its last dimensions; a stacked parameter has `layers` in front.
-# The vision tower's and the context module's fused qkv is not cut into heads: a cut would not fall
-# between q, k and v.
-PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"language/.*q_proj/kernel$", ("embed", "heads")),
-    (r"language/.*q_proj/bias$", ("heads",)),
-    (r"language/.*[kv]_proj/kernel$", ("embed", "kv_heads")),
-    (r"language/.*[kv]_proj/bias$", ("kv_heads",)),
-    (r"language/.*o_proj/kernel$", ("heads", "embed")),
-    (r"(embed_tokens|lm_head)/embedding$", ("vocab", "embed")),
-    (r"(gate_proj|up_proj|fc1)/kernel$", ("embed", "mlp")),
-    (r"(gate_proj|up_proj|fc1)/bias$", ("mlp",)),
-    (r"(down_proj|fc2)/kernel$", ("mlp", "embed")),
-    (r"qkv/kernel$", ("embed", None)),
-    (r"context/conv/kernel$", (None, "embed", None)),
-)
 
 # Logical axis -> mesh axis.
 LOGICAL = {
@@ -95,62 +77,65 @@ def make_mesh(
 
 
 def parameter_spec(
-    path: str,
+    name: str,
     shape: Sequence[int],
     mesh: Mesh,
+    axes: ParameterAxes,
     *,
-    kv_heads: int = 1,
     min_elements: int = MIN_SHARDED_ELEMENTS,
 ) -> P:
-    """How the parameter at `path` ("language/layers/q_proj/kernel") of (stacked) `shape` is cut.
+    """How a parameter of (stacked) `shape`, or its moment, is cut.
 
-    An optimizer moment lies as its parameter does: only the end of the path counts. An axis that
-    does not divide is left whole; `fsdp` then goes to the largest other dimension that does. KV
-    heads (`kv_heads` of them) are cut between heads or not at all.
+    An axis that does not divide is left whole; `fsdp` then goes to the largest other dimension that
+    does.
     """
     if math.prod(shape) < min_elements:
         return P()
-    logical = next((axes for rule, axes in PARAMETERS if re.search(rule, path)), ())
+    logical = axes.logical(name)
     stacked = len(shape) - len(logical)
     if stacked < 0:
         return P()
     spec: list[str | None] = [None] * len(shape)
-    for dim, name in enumerate(logical, start=stacked):
-        axis = LOGICAL.get(name) if name else None
-        parts = kv_heads if name == "kv_heads" else shape[dim]
-        if axis and mesh.shape[axis] > 1 and parts % mesh.shape[axis] == 0:
+    for dim, logical_axis in enumerate(logical, start=stacked):
+        axis = LOGICAL.get(logical_axis)
+        pieces = axes.pieces.get(logical_axis, shape[dim])
+        if axis and mesh.shape[axis] > 1 and pieces % mesh.shape[axis] == 0:
             spec[dim] = axis
     fsdp = mesh.shape["fsdp"]
     if fsdp > 1 and "fsdp" not in spec and len(shape) > 1:
         # Not the axis of layers: the scan would gather one layer's parameters from one device.
-        first = stacked if logical else int(is_stacked(path))
+        first = stacked if logical else int(axes.is_stacked(name))
         free = [d for d in range(first, len(shape)) if not spec[d] and shape[d] % fsdp == 0]
         if free:
             spec[max(free, key=lambda d: shape[d])] = "fsdp"
     return P(*spec)
 
 
-def shardings(tree: Any, mesh: Mesh, *, kv_heads: int = 1, **options: Any) -> Any:
+def shardings(tree: Any, mesh: Mesh, axes: ParameterAxes, **options: Any) -> Any:
     """A NamedSharding for every leaf (array, ShapeDtypeStruct) of parameters or training state."""
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        return place(name_of(path), np.shape(leaf), mesh, kv_heads=kv_heads, **options)
+        return parameter_sharding(name_of(path), np.shape(leaf), mesh, axes, **options)
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def place(path: str, shape: Sequence[int], mesh: Mesh, **options: Any) -> NamedSharding:
-    """Where the parameter at `path` lies; arguments of `parameter_spec`."""
-    return NamedSharding(mesh, parameter_spec(path, shape, mesh, **options))
+def parameter_sharding(
+    name: str, shape: Sequence[int], mesh: Mesh, axes: ParameterAxes, **options: Any
+) -> NamedSharding:
+    """The sharding of a parameter; arguments of `parameter_spec`."""
+    return NamedSharding(mesh, parameter_spec(name, shape, mesh, axes, **options))
 
 
-def sampling_shardings(tree: Any, mesh: Mesh, *, kv_heads: int = 1) -> Any:
+def sampling_shardings(tree: Any, mesh: Mesh, axes: ParameterAxes) -> Any:
     """The layout of sampling: cut over `tensor` alone, whole on every part of `data` and `fsdp`."""
 
-    def gather(place: NamedSharding) -> NamedSharding:
-        return NamedSharding(mesh, P(*(axis if axis == "tensor" else None for axis in place.spec)))
+    def gather(training: NamedSharding) -> NamedSharding:
+        return NamedSharding(
+            mesh, P(*(axis if axis == "tensor" else None for axis in training.spec))
+        )
 
-    return jax.tree.map(gather, shardings(tree, mesh, kv_heads=kv_heads))
+    return jax.tree.map(gather, shardings(tree, mesh, axes))
 
 
 def num_parts(mesh: Mesh) -> int:
@@ -159,7 +144,7 @@ def num_parts(mesh: Mesh) -> int:
 
 
 def equal_parts(rows: int, mesh: Mesh) -> int:
-    """As many rows, or so many more that they come in equal parts."""
+    """The smallest number of rows from `rows` up that divides into equal parts."""
     return -(-rows // num_parts(mesh)) * num_parts(mesh)
 
 
@@ -199,7 +184,7 @@ def share(mesh: Mesh) -> Share:
 
 def global_batch(batch: Any, mesh: Mesh) -> Any:
     """Global arrays from the rows (numpy, [b, ...]) that this process has read: its `share`."""
-    place, own = batch_sharding(mesh), share(mesh)
+    own = share(mesh)
 
     def put(x: np.ndarray) -> jax.Array:
         size = len(x) // len(own.parts)
@@ -209,7 +194,8 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
             first = own.parts.index(part) * size + rest
             return x[first : first + len(range(*index[0].indices(size * own.count)))]
 
-        return jax.make_array_from_callback((size * own.count, *x.shape[1:]), place, rows)
+        shape = size * own.count, *x.shape[1:]
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), rows)
 
     return jax.tree.map(put, batch)
 

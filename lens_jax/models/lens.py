@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
+from lens_jax.distribution.axes import ParameterAxes
 from lens_jax.models.context import ContextModule
 from lens_jax.models.inputs import Prompts
 from lens_jax.models.layers import shapes_of
 from lens_jax.models.long_attention import XLA, Attention
-from lens_jax.models.parameters import POLICY, select
+from lens_jax.models.parameters import POLICY, parameter_axes, select
 from lens_jax.models.qwen_vl.config import QwenVLConfig
 from lens_jax.models.qwen_vl.head import token_log_probs
 from lens_jax.models.qwen_vl.language import CompletionCache, LanguageModel, PromptCache
@@ -51,6 +52,11 @@ class LensConfig:
                 f"context_positions: {self.context_positions!r} is none of "
                 + ", ".join(POSITION_SCHEMES)
             )
+
+    @property
+    def axes(self) -> ParameterAxes:
+        """What laying the model out over devices must know of its parameters."""
+        return parameter_axes(self.mllm.num_kv_heads)
 
     @property
     def head_dims(self) -> tuple[int, ...]:

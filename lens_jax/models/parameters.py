@@ -1,4 +1,5 @@
-"""Names of LENS's parameters: which are stacks of layers, and which part of the model each is of.
+"""Names of LENS's parameters: which are stacks of layers, which part of the model each is of, and
+which axes it has.
 
 A parameter's name is its path in the model, `language/layers/q_proj/kernel`.
 """
@@ -7,8 +8,9 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-import jax
 from flax import nnx
+
+from lens_jax.distribution.axes import ParameterAxes
 
 # Modules whose parameters carry a leading axis of layers in memory; on disk each layer has its own.
 STACKED = ("visual/blocks", "language/layers", "context/blocks")
@@ -39,16 +41,25 @@ def select(parts: Collection[str], kind: type[nnx.Variable] = nnx.Param) -> nnx.
     return nnx.All(kind, selected)
 
 
-def name_of(path: tuple[Any, ...]) -> str:
-    """The name of the parameter at a path of `jax.tree_util`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+# Parameter name -> logical axes. The vision tower's and the context module's fused qkv is not cut
+# into heads: a cut would not fall between q, k and v.
+AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"language/.*q_proj/kernel$", ("embed", "heads")),
+    (r"language/.*q_proj/bias$", ("heads",)),
+    (r"language/.*[kv]_proj/kernel$", ("embed", "kv_heads")),
+    (r"language/.*[kv]_proj/bias$", ("kv_heads",)),
+    (r"language/.*o_proj/kernel$", ("heads", "embed")),
+    (r"(embed_tokens|lm_head)/embedding$", ("vocab", "embed")),
+    (r"(gate_proj|up_proj|fc1)/kernel$", ("embed", "mlp")),
+    (r"(gate_proj|up_proj|fc1)/bias$", ("mlp",)),
+    (r"(down_proj|fc2)/kernel$", ("mlp", "embed")),
+    (r"qkv/kernel$", ("embed", None)),
+    (r"context/conv/kernel$", (None, "embed", None)),
+)
 
 
-def is_stacked(name: str) -> bool:
-    """True if the first axis of the parameter, or of its moment, is the axis of layers."""
-    return any(f"{prefix}/" in name for prefix in STACKED)
-
-
-def is_scanned(name: str) -> bool:
-    """True if `layers.scan` runs the parameter's layers, one at a time."""
-    return any(f"{prefix}/" in name for prefix in (*STACKED, *STACKED_WHEN_RUN))
+def parameter_axes(kv_heads: int) -> ParameterAxes:
+    """What laying LENS out over devices must know. KV heads, so many, are cut between heads or not
+    at all."""
+    scanned = (*STACKED, *STACKED_WHEN_RUN)
+    return ParameterAxes(AXES, STACKED, scanned, {"kv_heads": kv_heads})

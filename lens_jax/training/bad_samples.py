@@ -1,4 +1,4 @@
-"""When the samples that cannot be read are too many.
+"""Decides when too many samples could not be read.
 
 A share of few samples says little: one bad sample in a first batch of 8 is 12 %. So a run goes on
 until chance can no longer explain what it has met.

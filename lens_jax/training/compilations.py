@@ -1,4 +1,4 @@
-"""Which programs a run compiles, and how often.
+"""Counts the programs that a run compiles.
 
 Shapes are padded to buckets, so each program is compiled once a bucket and a step after warm-up
 compiles nothing.

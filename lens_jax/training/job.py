@@ -35,7 +35,10 @@ class NotFinite(Exception):
 
 @dataclasses.dataclass
 class Job:
-    """What the stages share. `model` is the definition, `params` all of its parameters."""
+    """A run's configuration, model, data and state of stopping, shared by its stages.
+
+    `model` is the definition, `params` all of its parameters.
+    """
 
     config: RunConfig
     directory: Path
@@ -52,7 +55,8 @@ class Job:
     lens: Lens
     compilations: Compilations
     stopping: Stopping
-    evaluated: bool = False  # and the programs for it compiled
+    evaluated: bool = False
+    """An evaluation has run, so its programs are compiled."""
 
     def shapes(self) -> LensModel:
         """The model without its parameters."""
@@ -61,8 +65,8 @@ class Job:
     @functools.cached_property
     def reshard(self) -> Callable[[nnx.State], nnx.State]:
         """All parameters in the layout of sampling, for evaluations: compiled once."""
-        kv_heads = self.lens.config.mllm.num_kv_heads
-        return programs.make_reshard(self.config, self.mesh, self.params, kv_heads)
+        axes = self.lens.config.axes
+        return programs.make_reshard(self.config, self.mesh, self.params, axes)
 
     def release(self) -> nnx.State:
         """The parameters, for a stage that sets them anew: nothing else holds on to them."""
@@ -71,7 +75,7 @@ class Job:
 
 
 def asked_to_stop(stopping: Stopping) -> bool:
-    """Whether any process was asked to stop; all then end with the same exit code."""
+    """True in all processes once any was asked to stop; all then end with the same exit code."""
     asked, interrupted = processes.total(stopping.asked, stopping.code == INTERRUPTED)
     if interrupted:
         stopping.code = INTERRUPTED

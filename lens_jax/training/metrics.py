@@ -1,4 +1,4 @@
-"""What a run logs: metrics.jsonl, TensorBoard, and the progress bar.
+"""The log of a run: metrics.jsonl, TensorBoard, and the progress bar.
 
 A row is written after update `step` (from 1) of its stage, so a checkpoint of step s goes with the
 rows up to s.

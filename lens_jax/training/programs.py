@@ -20,11 +20,12 @@ from jax.sharding import PartitionSpec as P
 
 from lens_jax.config import ConfigError, RunConfig, StageConfig, import_function
 from lens_jax.distribution import sharding
+from lens_jax.distribution.axes import ParameterAxes, name_of
 from lens_jax.distribution.gradients import Layout
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
 from lens_jax.models.long_attention import Attention
-from lens_jax.models.parameters import is_stacked, name_of, select
+from lens_jax.models.parameters import select
 from lens_jax.models.precision import DTYPES, products
 from lens_jax.rewards.sentence import TextScorer
 from lens_jax.rewards.unified import UnifiedReward, check_channel
@@ -76,7 +77,7 @@ def check_rewards(config: RunConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What both stages have: the model's shapes in two, and where a training state comes from."""
+    """Common to both stages: shapes of trained and frozen parameters, and the first state."""
 
     definition: nnx.GraphDef
     parts: Sequence[str]
@@ -110,13 +111,13 @@ class Reinforcement(Stage):
     cast: Callable[[nnx.State], nnx.State]
     """The policy in the precision of matrix products: the reference."""
     reshard: Callable[[nnx.State], nnx.State]
-    """The same from the layout of training to that of sampling."""
+    """The policy in the layout of sampling and the precision of matrix products."""
     sample: Callable[[nnx.State, Batch, jax.Array], Rollout]
     """`(policy, batch, step)`: completions."""
     completion_tokens: tuple[int, ...]
     """Buckets of the completions that an update reads, ascending; the last is the limit."""
     trim: Callable[[Rollout, int], Rollout]
-    """To one of these; it is compiled for each."""
+    """Cuts completions to one of these lengths; it is compiled for each."""
     update: grpo.Update
     """`(state, frozen, reference, batch, rollout) -> (state, metrics)`; the state is donated."""
 
@@ -128,11 +129,11 @@ class Reinforcement(Stage):
 def build_alignment(config: RunConfig, mesh: Mesh, model: LensModel) -> Alignment:
     """The programs of stage 1."""
     settings = config.alignment
-    stage, optimizer, places, options = _stage(config, settings, mesh, model)
+    stage, optimizer, state_shardings, gradients = _stage(config, settings, mesh, model)
     update = alignment.make_update(
-        stage["definition"], optimizer, **options, stability=settings.stability
+        stage["definition"], optimizer, **gradients, stability=settings.stability
     )
-    update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
+    update = jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, None))
     return Alignment(**stage, update=update)
 
 
@@ -153,17 +154,16 @@ def build_reinforcement(
     settings, sampling = config.grpo, config.rollout
     definition, policy, rest = split_policy(model)
     shapes_of_rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
-    kv_heads = model.config.mllm.num_kv_heads
-    dtype = DTYPES[config.precision]
+    axes, dtype = model.config.axes, DTYPES[config.precision]
 
     def cast(policy: nnx.State) -> nnx.State:
         return jax.tree.map(lambda x: x.astype(dtype), policy)
 
-    stage, optimizer, places, options = _stage(config, settings, mesh, model)
+    stage, optimizer, state_shardings, gradients = _stage(config, settings, mesh, model)
     custom = tuple(import_function(path) for path in config.rewards.custom)
     reward = UnifiedReward(read_text, config.rewards, custom)
     update = grpo.make_update(
-        stage["definition"], shapes_of_rest, optimizer, reward, settings, **options
+        stage["definition"], shapes_of_rest, optimizer, reward, settings, **gradients
     )
     temperatures = np.linspace(
         sampling.temperature, sampling.final_temperature or sampling.temperature, settings.steps
@@ -210,33 +210,35 @@ def build_reinforcement(
         **stage,
         temperatures=temperatures,
         needs_reference=bool(settings.beta and settings.policy_weight),
-        cast=jax.jit(cast, out_shardings=sharding.shardings(policy, mesh, kv_heads=kv_heads)),
-        reshard=make_reshard(config, mesh, policy, kv_heads),
+        cast=jax.jit(cast, out_shardings=sharding.shardings(policy, mesh, axes)),
+        reshard=make_reshard(config, mesh, policy, axes),
         sample=sample,
         completion_tokens=tuple(sorted(buckets)),
         trim=trim,
-        update=jax.jit(update, donate_argnums=0, out_shardings=(places, None)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, None)),
     )
 
 
 def make_reshard(
-    config: RunConfig, mesh: Mesh, params: nnx.State, kv_heads: int
+    config: RunConfig, mesh: Mesh, params: nnx.State, axes: ParameterAxes
 ) -> Callable[[nnx.State], nnx.State]:
-    """From the layout of training to that of sampling, in the precision of matrix products.
+    """Makes the function that reshards parameters from training to sampling.
 
-    Layer by layer: a stack as a whole would lie there twice, as it was gathered and in order.
+    It casts to the precision of matrix products and goes layer by layer: a whole stack would lie
+    there twice, as it was gathered and in order.
     """
     dtype = DTYPES[config.precision]
-    places = sharding.sampling_shardings(params, mesh, kv_heads=kv_heads)
+    shardings = sharding.sampling_shardings(params, mesh, axes)
 
-    def of(path, x, place):
-        if not is_stacked(name_of(path)):
+    def of(path, x, target):
+        if not axes.is_stacked(name_of(path)):
             return x.astype(dtype)
-        layer = NamedSharding(mesh, P(*place.spec[1:]))
+        layer = NamedSharding(mesh, P(*target.spec[1:]))
         return jax.lax.map(lambda x: jax.lax.with_sharding_constraint(x.astype(dtype), layer), x)
 
     return jax.jit(
-        lambda params: jax.tree_util.tree_map_with_path(of, params, places), out_shardings=places
+        lambda params: jax.tree_util.tree_map_with_path(of, params, shardings),
+        out_shardings=shardings,
     )
 
 
@@ -249,21 +251,21 @@ def _stage(
     Moments lie with their parameters. Updates must be told: left alone, the compiler may lay out
     the new state otherwise, which copies what was donated and compiles the second step again.
     """
-    kv_heads = model.config.mllm.num_kv_heads
+    axes = model.config.axes
     definition, trained, frozen = nnx.split(model, select(settings.trained), ...)
     optimizer = make_optimizer(settings)
     start = partial(create, optimizer=optimizer)
-    places = sharding.shardings(jax.eval_shape(start, trained), mesh, kv_heads=kv_heads)
+    state_shardings = sharding.shardings(jax.eval_shape(start, trained), mesh, axes)
     stage = dict(
         definition=definition,
         parts=settings.trained,
         trained=trained,
         frozen=frozen,
         schedule=make_schedule(settings),
-        create=jax.jit(start, donate_argnums=0, out_shardings=places),
+        create=jax.jit(start, donate_argnums=0, out_shardings=state_shardings),
     )
     gradients = dict(
         micro_batches=settings.micro_batches(sharding.num_parts(mesh)),
-        layout=Layout(mesh, DTYPES[config.precision], kv_heads),
+        layout=Layout(mesh, DTYPES[config.precision], axes),
     )
-    return stage, optimizer, places, gradients
+    return stage, optimizer, state_shardings, gradients

@@ -15,7 +15,7 @@ CONVERTED = {"model.mllm", "model.sam", "model.num_queries", "seed"}
 
 
 def inspect(directory: Path, config: RunConfig) -> dict[str, Any]:
-    """What a run directory holds; changes nothing.
+    """Looks at what a run directory holds; changes nothing.
 
     Returns: finished: there is nothing left to do; begun: a step was taken; changed: keys that the
         run in it has other values for; reconvert: other weights are to be converted than were.

@@ -44,8 +44,10 @@ class Start:
 
 @dataclasses.dataclass
 class Checked:
-    """What a run needs and could be had without writing. The sources of generated data are None:
-    they are drawn first."""
+    """All that a run needs and that needed no writing.
+
+    `sources` are those of training and evaluation; None for generated data, which is drawn first.
+    """
 
     mesh: jax.sharding.Mesh
     start_config: dict[str, Any]
@@ -55,7 +57,7 @@ class Checked:
 
 
 def check(config: RunConfig, directory: Path, start: Start, *, converted: bool) -> Checked:
-    """Whatever can be checked before anything is written, converted or drawn."""
+    """Checks all that can be checked before anything is written, converted or drawn."""
     mesh = sharding.make_mesh(config.mesh, rows=batch_rows(config))
     check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
     start_config = config.lens_config(processes.by_main(lambda: start.check(converted)))
@@ -94,7 +96,7 @@ def _check_drawn(data: DataConfig) -> None:
 
 
 def _sources(data: DataConfig, data_dir: Path) -> tuple[Source, Source]:
-    """What is trained on, and what is held out."""
+    """The data to train on, and the held-out data."""
     try:
         train = _train_source(data, data_dir)
         return train, open_source(data.dataset, data.eval_split, data_dir, evaluation=True)
@@ -110,7 +112,7 @@ def prepare(
     compilations: Compilations,
     stopping: Stopping,
 ) -> Job:
-    """Data and model."""
+    """Draws or opens the data, and loads the model."""
     stop_if_asked(stopping)
     mesh, data = checked.mesh, config.data
     # Before the data and the weights, which take longer: a broken checkpoint is said at once.
@@ -127,9 +129,8 @@ def prepare(
     buckets = Buckets(data.prompt_tokens, data.windows, data.canvas, data.answer_tokens)
 
     definition, state = nnx.split(checked.model)
-    kv_heads = checked.lens_config.mllm.num_kv_heads
-    place = partial(sharding.place, mesh=mesh, kv_heads=kv_heads)
-    _, params = checkpoints.load_pretrained(start, dtype=jnp.float32, sharding=place)
+    where = partial(sharding.parameter_sharding, mesh=mesh, axes=checked.lens_config.axes)
+    _, params = checkpoints.load_pretrained(start, dtype=jnp.float32, sharding=where)
     params.pop("unused", None)
     nnx.replace_by_pure_dict(state, params)
     stop_if_asked(stopping)
@@ -160,7 +161,7 @@ def prepare(
 
 
 def _draw(directory: Path, data: DataConfig) -> str:
-    """The generated scenes, and in words where they are from."""
+    """Draws the scenes, or finds them drawn; says where they are from."""
     if data.data_dir is None:
         return scenes.provide(directory, _scenes(data), data.shapes.seed)
     shapes_refcoco.write_refcoco(data.data_dir, _scenes(data), data.shapes.seed)
@@ -168,7 +169,7 @@ def _draw(directory: Path, data: DataConfig) -> str:
 
 
 def _train_source(data: DataConfig, data_dir: Path) -> Source:
-    """What a run trains on: its data sets joined, by the curriculum if there is one."""
+    """The data to train on: data sets joined, in the order of the curriculum if there is one."""
     names = data.mixture or (data.dataset,)
     sources = [open_source(name, data.split, data_dir) for name in names]
     if data.curriculum is None:

@@ -261,12 +261,12 @@ def vacate(state: TrainState) -> TrainState:
     return jax.tree.map(give_back, state)
 
 
-def refuse_to_forget(directory: Path, stage: str, place: Any, every: int) -> None:
+def refuse_to_forget(directory: Path, stage: str, store: Any, every: int) -> None:
     """Raises ConfigError if a stage without a checkpoint has taken steps enough for one."""
     taken = last_step(directory, stage)
     if taken > 2 * every:  # the second save waits for the first
         raise ConfigError(
-            f"{directory} has logged {taken} steps of {stage}, and {place} holds no checkpoint of "
+            f"{directory} has logged {taken} steps of {stage}, and {store} holds no checkpoint of "
             "them: name their checkpoint.directory, or, if there never was one, remove "
             "metrics.jsonl to begin this stage anew"
         )

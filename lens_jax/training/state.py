@@ -1,4 +1,4 @@
-"""What an update changes, and the optimizer that changes it."""
+"""The state of training, and the optimizer that changes it."""
 
 import jax
 import jax.numpy as jnp

@@ -135,7 +135,7 @@ class Program:
         else:
             self.stage = build_reinforcement(config, mesh, abstract, tokenizer, end_tokens=(0,))
         params = nnx.state(model)
-        params = spread(params, sharding.shardings(params, mesh, kv_heads=2))
+        params = spread(params, sharding.shardings(params, mesh, model.config.axes))
         trained, frozen = self.stage.split(params)
         rows = [batch]
         self.arguments = [frozen]
@@ -173,6 +173,6 @@ def sample(mesh: jax.sharding.Mesh) -> Rollout:
     ends = range(0, model.config.mllm.vocab_size, 9)
     stage = build_reinforcement(CONFIG, mesh, model, tokenizer, ends)
     _, policy, _ = split_policy(model)
-    policy = spread(policy, sharding.shardings(policy, mesh, kv_heads=2))
+    policy = spread(policy, sharding.shardings(policy, mesh, model.config.axes))
     batch = sharding.global_batch(rows_of(batch, sharding.share(mesh)), mesh)
     return stage.sample(stage.reshard(policy), batch, np.int32(0))

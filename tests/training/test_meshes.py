@@ -27,7 +27,7 @@ def respond(mesh):
     """Greedy completions of the batch, and their masks, as an evaluation has them."""
     model, tokenizer, batch = stages.make_model(micro.CONFIG)
     definition, params = nnx.split(model)
-    places = sharding.shardings(params, mesh, kv_heads=2)
+    places = sharding.shardings(params, mesh, model.config.axes)
     cut = {axis for place in jax.tree.leaves(places) for axis in place.spec if axis}
     assert cut == {axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1}
     generation = Generation(end_tokens=tuple(range(0, 500, 9)), max_new_tokens=12)
