@@ -1,4 +1,4 @@
-"""The loop around updates, with updates that compute nothing."""
+"""The steps of a stage, with updates that compute nothing, and runs that go on to more steps."""
 
 import dataclasses
 import json
