@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lens_jax.models.parameters import is_scanned, is_stacked, select
+from lens_jax.models.parameters import parameter_axes, select
 from tests import micro
 
 LENGTHS = np.array([[4], [6]], np.int32)
@@ -34,8 +34,9 @@ def test_stacks():
         "sam/image_encoder/trunk/blocks/0/mlp",
         "language/norm",
     )
-    assert [is_stacked(name) for name in names] == [True, False, False]
-    assert [is_scanned(name) for name in names] == [True, True, False]
+    axes = parameter_axes(kv_heads=2)
+    assert [axes.is_stacked(name) for name in names] == [True, False, False]
+    assert [axes.is_scanned(name) for name in names] == [True, True, False]
 
 
 def test_frozen_parameters_of_another_type():
