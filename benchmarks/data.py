@@ -109,7 +109,7 @@ def agree(processor: Processor, official: OfficialDataset) -> None:
     ours = processor.example(sample, sample.expressions[0])
     size = images.smart_resize(HEIGHT, WIDTH)
     grid = (size[0] // 14, size[1] // 14)
-    source = images.window_layout(grid, processor.window_units)[0]
+    source = images.window_layout(grid, processor.geometry.window_units)[0]
     slots = source >= 0
     patches = np.empty_like(theirs["patches"])
     patches[source[slots]] = ours.prompt.patches[slots]

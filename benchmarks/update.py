@@ -124,8 +124,7 @@ def operations(
     """
     config = size.config()
     vision = config.mllm.vision
-    units = vision.window_size // vision.patch_size // vision.merge_size
-    windows = window_layout(grid, units, vision.merge_size)[0].shape
+    windows = window_layout(grid, vision.window_units, vision.merge_size)[0].shape
     patches = grid[0] * grid[1]
     # Patches cut evenly into rows of a window or less: what attention within windows costs is then
     # counted a little too low.

@@ -147,7 +147,7 @@ def collate(
     """Rows as a batch; what is padding holds noise, which must not matter."""
     rng = np.random.default_rng(99)
     vision = config.mllm.vision
-    units = vision.window_size // vision.patch_size // vision.merge_size
+    units = vision.window_units
     layouts = [window_layout(r.grid, units, vision.merge_size) for r in rows]
     length = max(len(r.tokens) for r in rows) + more_tokens
     windows = max(len(source) for source, _, _ in layouts) + more_windows

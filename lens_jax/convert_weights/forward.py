@@ -68,14 +68,12 @@ class _Inputs:
 
 def _draw(config: LensConfig, hf: Mapping[str, Any], rng: np.random.Generator) -> _Inputs:
     vision, merge = config.mllm.vision, config.mllm.vision.merge_size
-    units = vision.window_size // vision.patch_size // merge
+    units = vision.window_units
     # No multiple of the window: those at the border hold less.
     size = [(n * units + 1) * merge * vision.patch_size for n in (1, 2)]
     picture = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     half = (0.5, 0.5, 0.5)
-    patches, grid = patchify(
-        picture, half, half, vision.patch_size, merge, vision.temporal_patch_size
-    )
+    patches, grid = patchify(picture, half, half, vision)
     source, places, slots = window_layout(grid, units, merge)
     arranged, patch_mask = arrange_windows(patches, source)
 

@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
-FACTOR = 28  # a merged unit's side: 2 x 2 patches of 14 pixels
+from lens_jax.models.geometry import ImageGeometry
+
+UNIT = ImageGeometry().unit_size
 MAX_ASPECT = 200
 MIN_PIXELS, MAX_PIXELS = 3136, 1_000_000
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of Qwen's pictures, red, green, blue in 0..1
@@ -17,9 +19,13 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def smart_resize(
-    height: int, width: int, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+    height: int,
+    width: int,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+    unit: int = UNIT,
 ) -> tuple[int, int]:
-    """The size (height, width) a picture is resized to: multiples of 28, area within limits.
+    """The size (height, width) a picture is resized to: multiples of `unit`, area within limits.
 
     Raises:
         ValueError: one side is more than 200 times the other.
@@ -29,16 +35,16 @@ def smart_resize(
             f"a picture of {width} x {height} pixels: absolute aspect ratio must be smaller than "
             f"{MAX_ASPECT}, got {max(height, width) / min(height, width)}"
         )
-    h = max(FACTOR, round(height / FACTOR) * FACTOR)
-    w = max(FACTOR, round(width / FACTOR) * FACTOR)
+    h = max(unit, round(height / unit) * unit)
+    w = max(unit, round(width / unit) * unit)
     if h * w > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
-        h = max(FACTOR, math.floor(height / beta / FACTOR) * FACTOR)
-        w = max(FACTOR, math.floor(width / beta / FACTOR) * FACTOR)
+        h = max(unit, math.floor(height / beta / unit) * unit)
+        w = max(unit, math.floor(width / beta / unit) * unit)
     elif h * w < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
-        h = math.ceil(height * beta / FACTOR) * FACTOR
-        w = math.ceil(width * beta / FACTOR) * FACTOR
+        h = math.ceil(height * beta / unit) * unit
+        w = math.ceil(width * beta / unit) * unit
     return h, w
 
 
@@ -79,9 +85,7 @@ def patchify(
     image: UInt8[np.ndarray, "H W 3"],
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    patch_size: int = 14,
-    merge_size: int = 2,
-    temporal_patch_size: int = 2,
+    geometry: ImageGeometry = ImageGeometry(),  # noqa: B008 (frozen)
 ) -> tuple[Float[np.ndarray, "N C"], tuple[int, int]]:
     """Cuts a resized picture into normalised patches.
 
@@ -90,12 +94,12 @@ def patchify(
         the order (channel, time, row, column), the still picture repeated in time; and the grid
         (rows, columns) of patches.
     """
-    rows, columns = image.shape[0] // patch_size, image.shape[1] // patch_size
-    m, p = merge_size, patch_size
+    m, p = geometry.merge_size, geometry.patch_size
+    rows, columns = image.shape[0] // p, image.shape[1] // p
     cut = image.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     cut = cut.reshape(rows * columns, 3, p * p)
     table = _normalization(tuple(mean), tuple(std))
-    patches = np.empty((rows * columns, 3, temporal_patch_size, p * p), np.float32)
+    patches = np.empty((rows * columns, 3, geometry.temporal_patch_size, p * p), np.float32)
     for channel in range(3):
         patches[:, channel] = table[channel][cut[:, channel]][:, None]
     return patches.reshape(rows * columns, -1), (rows, columns)

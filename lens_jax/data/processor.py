@@ -1,6 +1,6 @@
 """From an image and an expression to what the model is fed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lens_jax.data.batching import Example, Prompt, stack_prompts
 from lens_jax.data.buckets import Buckets, Needs
 from lens_jax.data.sample import Sample, to_rgb
 from lens_jax.files import blaming
+from lens_jax.models.geometry import ImageGeometry
 from lens_jax.models.inputs import Prompts
 
 
@@ -24,7 +25,7 @@ class Processor:
         tokenizer: Any,
         *,
         sam_size: int,
-        window_size: int = 112,
+        geometry: ImageGeometry = ImageGeometry(),  # noqa: B008 (frozen)
         templates: prompts.Templates = prompts.Templates(),  # noqa: B008 (frozen)
         coordinates: str = "qwen2p5vl",
         min_pixels: int = images.MIN_PIXELS,
@@ -37,7 +38,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.encoder = prompts.PromptTokenizer(tokenizer, templates)
         self.sam_size = sam_size
-        self.window_units = window_size // images.FACTOR
+        self.geometry = geometry
         self.coordinates = coordinates
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.mean, self.std = tuple(image_mean), tuple(image_std)
@@ -62,7 +63,7 @@ class Processor:
             processor_files.check_patches(vision)
             options = dict(
                 sam_size=config["sam"]["image_size"],
-                window_size=vision.get("window_size") or 112,
+                geometry=_geometry(vision),
                 templates=templates,
                 coordinates=coordinates,
             )
@@ -115,9 +116,11 @@ class Processor:
         if longest_side is not None:
             picture = images.resize(image, images.longest_side(*image_size, longest_side))
         size, (source, patch_positions, slots) = self._layout(picture.shape[:2])
-        patches, grid = images.patchify(images.resize(picture, size), self.mean, self.std)
+        patches, grid = images.patchify(
+            images.resize(picture, size), self.mean, self.std, self.geometry
+        )
         arranged, patch_mask = images.arrange_windows(patches, source)
-        units = (grid[0] // 2, grid[1] // 2)
+        units = (grid[0] // self.geometry.merge_size, grid[1] // self.geometry.merge_size)
         tokens, start = self.encoder.prompt(expression, len(slots), reasoning)
         image_index = np.full(len(tokens), -1, np.int32)
         image_index[start : start + len(slots)] = slots
@@ -175,9 +178,20 @@ class Processor:
 
     def _layout(self, picture: tuple[int, ...]) -> tuple[tuple[int, int], tuple[np.ndarray, ...]]:
         """The size that the language model's picture is resized to, and its `window_layout`."""
-        size = images.smart_resize(*picture, self.min_pixels, self.max_pixels)
-        grid = (size[0] * 2 // images.FACTOR, size[1] * 2 // images.FACTOR)
-        return size, images.window_layout(grid, self.window_units)
+        size, geometry = self.resized(picture), self.geometry
+        grid = (size[0] // geometry.patch_size, size[1] // geometry.patch_size)
+        return size, images.window_layout(grid, geometry.window_units, geometry.merge_size)
+
+    def resized(self, image_size: tuple[int, ...]) -> tuple[int, int]:
+        """The (height, width) that the vision tower gets of an image of this (height, width)."""
+        return images.smart_resize(
+            *image_size, self.min_pixels, self.max_pixels, self.geometry.unit_size
+        )
+
+    def image_tokens(self, image_size: tuple[int, int]) -> int:
+        """The number of tokens that an image of this (height, width) takes."""
+        height, width = self.resized(image_size)
+        return height * width // self.geometry.unit_size**2
 
     def _answer(
         self,
@@ -209,6 +223,12 @@ class Processor:
         self, box: Sequence[float], image_size: tuple[int, int]
     ) -> Float[np.ndarray, "4"]:
         """A box that the text writes, as xyxy pixels of the original picture (height, width)."""
-        resized = images.smart_resize(*image_size, self.min_pixels, self.max_pixels)
-        scale = prompts.coordinate_scale(resized, self.coordinates)
+        scale = prompts.coordinate_scale(self.resized(image_size), self.coordinates)
         return prompts.box_to_pixels(box, image_size, scale)
+
+
+def _geometry(vision: Mapping[str, Any]) -> ImageGeometry:
+    """The geometry that a vision_config names; a null counts as left out."""
+    keys = {"spatial_merge_size": "merge_size"}
+    keys |= {name: name for name in ("patch_size", "temporal_patch_size", "window_size")}
+    return ImageGeometry(**{keys[key]: vision[key] for key in keys if vision.get(key)})

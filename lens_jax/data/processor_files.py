@@ -15,6 +15,7 @@ from typing import Any
 
 from lens_jax.data import images, prompts
 from lens_jax.files import CheckpointError, blaming, read_json
+from lens_jax.models.geometry import ImageGeometry
 
 log = logging.getLogger("lens_jax")
 
@@ -127,9 +128,9 @@ def _image_settings(settings: Mapping[str, Any]) -> ImageSettings:
     smallest, largest = limits
     if not smallest <= largest:
         raise ValueError(f"min_pixels {smallest} is more than max_pixels {largest}")
-    if largest < images.FACTOR**2:
+    if largest < images.UNIT**2:
         raise ValueError(
-            f"max_pixels is {largest}: one token takes {images.FACTOR} x {images.FACTOR} pixels"
+            f"max_pixels is {largest}: one token takes {images.UNIT} x {images.UNIT} pixels"
         )
     if smallest > images.MAX_PIXELS:
         log.warning(
@@ -163,7 +164,12 @@ def check_patches(vision: Mapping[str, Any]) -> None:
 
     The vision tower could have others, but no published model has.
     """
-    expected = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    published = ImageGeometry()
+    expected = {
+        "patch_size": published.patch_size,
+        "spatial_merge_size": published.merge_size,
+        "temporal_patch_size": published.temporal_patch_size,
+    }
     for key, size in expected.items():
         value = vision.get(key)
         if value is not None and value != size:

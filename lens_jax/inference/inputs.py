@@ -11,7 +11,6 @@ from PIL import Image
 from lens_jax.data.arrays import to_picture
 from lens_jax.data.batching import stack_prompts
 from lens_jax.data.buckets import Buckets
-from lens_jax.data.images import FACTOR, smart_resize
 from lens_jax.data.processor import Processor
 from lens_jax.data.sources.annotations import sentence, short
 from lens_jax.models.inputs import Prompts
@@ -45,8 +44,7 @@ def check_length(
 ) -> None:
     """Raises ValueError for an expression that together with its image [H, W] is too long to be
     read, or an image that is too narrow to be resized."""
-    height, width = smart_resize(*image_size, processor.min_pixels, processor.max_pixels)
-    image_tokens = (height // FACTOR) * (width // FACTOR)
+    image_tokens = processor.image_tokens(image_size)
     length = len(processor.encoder.prompt(expression, image_tokens, reasoning)[0])
     longest = max(BUCKETS.prompt_tokens)
     if length > longest:

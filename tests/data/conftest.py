@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lens_jax.data.processor import Processor
+from lens_jax.models.geometry import ImageGeometry
 from lens_jax.preparation import shapes_refcoco
 
 TINY = Path(__file__).parents[2] / "checkpoints" / "tiny" / "qwen2_5_vl"
@@ -18,7 +19,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def processor(tokenizer):
-    return Processor(tokenizer, sam_size=64, window_size=56)
+    return Processor(tokenizer, sam_size=64, geometry=ImageGeometry(window_size=56))
 
 
 @pytest.fixture(scope="session")

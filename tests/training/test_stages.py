@@ -16,6 +16,7 @@ from lens_jax.data.buckets import Buckets
 from lens_jax.data.processor import Processor
 from lens_jax.data.sample import Sample, SampleError
 from lens_jax.distribution import sharding
+from lens_jax.models.geometry import ImageGeometry
 from lens_jax.training import metrics, run_directory, stages
 from lens_jax.training.state import TrainState
 from lens_jax.training.stopping import Stopping
@@ -67,7 +68,8 @@ def train(processor, directory, source, steps, **data):
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor(AutoTokenizer.from_pretrained(TOKENIZER), sam_size=64, window_size=56)
+    geometry = ImageGeometry(window_size=56)
+    return Processor(AutoTokenizer.from_pretrained(TOKENIZER), sam_size=64, geometry=geometry)
 
 
 @pytest.fixture

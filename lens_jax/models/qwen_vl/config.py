@@ -3,16 +3,18 @@
 import dataclasses
 from typing import Literal
 
+from lens_jax.models.geometry import ImageGeometry
+
 Family = Literal["qwen2_vl", "qwen2_5_vl"]
 
 
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(ImageGeometry):
     """The vision tower, of one of two families.
 
-    `qwen2_5_vl` attends within windows of `window_size` pixels of the resized picture, but for
+    `qwen2_5_vl` attends within windows of `window_size` pixels of the resized image, but for
     `full_attention_blocks`; its norms are RMSNorms, its MLPs SwiGLUs. In `qwen2_vl` every block
-    attends to the whole picture, whose patches come in windows all the same; its norms are
+    attends to the whole image, whose patches come in windows all the same; its norms are
     LayerNorms, its MLPs quick GELUs.
     """
 
@@ -23,11 +25,7 @@ class VisionConfig:
     num_heads: int
     out_hidden_size: int
     full_attention_blocks: tuple[int, ...]
-    patch_size: int = 14
-    temporal_patch_size: int = 2
     in_channels: int = 3
-    merge_size: int = 2
-    window_size: int = 112
 
     @property
     def patch_dim(self) -> int:
@@ -36,16 +34,6 @@ class VisionConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
-
-    @property
-    def window_side(self) -> int:
-        """Patches on a window's side; whole merged units."""
-        return self.window_size // self.patch_size // self.merge_size * self.merge_size
-
-    @property
-    def window_patches(self) -> int:
-        """Patches in a window, S."""
-        return self.window_side**2
 
 
 @dataclasses.dataclass(frozen=True)
