@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from lens_jax.data import images, prompts
 from lens_jax.data.processor import Processor
+from lens_jax.models.geometry import ImageGeometry
 from lens_jax.models.sam.segmenter import Sam2
 
 
@@ -124,9 +125,8 @@ def test_prompts(golden_dir):
     stored = json.loads((golden_dir / "mllm_forward_prompts.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(golden_dir / "lens_tiny")
     config = json.loads((golden_dir / "lens_tiny" / "config.json").read_text())
-    processor = Processor(
-        tokenizer, sam_size=64, window_size=config["vision_config"]["window_size"]
-    )
+    geometry = ImageGeometry(window_size=config["vision_config"]["window_size"])
+    processor = Processor(tokenizer, sam_size=64, geometry=geometry)
     with np.load(golden_dir / "mllm_forward.npz") as file:
         arrays = dict(file)
     start = 0
