@@ -20,11 +20,11 @@ from lens_jax.inference.lens import Lens, format_of
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One expression's outcome. Boxes are in the text's coordinates; IoUs are fractions.
+    """One expression's scores. Boxes are in the text's coordinates; IoUs are fractions.
 
-    `box_iou` is None where the data set has no box; a completion without a box scores 0. Where
-    nothing is meant (no true box, an empty true mask) both IoUs are 1 for the right answer, no box
-    and an empty mask, and 0 for any other, as rewards are.
+    `box_iou` is None where the data set has no box; a completion without a box scores 0. Without a
+    target (no box, an empty mask) both IoUs are 1 for the right answer, no box and an empty mask,
+    and 0 for any other, as rewards are.
     """
 
     number: int
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def total_reward(self) -> float:
-        """What training on RefCOCO rewards: the squared IoUs of box and mask."""
+        """The reward of training on RefCOCO: the squared IoUs of box and mask."""
         return (self.box_iou or 0.0) ** 2 + self.iou**2
 
 
@@ -57,8 +57,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Decodes every expression greedily; returns the scores and one row for each, in order.
 
-    `show` is called with each row, what was asked, and the predicted mask at original size. Of
-    several processes each decodes, scores and shows its share; all return the whole.
+    `show` is called with each row, its question, and the predicted mask at original size. Each
+    process decodes, scores and shows its own rows; all return all rows.
     """
     start = time.perf_counter()
     format_name = format_of(data.reasoning)
@@ -67,9 +67,9 @@ def evaluate(
         responses = lens.respond(item.batch.prompts, item.batch.sample_id, limit=item.limit)
         for i, asked in zip(np.flatnonzero(item.valid), item.rows, strict=True):
             interrupts.check()
-            truth = asked.sample.mask
-            mask = upsample_logits(responses.mask_logits[i], truth.shape) > 0
-            intersection, union = overlap(mask, truth)
+            target = asked.sample.mask
+            mask = upsample_logits(responses.mask_logits[i], target.shape) > 0
+            intersection, union = overlap(mask, target)
             box = tuple(float(v) for v in responses.box[i]) if responses.box_found[i] else None
             true_boxes += asked.sample.box is not None
             row = Row(
@@ -89,7 +89,7 @@ def evaluate(
             rows.append(row)
             if show is not None:
                 show(row, asked, mask)
-    if not processes.total(true_boxes)[0]:  # no target says nothing of boxes in a set without any
+    if not processes.total(true_boxes)[0]:  # in a set without boxes, samples without target too
         rows = [dataclasses.replace(row, box_iou=None) for row in rows]
     rows = _of_all_processes(rows)
     scores = {"dataset": dataset, "split": split, **summarize(rows)}
@@ -97,7 +97,7 @@ def evaluate(
 
 
 def _of_all_processes(rows: list[Row]) -> list[Row]:
-    """Everyone's rows, each once, in order."""
+    """The rows of all processes, each once, in order."""
     if jax.process_count() == 1:
         return rows
     merged = {}
@@ -124,16 +124,16 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def overlap(mask: Bool[np.ndarray, "H W"], truth: np.ndarray) -> tuple[int, int]:
-    """Pixels of intersection and union. Truth counts where it is 1: a sum of polygons holds 2s."""
-    truth = truth == 1
-    return int(np.sum(mask & truth)), int(np.sum(mask | truth))
+def overlap(mask: Bool[np.ndarray, "H W"], target: np.ndarray) -> tuple[int, int]:
+    """Pixels of intersection and union; targets count where they are 1: summed polygons hold 2s."""
+    target = target == 1
+    return int(np.sum(mask & target)), int(np.sum(mask | target))
 
 
 def _box_score(
-    box: tuple[float, ...] | None, sample: Sample, truth: Float[np.ndarray, "4"]
+    box: tuple[float, ...] | None, sample: Sample, target: Float[np.ndarray, "4"]
 ) -> float | None:
-    """A completion's `Row.box_iou`; `truth` is the sample's box in the text's coordinates."""
+    """A completion's `Row.box_iou`; `target` is the sample's box in the text's coordinates."""
     if sample.box is not None:
-        return 0.0 if box is None else box_iou(box, truth)
+        return 0.0 if box is None else box_iou(box, target)
     return None if sample.mask.any() else float(box is None)
