@@ -1,7 +1,7 @@
 """Attention compiled for a TPU that need not be there: splash against XLA, memory and traffic.
 
 The attention of one layer of Qwen2.5-VL-3B and SAM 2 large, bfloat16, as the update runs it:
-forward and backward over packed groups and whole pictures, forward in SAM's frozen encoder. Needs
+forward and backward over packed groups and whole images, forward in SAM's frozen encoder. Needs
 libtpu, whose compiler runs on any machine; nothing is executed, and no time is measured.
 
     python benchmarks/attention.py --chip v5e --rows 4 --json attention.json
@@ -29,11 +29,11 @@ from lens_jax.models.long_attention import Attention
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class AttentionOptions:
     size: common.SizeName = "3b"
-    """Of the model."""
+    """Size of the model."""
     chip: frame.Chip = "v5e"
-    """Compiled for this TPU."""
+    """TPU to compile for."""
     rows: PositiveInt = 4
     """Prompts on a chip."""
     json: Path | None = None
@@ -54,11 +54,11 @@ def cases(size: common.Size) -> Iterator[tuple[str, Any, tuple[int, int, int, in
     windows = -(-size.grid[0] // units) * -(-size.grid[1] // units)
     length = windows * vision.window_patches
     shape = (length, vision.num_heads, vision.num_heads, vision.head_dim)
-    yield f"picture of {length} patches", Attention.full, shape, True
+    yield f"image of {length} patches", Attention.full, shape, True
     sam = size.sam
     heads, side = sam.num_heads * 4, sam.image_size // 16
     shape = (side**2, heads, heads, sam.embed_dim // sam.num_heads)
-    yield f"SAM 2: picture of {side**2} patches", Attention.full, shape, False
+    yield f"SAM 2: image of {side**2} patches", Attention.full, shape, False
 
 
 def compile_one(attention: Attention, method, shape, gradients: bool, rows: int, device) -> Any:
@@ -82,7 +82,7 @@ def compile_one(attention: Attention, method, shape, gradients: bool, rows: int,
     return jax.jit(pull).lower(*parts, valid, parts[0]).compile()
 
 
-def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
+def measure(options: AttentionOptions) -> tuple[str, dict[str, frame.Comparison]]:
     device = frame.chip(options.chip, options.size)
     rows = {}
     for name, *case in cases(common.SIZES[options.size]):
@@ -101,7 +101,7 @@ def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return frame.run(measure, Options, argv, __doc__)
+    return frame.run(measure, AttentionOptions, argv, __doc__)
 
 
 if __name__ == "__main__":

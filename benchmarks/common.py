@@ -23,7 +23,7 @@ SizeName = Literal["tiny", "small", "3b"]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and what it is fed: `groups` prompts with one picture of `grid` patches each."""
+    """A model and what it is fed: `groups` prompts with one image of `grid` patches each."""
 
     qwen: QwenVLConfig
     """The language model and its vision tower."""
@@ -34,7 +34,7 @@ class Size:
     """Tokens of a prompt, image tokens included."""
     completion: int
     reasoning: int
-    """Tokens of a completion that thinks first."""
+    """Tokens of a completion with reasoning."""
     group: int = 8
     groups: int = 2
     dtype: Any = jnp.float32
@@ -149,7 +149,7 @@ SIZES: dict[SizeName, Size] = {
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The same prompts for both sides; every picture is random."""
+    """The same prompts for both sides; every image is random."""
 
     prompts: Prompts
     patches: Float[np.ndarray, "B N C"]
@@ -192,11 +192,11 @@ def random_inputs(
     lengths: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Inputs:
-    """Random pictures between random words, with random truths.
+    """Random images between random words, with random targets.
 
     Args:
         rows: how many; by default the size's `groups`.
-        grid: the pictures' (rows, columns) of patches; by default the size's.
+        grid: the images' (rows, columns) of patches; by default the size's.
         lengths: tokens of each prompt, image tokens included; by default the size's `prompt`.
     """
     rng = np.random.default_rng(seed)
@@ -219,7 +219,7 @@ def random_inputs(
     for i, length in enumerate(lengths):
         start = (length - images) // 3
         if start < 1:
-            raise ValueError(f"a prompt of {length} tokens holds no picture of {images} tokens")
+            raise ValueError(f"a prompt of {length} tokens holds no image of {images} tokens")
         tokens[i, start - 1] = mllm.image_token_id - 1  # as in `write_qwen_vl`
         tokens[i, start : start + images] = mllm.image_token_id
         index[i, start : start + images] = slots
@@ -240,7 +240,7 @@ def random_inputs(
 
 
 def _targets(size: Size, b: int, units: tuple[int, int], rng: np.random.Generator) -> Targets:
-    """A rectangle in each picture, its box and mask."""
+    """A rectangle in each image, its box and mask."""
     height, width = units[0] * 28, units[1] * 28
     first = (rng.uniform(0, 0.5, (b, 2)) * (width, height)).astype(np.int32)
     last = first + (rng.uniform(0.2, 0.5, (b, 2)) * (width, height)).astype(np.int32)

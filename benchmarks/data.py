@@ -1,7 +1,7 @@
 """Samples a second on one core: the training pipeline against the official preprocessing.
 
-Both read the same generated pictures of 640 x 480 pixels in RefCOCO's layout: JPEG, mask, Qwen's
-patches, SAM's picture, prompt. The official side prepares a sample as its data set class does, with
+Both read the same generated images of 640 x 480 pixels in RefCOCO's layout: JPEG, mask, Qwen's
+patches, SAM's image, prompt. The official side prepares a sample as its data set class does, with
 transformers' image processor and chat template; a first sample of both must be equal. Everything
 runs on one core, without threads.
 
@@ -44,24 +44,24 @@ SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(frame.Options):
+class DataOptions(frame.Options):
     repeats: PositiveInt = 7
 
 
 def write_pictures(directory: Path, scenes: int = 32) -> None:
-    """The generated data set with its pictures and polygons enlarged; grain like a camera's."""
+    """The generated data set with its images and polygons enlarged; grain like a camera's."""
     shapes_refcoco.write_refcoco(directory, {"train": scenes}, seed=0)
     rng = np.random.default_rng(0)
     for file in directory.rglob("*.jpg"):
-        picture = Image.open(file).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        image = Image.open(file).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
         grain = rng.normal(0, 8, (HEIGHT, WIDTH, 3))
-        values = np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8)
+        values = np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)
         Image.fromarray(values).save(file, quality=90)
     file = directory / "refer_seg/refcoco/instances.json"
     instances = json.loads(file.read_text())
     scale = np.array([WIDTH, HEIGHT]) / shapes.SIDE
-    for picture in instances["images"]:
-        picture["width"], picture["height"] = WIDTH, HEIGHT
+    for image in instances["images"]:
+        image["width"], image["height"] = WIDTH, HEIGHT
     for annotation in instances["annotations"]:
         x, y, w, h = annotation["bbox"] = (np.array(annotation["bbox"]) * [*scale, *scale]).tolist()
         outline = [x, y, x + w, y, x + w, y + h, x, y + h]
@@ -93,8 +93,8 @@ class OfficialDataset:
         tokens = int(patches["image_grid_thw"].prod()) // self.processor.merge_size**2
         text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * tokens)
         side = (self.sam_size, self.sam_size)
-        picture = Image.fromarray(sample.image).resize(side, Image.Resampling.BILINEAR)
-        pixels = np.asarray(picture, np.float32) / 255
+        image = Image.fromarray(sample.image).resize(side, Image.Resampling.BILINEAR)
+        pixels = np.asarray(image, np.float32) / 255
         return {
             "patches": patches["pixel_values"],
             "tokens": np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"]),
@@ -141,7 +141,7 @@ def one_core() -> Iterator[None]:
 
 
 def sides(size: common.Size, directory: Path) -> dict[str, Callable[[], None]]:
-    """What prepares SAMPLES samples, ours in batches."""
+    """Functions that prepare SAMPLES samples, ours in batches."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(QWEN)
@@ -166,7 +166,7 @@ def sides(size: common.Size, directory: Path) -> dict[str, Callable[[], None]]:
     return {"ours": ours, "theirs": theirs}
 
 
-def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
+def measure(options: DataOptions) -> tuple[str, dict[str, frame.Comparison]]:
     with tempfile.TemporaryDirectory() as directory, one_core():
         write_pictures(Path(directory))
         both = sides(common.SIZES[options.size], Path(directory))
@@ -177,7 +177,7 @@ def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return frame.run(measure, Options, argv, __doc__)
+    return frame.run(measure, DataOptions, argv, __doc__)
 
 
 if __name__ == "__main__":

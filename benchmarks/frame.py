@@ -43,9 +43,9 @@ class Options:
     """The flags of a benchmark that runs both sides here."""
 
     size: SizeName = "small"
-    """Of model and inputs."""
+    """Size of model and inputs."""
     device: Device = "cpu"
-    """Where ours runs."""
+    """Device that ours runs on."""
     repeats: PositiveInt = 5
     """Rounds of both sides."""
     json: Path | None = None
@@ -94,7 +94,7 @@ def on_device(options: Options) -> Iterator[Size]:
 
 
 def setting(options: Options) -> str:
-    """What the flags say of where and how both sides compute, for a table's title."""
+    """Size, precision and device of both sides, for a table's title."""
     precision = jnp.dtype(SIZES[options.size].dtype).name
     return f"size {options.size}, {precision}, {options.device}"
 

@@ -1,6 +1,6 @@
 """The layout of the official system, to compare with: a group as G full sequences.
 
-Every completion has its own copy of the prompt and of the picture, through the vision tower and
+Every completion has its own copy of the prompt and of the image, through the vision tower and
 through SAM's encoder, and logits are computed at every position: `[prompt | completion | queries]`
 with queries, `[prompt | completion]` for the reference. Modules and losses are the product's.
 

@@ -20,7 +20,7 @@ GROUNDING = (
 
 
 def expected(text: str) -> dict[str, Any]:
-    """What the official functions find in a completion; `box` is four floats or None."""
+    """The findings of the official functions in a completion; `box` is four floats or None."""
     clean = text.replace("<|endoftext|>", "")
     matches = (re.search(form, clean) for form in BOXES)
     match = next(filter(None, matches), None)

@@ -1,7 +1,7 @@
-"""What it saves that the queries go on from the rollout's caches (`context_positions: mrope`).
+"""The gain of queries that go on from the rollout's caches (`context_positions: mrope`).
 
 Both sides write the same greedy completions; then ours reads the queries on, and the other reads
-picture, prompt and completion once more, as every scheme but `mrope` has to.
+image, prompt and completion once more, as every scheme but `mrope` has to.
 
     python benchmarks/queries.py --size small --device cpu --json queries.json
 """
@@ -27,13 +27,13 @@ from lens_jax.rollout.sampler import generate
 from lens_jax.rollout.sampling import GREEDY
 
 NO_END = (-1,)  # ends no completion
-ROWS = 8  # pictures that launch/predict.py asks about together
+ROWS = 8  # images that launch/predict.py asks about together
 
 
 def sides(
     model: LensModel, prompts: Prompts, tokens: int
 ) -> tuple[dict[str, Callable[[], jax.Array]], dict[str, Callable[[], jax.Array]]]:
-    """Hidden states [B, 1, Q, D] of the queries: each side alone, and from the picture on."""
+    """Hidden states [B, 1, Q, D] of the queries: each side alone, and from the image on."""
     definition, state = nnx.split(model)
     prompts = jax.device_put(prompts)
     sample_id = jnp.arange(len(prompts.tokens))
@@ -90,7 +90,7 @@ def measure(options: frame.Options) -> tuple[str, dict[str, frame.Comparison]]:
             values = (np.asarray(side(), np.float32) for side in alone.values())
             agree(*values, exact=size.dtype == jnp.float32)
             name = f"{ROWS} x {size.prompt} + {tokens}"
-            for part, both in (("queries alone", alone), ("from the picture on", whole)):
+            for part, both in (("queries alone", alone), ("from the image on", whole)):
                 rows[f"{name}, {part}"] = frame.compare(**both, repeats=options.repeats)
     return f"queries after a rollout, {frame.setting(options)}", rows
 

@@ -50,7 +50,7 @@ Arguments = tuple[Int[np.ndarray, "N T"], Int[np.ndarray, "N"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(frame.Options):
+class RewardsOptions(frame.Options):
     repeats: PositiveInt = 9
     chip: frame.Chip | None = None
     """Compile for this TPU instead."""
@@ -126,7 +126,7 @@ def one_update(size: common.Size) -> Callable[[], Any]:
     return update.JaxSide(program.ours, trained, frozen, reference, batch, rollout).step
 
 
-def against_host(options: Options) -> dict[str, frame.Comparison]:
+def against_host(options: RewardsOptions) -> dict[str, frame.Comparison]:
     """Rows of the table."""
     tokenizer = read_tokenizer(TOKENIZER)[0]
 
@@ -168,7 +168,7 @@ def compiled(chip: str, size: common.SizeName) -> None:
     print(f"  if every token counts: {most:8.2f} bytes a token, the most there can be")
 
 
-def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
+def measure(options: RewardsOptions) -> tuple[str, dict[str, frame.Comparison]]:
     if options.chip:
         compiled(options.chip, options.size)
         return "", {}
@@ -177,7 +177,7 @@ def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return frame.run(measure, Options, argv, __doc__)
+    return frame.run(measure, RewardsOptions, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Greedy completions: ours against transformers' generate, on the same weights and pictures.
+"""Greedy completions: ours against transformers' generate, on the same weights and images.
 
 Ours computes a prompt once for its group of G completions; generate takes each of the G copies as a
-row of its own, picture included. The tokens of both must be identical before anything is timed, and
+row of its own, image included. The tokens of both must be identical before anything is timed, and
 no end token shortens either side.
 
     python benchmarks/rollout.py --size small --device cpu --json rollout.json

@@ -49,7 +49,7 @@ TOLERANCE = {jnp.float32: 1e-3, jnp.bfloat16: 5e-2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(frame.Options):
+class UpdateOptions(frame.Options):
     completion: PositiveInt | None = None
     """Tokens of a completion; if not given, the size's, 40 at small."""
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -117,10 +117,10 @@ def operations(
 ) -> tuple[int, int]:
     """Floating-point operations of one group's update, ours and official; nothing is computed.
 
-    Ours takes the picture in windows, padded to whole rows; the official side its true patches.
+    Ours takes the image in windows, padded to whole rows; the official side its true patches.
 
     Args:
-        grid: (rows, columns) of the picture's patches.
+        grid: (rows, columns) of the image's patches.
     """
     config = size.config()
     vision = config.mllm.vision
@@ -191,7 +191,7 @@ def random_rollout(size: common.Size, completion: int) -> Rollout:
     )
 
 
-def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
+def measure(options: UpdateOptions) -> tuple[str, dict[str, frame.Comparison]]:
     """The title and rows of the table; all sides in turn in this process."""
     with frame.on_device(options) as size:
         completion = options.completion or size.completion
@@ -202,7 +202,9 @@ def measure(options: Options) -> tuple[str, dict[str, frame.Comparison]]:
         return title, compare(size, completion, options)
 
 
-def compare(size: common.Size, completion: int, options: Options) -> dict[str, frame.Comparison]:
+def compare(
+    size: common.Size, completion: int, options: UpdateOptions
+) -> dict[str, frame.Comparison]:
     try:
         from benchmarks.official_torch import OfficialUpdate
     except ModuleNotFoundError as error:
@@ -263,7 +265,7 @@ def compare(size: common.Size, completion: int, options: Options) -> dict[str, f
 
 
 class PeakMemory:
-    """What PyTorch allocates at most while this is entered, counted from when it was made."""
+    """The most that PyTorch allocates while this is entered, counted from when it was made."""
 
     def __init__(self, device: frame.Device):
         self.on_gpu = device == "gpu"
@@ -303,7 +305,7 @@ def agree(first: dict[str, tuple[float, float]], tolerance: float) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return frame.run(measure, Options, argv, __doc__)
+    return frame.run(measure, UpdateOptions, argv, __doc__)
 
 
 if __name__ == "__main__":

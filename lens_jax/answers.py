@@ -29,17 +29,17 @@ class TakenError(Exception):
 
 
 def identify(checkpoint: Path, **options: str | bool) -> str:
-    """What answers depend on besides the question: configuration, checksums and options."""
+    """Everything that answers depend on besides the question: configuration, checksums, options."""
     names = ("lens_config.json", "manifest.json")
     content = b"".join(file.read_bytes() for name in names if (file := checkpoint / name).is_file())
     return json.dumps([hashlib.sha256(content).hexdigest(), options], sort_keys=True)
 
 
 def fingerprint(question: Question, identity: str) -> str:
-    """Of what is asked: the picture's bytes, the sentence and `identity`.
+    """The digest of a question: the image's bytes, the expression and `identity`.
 
     Raises:
-        SampleError: the picture is no regular file.
+        SampleError: the image is no regular file.
         OSError: it cannot be read.
     """
     check_is_file(question.image)
@@ -51,7 +51,7 @@ def fingerprint(question: Question, identity: str) -> str:
 def done(output: Path, question: Question, asked: str) -> dict[str, Any] | None:
     """The answer to the question with the fingerprint `asked`, if all of its files are there.
 
-    A picture of the same content may have had another name then: the answer is given the new one.
+    An image of the same content may have had another name then: the answer is given the new one.
     """
     mask, overlay, text = _files(output, question)
     if not (overlay.is_file() and question_of(mask) == asked):
@@ -66,7 +66,7 @@ def done(output: Path, question: Question, asked: str) -> dict[str, Any] | None:
 
 
 def there(output: Path, question: Question) -> list[Path]:
-    """What has the names of an answer's files."""
+    """The files there that have the names of an answer's."""
     return [file for file in _files(output, question) if os.path.lexists(file)]
 
 
@@ -88,7 +88,7 @@ def other(output: Path, question: Question, asked: str) -> str | None:
 
 
 def shortcoming(answer: Mapping[str, Any], limit: int) -> str | None:
-    """What an answer (a STEM.json) lacks, in words; None if it lacks nothing.
+    """Says what an answer (a STEM.json) lacks; None if it lacks nothing.
 
     Args:
         limit: the checkpoint's max_new_tokens.
@@ -111,7 +111,7 @@ def shortcoming(answer: Mapping[str, Any], limit: int) -> str | None:
 
 
 def _echoes(completion: str, prompt: str) -> bool:
-    """Whether an answer begins with the sentence, as training teaches; thought need not."""
+    """Whether an answer begins with the expression, as training teaches; reasoning need not."""
     said, asked = (" ".join(text.split()).casefold() for text in (completion, prompt))
     return "<think>" in said or said.startswith(asked.rstrip("."))
 

@@ -40,7 +40,7 @@ class CheckpointError(Exception):
 
 @contextlib.contextmanager
 def blaming(file: Path) -> Iterator[None]:
-    """What is wrong with values inside is wrong with `file`: a CheckpointError that names it."""
+    """Turns errors of values inside into a CheckpointError that names `file`."""
     try:
         yield
     except KeyError as error:

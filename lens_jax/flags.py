@@ -53,7 +53,7 @@ class UsageError(Exception):
 
 
 def words(hint: Any) -> str:
-    """What a value of a type is, in words."""
+    """Describes the values of a type in words."""
     args = typing.get_args(hint)
     origin = typing.get_origin(hint)
     if origin is Annotated:
@@ -88,7 +88,7 @@ def plain(value: Any) -> Any:
 
 
 def from_doc(doc: str) -> dict[str, str]:
-    """What a parser shows of a module's docstring: its indented lines are commands, the example."""
+    """Options of a parser from a module's docstring: its indented lines are the example."""
     lines = doc.splitlines()
     example = "\n".join(line[2:] for line in lines if line.startswith("    "))
     text = "\n".join(line for line in lines if not line.startswith("    "))
@@ -100,7 +100,7 @@ def from_doc(doc: str) -> dict[str, str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What a mistyped name may have meant, in brackets."""
+    """The known name that a mistyped one may have meant, in brackets."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"(did you mean {near[0]}?)" if near else "(--help lists what there is)"
 
@@ -122,7 +122,7 @@ def _hint(action: argparse.Action) -> Any:
 
 
 def _value_words(action: argparse.Action) -> str:
-    """What a flag asks for; it is left out rather than given as null where that is its default."""
+    """Describes a flag's values; not null where that is the default: it is then left out."""
     hint = _hint(action)
     if action.default is None and type(None) in typing.get_args(hint):
         hint = typing.Union[tuple(x for x in typing.get_args(hint) if x is not type(None))]  # noqa: UP007
@@ -166,7 +166,7 @@ def _is_named(action: argparse.Action) -> bool:
 
 
 def _placeholder(hint: Any) -> str:
-    """What stands for a value in a usage line."""
+    """The stand-in for a value in a usage line."""
     said = words(hint).removesuffix(" or null")
     if said == "true or false":
         return "true|false"

@@ -1,4 +1,4 @@
-"""What commands show while they work: bars that know of compilation, warnings clear of the bars."""
+"""Output of commands while they work: bars that know of compilation, warnings clear of them."""
 
 import logging
 import sys
@@ -51,7 +51,7 @@ class Warnings(logging.Handler):
 
 
 def show_warnings() -> None:
-    """Has the process's log written so, unless somebody has taken care of it already."""
+    """Writes the process's log that way, unless it has been configured already."""
     logging.basicConfig(handlers=[Warnings()], format="%(message)s")
 
 

@@ -76,7 +76,7 @@ def export_checkpoint(
 
 
 def _config(run_dir: Path) -> RunConfig:
-    """What the run in a directory was configured with."""
+    """The configuration of the run in a directory."""
     if not (run_dir / "config.yaml").is_file():
         raise cli.UsageError(f"--run_dir {run_dir}: no run is there, for it holds no config.yaml")
     try:
@@ -92,7 +92,7 @@ def _trained_before(config: RunConfig, stage: str) -> list[str]:
 
 
 def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Of a pretrained checkpoint's parameters, layers stacked."""
+    """Shapes of a pretrained checkpoint's parameters, layers stacked."""
     layers: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, x in checkpoints.saved_params(directory).items():

@@ -111,7 +111,7 @@ class SamSettings:
 
 @struct.dataclass
 class PromptTargets:
-    """What `G` prompts of one length mean."""
+    """The meaning of `G` prompts of one length."""
 
     masks: Bool[Array, "B G S S"]
     boxes: Float[Array, "B G 4"]  # xyxy, fractions of the picture's side
@@ -269,7 +269,7 @@ def iou(predicted: Bool[Array, "*batch S S"], true: Bool[Array, "*batch S S"]) -
 
 
 def cover_loss(model: Pretraining, features: SamFeatures, cover: Int[Array, "B h w"]) -> Array:
-    """What covers each mask cell, asked of the coarse and of the finest features."""
+    """Cross-entropy of the kind that covers each mask cell, by coarse and by finest features."""
     batch, cells, _, _ = features.image_embed.shape
     inner = CONFIG.mask_size // cells
     coarse = model.coarse_cover(features.image_embed)

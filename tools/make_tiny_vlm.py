@@ -300,7 +300,7 @@ def is_cell(batch: dict) -> jax.Array:
 
 
 def cell_loss(model: TinyVLM, seen: jax.Array, batch: dict) -> jax.Array:
-    """What is centred in each cell, and its box in digits."""
+    """The object centred in each cell, and its box in digits."""
     parts = jnp.split(model.cells(seen), [16, 16 + 4 * TENS], axis=-1)
     nll = optax.softmax_cross_entropy_with_integer_labels
     present = is_cell(batch)

@@ -1,4 +1,4 @@
-"""What a program takes on a slice of TPUs that is not there.
+"""Memory and work of a program on a slice of TPUs that is not there.
 
 It is compiled from shapes for the slice's devices. Added to what it needs by itself is what else
 lies on a chip while it runs.
@@ -42,7 +42,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a program; bytes, FLOPs and milliseconds are those of one chip."""
+    """The compiler's report on a program; bytes, FLOPs and milliseconds are those of one chip."""
 
     name: str
     fits: bool
@@ -50,7 +50,7 @@ class Compiled:
     """Arguments, results, temporaries and code of the program alone, at its peak."""
     hbm_limit: int
     resident: dict[str, int]
-    """All that lies on the chip while the program runs, by what it is."""
+    """Bytes of all that lies on the chip while the program runs, by what it is."""
     resident_bytes_per_chip: int
     flops_per_chip: int
     traffic_bytes_per_chip: int | None = None
@@ -140,7 +140,7 @@ def compile_program(
 
 
 def suggestions(config: RunConfig, mesh: Mesh, name: str) -> list[str]:
-    """What may make a program fit, the cheapest change first, as flags."""
+    """Flags that may make a program fit, the cheapest change first."""
     stage, _, kind = name.partition(".")
     found = []
     parts, tensor = sharding.num_parts(mesh), mesh.shape["tensor"]

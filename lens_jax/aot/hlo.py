@@ -22,7 +22,7 @@ COLLECTIVES = frozenset(
         "reduce-scatter",
     ]
 )
-# What moves nothing itself: names, views, and the ends of transfers that count where they start.
+# Operations that move nothing: names, views, calls, and the ends of transfers that have begun.
 _FREE = frozenset(
     [
         "parameter",
@@ -100,7 +100,7 @@ class Module:
                     self._roots[name] = instruction
 
     def instructions(self, computation: str | None = None) -> Iterator[Instruction]:
-        """Those of a computation (the entry) and of all it calls: loops, fusions, branches."""
+        """Instructions of a computation (the entry) and all it calls: loops, fusions, branches."""
         for instruction in self.computations[computation or self.entry].values():
             yield instruction
             called = re.findall(_CALLED.pattern + r"([\w.-]+)", instruction.text)
@@ -213,7 +213,7 @@ class Module:
 
     @functools.cached_property
     def _continued(self) -> set[str]:
-        """Those again, in the fusions that carry them on beside other work, and that end them."""
+        """The same collectives in the fusions that carry them on beside other work or end them."""
         return {
             instruction.name
             for name, inside in self.computations.items()
@@ -339,7 +339,7 @@ class Module:
 
 
 def _users(inside: dict[str, Instruction], name: str) -> Iterator[Instruction]:
-    """What reads an instruction's result, or one of its members."""
+    """The instructions that read an instruction's result, or one of its members."""
     for user in inside.values():
         if name in user.operands:
             if user.op in ("get-tuple-element", "bitcast"):

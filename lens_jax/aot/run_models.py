@@ -1,4 +1,4 @@
-"""What is compiled of a run's model: its shapes and texts, with or without its files."""
+"""The shapes and texts of a run's model, with or without its files."""
 
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,9 @@ def _sam_shapes(path: Path) -> sam.SamConfig | sam.Sam2Config:
 
 
 def texts(config: RunConfig) -> dict[str, Any]:
-    """What the programs know of the tokenizer and of how completions are sampled.
+    """The tokenizer's tables and the settings of generation, as arguments of `list_programs`.
 
-    Without its files that of the tiny checkpoint: its rewards' tables are some megabytes smaller.
+    Without the run's files they are the tiny checkpoint's, whose tables are some megabytes smaller.
     """
     places = [Path(x) for x in (config.model.checkpoint, config.model.mllm, TINY) if x]
     place = next(x for x in places if (x / processor_files.TOKENIZER).exists())

@@ -34,7 +34,7 @@ class Program:
     named: dict[str, Any]
     """The arguments by what they are: parameters, moments, ..."""
     beside: dict[str, Any]
-    """What lies on the chip besides, by what it is."""
+    """Arrays on the chip besides the arguments, by what they are."""
     while_trips: int | None = None
     """Most steps of a loop whose end the data decide."""
     caches: int = 0

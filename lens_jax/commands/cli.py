@@ -1,4 +1,4 @@
-"""What the commands share: how they are called, what they say at their start and of errors."""
+"""Shared by the commands: how they are called, their first line, and how errors are told."""
 
 import inspect
 import logging

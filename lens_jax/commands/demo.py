@@ -107,7 +107,7 @@ def build(lens, name: str, folder: Path):
     busy = threading.Lock()  # one question at a time: the model fills its device
 
     def refusal(title: str, message: str) -> gradio.Error:
-        """What a visitor is told; the log has it in one line, without a traceback."""
+        """The error that a visitor sees; the log has it in one line, without a traceback."""
         progress.write(f"refused: {message}")
         return gradio.Error(message, title=title, print_exception=False)
 

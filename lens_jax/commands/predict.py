@@ -161,7 +161,7 @@ def predict(
 
 
 class Work:
-    """What has become of the questions so far."""
+    """The questions so far: answered, answered before, refused."""
 
     def __init__(
         self,

@@ -107,7 +107,7 @@ def train(argv: list[str] | None, stopping: "Stopping") -> int:
 
 
 def no_room(error: Exception, run_dir: str) -> str | None:
-    """What to say of an error that a full disk or full memory caused; None of any other."""
+    """Says of an error that a full disk or full memory caused what to do; None for any other."""
     from lens_jax import files
 
     if files.is_full(error):

@@ -175,7 +175,7 @@ def _sections(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
 
 
 def _help(files: Sequence[str]) -> str:
-    """What --help prints: the defaults are those that hold with these files."""
+    """The page of --help, with the defaults that hold with these files."""
     parser = _parser()
     parsed = parser.parse_args([f"--config={file}" for file in files])
     values = leaves(_build(RunConfig, parsed.as_dict()))

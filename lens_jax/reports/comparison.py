@@ -32,7 +32,7 @@ TRAINED = (
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """What a run's directory says about it."""
+    """A run as the files in its directory describe it."""
 
     directory: Path
     name: str
@@ -60,7 +60,7 @@ class Compared:
         return place and os.path.abspath(place)
 
     def asked(self) -> list[tuple[str, str]] | None:
-        """Picture and expression of every sample scored, in order; None if not known.
+        """Image and expression of every sample scored, in order; None if not known.
 
         Scenes that a run draws are numbered after those it trains on: their expressions tell.
         """
@@ -138,7 +138,7 @@ def differences_of_data(first: Compared, other: Compared) -> list[str]:
 
 
 def _apart(first: Compared, other: Compared, keys: Sequence[str]) -> list[str]:
-    """Those of `keys` that both configurations have, with another value each."""
+    """The keys that both configurations have with different values, with these values."""
     return [
         f"{key} {first.config[key]} and {other.config[key]}"
         for key in keys

@@ -1,4 +1,4 @@
-"""Pictures of what a model answers: truth and prediction on the image, stage beside stage.
+"""Drawings of a model's answers: target and prediction on the image, stage beside stage.
 
 A sample is one PNG, to which every evaluation adds a panel. Its text and geometry also lie in the
 file, as JSON under the PNG text key `lens`, so that report.py can show it without other files.
@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lens_jax import files
 
-PANEL = 400  # pixels of a panel's longer side; small pictures are enlarged to it
+PANEL = 400  # pixels of a panel's longer side; small images are enlarged to it
 PAD = 14
 INK, FAINT, PAPER = (28, 30, 36), (108, 113, 124), (255, 255, 255)
 PREDICTED = (0, 214, 255)  # a colour that none of the generated shapes has
@@ -36,7 +36,7 @@ KEY = "lens"
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model said and marked at one point of the run; boxes are xyxy pixels of the image."""
+    """A model's answer at one point of the run; boxes are xyxy pixels of the image."""
 
     title: str
     completion: str
@@ -56,10 +56,10 @@ def overlay(
     side: int = PANEL,
 ) -> Image.Image:
     """The image, its longer side `side` pixels: predicted mask tinted and outlined with its box in
-    one colour, the truth as a thin and a dashed white line.
+    one colour, the target as a thin and a dashed white line.
 
     Every line has a dark one beside it: one of the two is seen on any colour. Lines grow with the
-    square root of `side`, so that they are seen on a large picture that is shown small.
+    square root of `side`, so that they are seen on a large image that is shown small.
     """
     h, w = image.shape[:2]
     scale = side / max(h, w)
@@ -71,9 +71,9 @@ def overlay(
     canvas[_edge(~mask, 2 * line)] = HALO
     canvas[_edge(mask, 3 * line)] = PREDICTED
     if true_mask is not None:
-        truth = _resize(true_mask, size)
-        canvas[_edge(truth, 4 * line)] = HALO
-        canvas[_edge(truth, 2 * line)] = TRUE
+        target = _resize(true_mask, size)
+        canvas[_edge(target, 4 * line)] = HALO
+        canvas[_edge(target, 2 * line)] = TRUE
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
     if _is_box(answer_box):
@@ -186,7 +186,7 @@ def _resize(mask: Bool[np.ndarray, "H W"], size: tuple[int, int]) -> Bool[np.nda
 
 
 def _edge(mask: Bool[np.ndarray, "H W"], width: int) -> Bool[np.ndarray, "H W"]:
-    """The outermost `width` pixels of a mask; the picture's border is no edge."""
+    """The outermost `width` pixels of a mask; the image's border is no edge."""
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     inner = cv2.erode(
         mask.astype(np.uint8), cross, iterations=width, borderType=cv2.BORDER_REPLICATE

@@ -26,8 +26,8 @@ WORDS = ((3, "1 or 2"), (6, "3 to 5"), (11, "6 to 10"), (10**9, "11 and more"))
 
 
 class Collector:
-    """What the page needs of every expression, small enough to keep: run lengths of the mask, the
-    box in pixels, and the fraction of the picture that the object takes."""
+    """Collects for every expression the mask as run lengths, the box in pixels, and the fraction of
+    the image that the object takes."""
 
     def __init__(self):
         self.masks: dict[int, dict[str, Any]] = {}
@@ -54,7 +54,7 @@ class Section:
 def section(
     scores: dict[str, Any], rows: Sequence[Row], collected: Collector, data: Evaluation
 ) -> Section:
-    """Draws what is shown of a data set; `data` reads the pictures once more."""
+    """Draws the samples that are shown of a data set; `data` reads their images once more."""
     ranked = sorted(rows, key=lambda row: (row.iou, row.number))
     worst, best = ranked[:SHOWN], ranked[::-1][:SHOWN]
     others = random.Random(0).sample(list(rows), min(SHOWN, len(rows)))

@@ -1,4 +1,4 @@
-"""What the pages share: templates, images inside a page, and how scores are shown."""
+"""Shared by the pages: templates, images inside a page, and how scores are shown."""
 
 import base64
 import functools

@@ -67,7 +67,7 @@ def table(evaluation: dict[str, Any]) -> list[tuple[pages.ShownScore, list[str],
 
 
 def hardware() -> list[tuple[str, str]]:
-    """What the page was made on, which is where the run's last process ran."""
+    """The machine that made the page, where the run's last process ran."""
     kinds = [d.device_kind for d in jax.devices()]
     devices = ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
     return [
