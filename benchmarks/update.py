@@ -33,7 +33,7 @@ from benchmarks.official import OfficialLayout
 from lens_jax.aot import flops, shapes
 from lens_jax.config import GRPOConfig, RunConfig
 from lens_jax.data.images import window_layout
-from lens_jax.flags import PositiveInt, UsageError
+from lens_jax.flags import PositiveInt
 from lens_jax.models.inputs import Batch
 from lens_jax.models.lens import LensConfig, LensModel, abstract, split_policy
 from lens_jax.rewards.unified import Rewards
@@ -205,10 +205,7 @@ def measure(options: UpdateOptions) -> tuple[str, dict[str, frame.Comparison]]:
 def compare(
     size: common.Size, completion: int, options: UpdateOptions
 ) -> dict[str, frame.Comparison]:
-    try:
-        from benchmarks.official_torch import OfficialUpdate
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{error.name} is missing: make test installs it") from None
+    from benchmarks.official_torch import OfficialUpdate
 
     inputs = common.random_inputs(size)
     rollout = random_rollout(size, completion)

@@ -67,9 +67,9 @@ def list_programs(
 
 
 def _evaluation(config, mesh, model, end_tokens, repetition_penalty) -> Iterator[Program]:
-    """The re-layout, and what `Lens.respond` runs; parameters alone lie beside.
+    """The program that reshards, and those that `Lens.respond` runs, with the parameters beside.
 
-    Each of these reads a part of the model, and all of it is there.
+    Each reads a part of the model, all of which is on the chip.
     """
     axes = model.config.axes
     definition, params = nnx.split(model)

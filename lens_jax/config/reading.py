@@ -61,7 +61,7 @@ def _explain(message: str, parser: argparse.ArgumentParser) -> str:
     if unknown:
         name = unknown["flag"] or unknown["top"] or f"{unknown['group']}.{unknown['member']}"
         known = [*key_names(), *(["config", "print_config"] if unknown["flag"] else [])]
-        if name in dict(_sections(RunConfig)):
+        if name in dict(sections_of(RunConfig)):
             return f"{name} is a section: give its keys, --{name}.KEY VALUE"
         near = difflib.get_close_matches(name, known, n=1)
         return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "")
@@ -87,7 +87,7 @@ def load(argv: Sequence[str] | None = None, default_config: Path = DEFAULT_CONFI
         if {"-h", "--help"} & set(argv):
             print(_help(files), end="")
             sys.exit(0)
-        parsed = _parser().parse_args(argv)
+        parsed = make_parser().parse_args(argv)
         config = _build(RunConfig, parsed.as_dict())
         if parsed.print_config:
             print(dump_yaml(config), end="")
@@ -117,7 +117,7 @@ def config_files(argv: Sequence[str], default_config: Path = DEFAULT_CONFIG) -> 
 def read_yaml(file: str | os.PathLike[str]) -> RunConfig:
     """The configuration in a file, such as a run's config.yaml. Raises ConfigError."""
     try:
-        return _build(RunConfig, _parser().parse_path(str(file)).as_dict())
+        return _build(RunConfig, make_parser().parse_path(str(file)).as_dict())
     except (ConfigError, UnicodeDecodeError, OSError, TypeError) as error:
         raise ConfigError(f"{file}: {_reason(error)}") from error
 
@@ -138,7 +138,8 @@ def _config_files(argv: Sequence[str]) -> list[str]:
     return files
 
 
-def _parser() -> _Parser:
+def make_parser() -> _Parser:
+    """The parser of a run's command line, with a flag for each key."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
         prog="launch/train.py",
@@ -156,7 +157,7 @@ def _parser() -> _Parser:
         "--print_config", action="store_true", help="Prints what file and flags make together."
     )
     parser.add_class_arguments(RunConfig)
-    for name, section in _sections(RunConfig):
+    for name, section in sections_of(RunConfig):
         action = next(action for action in parser._actions if action.dest == name)
         action.help = argparse.SUPPRESS  # a file for the section alone
         del parser._option_string_actions[action.option_strings[0]]
@@ -165,18 +166,18 @@ def _parser() -> _Parser:
     return parser
 
 
-def _sections(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
+def sections_of(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
     """The dotted names of the sections, each with its class."""
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
             name = f"{path}{field.name}"
             yield name, field.type
-            yield from _sections(field.type, f"{name}.")
+            yield from sections_of(field.type, f"{name}.")
 
 
 def _help(files: Sequence[str]) -> str:
     """The page of --help, with the defaults that hold with these files."""
-    parser = _parser()
+    parser = make_parser()
     parsed = parser.parse_args([f"--config={file}" for file in files])
     values = leaves(_build(RunConfig, parsed.as_dict()))
     named = {
