@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def given(section: Any, name: str) -> dict[str, Any]:
+    """The keys of a JSON object that have a value; a null is none.
+
+    Raises:
+        ValueError: it is no object; the message calls it `name`.
+    """
+    if not isinstance(section, Mapping | None):
+        raise ValueError(f"{name}: expected a JSON object, found {type(section).__name__}")
+    return {key: value for key, value in (section or {}).items() if value is not None}
 
 
 def printable(text: object) -> str:

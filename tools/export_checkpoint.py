@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from lens_jax import checkpoints
+from lens_jax.checkpoints.arrays import group_layers
 from lens_jax.commands import cli
 from lens_jax.config import ConfigError, RunConfig, read_yaml
 from lens_jax.flags import NonNegativeInt
@@ -93,16 +94,11 @@ def _trained_before(config: RunConfig, stage: str) -> list[str]:
 
 def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of a pretrained checkpoint's parameters, layers stacked."""
-    layers: dict[str, int] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, x in checkpoints.saved_params(directory).items():
-        path, layer = checkpoints.layer_of(name)
-        if layer is None:
-            shapes[path] = x.shape
-        else:
-            layers[path] = max(layers.get(path, 0), layer + 1)
-            shapes[path] = (layers[path], *x.shape)
-    return shapes
+    saved = checkpoints.saved_params(directory)
+    return {
+        path: saved[path].shape if path in saved else (len(members), *saved[members[0]].shape)
+        for path, members in group_layers(saved).items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,8 +3,8 @@
     python -m tools.make_tiny_sam --output checkpoints/tiny/sam2
 
 It is to LENS what sam2_hiera_large is to the real one: a model that segments from points and boxes,
-here in generated pictures of shapes. Training has three parts. First the image encoder learns to
-say what covers each spot of the picture. Then, like SAM, the whole model learns masks with a pixel
+here in generated images of shapes. Training has three parts. First the image encoder learns to
+say what covers each spot of the image. Then, like SAM, the whole model learns masks with a pixel
 and a dice loss on the single mask and on the others, and its own estimate of the IoU; heads that
 are thrown away ask every mask token for box and kind of its object. Without those two helps a
 prompt does not find its object in the time at hand: the masks are those of all objects at once.
@@ -40,7 +40,8 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from lens_jax.commands import cli
-from lens_jax.convert_weights.sam2 import tensors_from_params
+from lens_jax.convert_weights import sam2
+from lens_jax.convert_weights.table import tensors_from
 from lens_jax.flags import NonNegativeInt, PositiveFloat, PositiveInt
 from lens_jax.model_configs.sam import write_sam
 from lens_jax.models.sam.config import Sam2Config
@@ -88,13 +89,13 @@ class SamSettings:
 
     Args:
       output: directory to write.
-      dense_steps: steps of the first part, on twice as many pictures.
+      dense_steps: steps of the first part, on twice as many images.
       steps: steps of the second part.
       loose_steps: steps of the third part.
       margin: pixels around the object in the masks of the third part.
-      images: pictures a step; every picture gets each kind of prompt twice.
+      images: images a step; every image gets each kind of prompt twice.
       learning_rate: its peak; warm-up, then constant, in the second half linear decay.
-      evaluation_scenes: held-out pictures, one object each.
+      evaluation_scenes: held-out images, one object each.
       seed: seed of weights and data.
     """
 
@@ -114,15 +115,15 @@ class PromptTargets:
     """The meaning of `G` prompts of one length."""
 
     masks: Bool[Array, "B G S S"]
-    boxes: Float[Array, "B G 4"]  # xyxy, fractions of the picture's side
+    boxes: Float[Array, "B G 4"]  # xyxy, fractions of the image's side
     kinds: Int[Array, "B G"]
 
 
 @struct.dataclass
 class SceneBatch:
-    """Pictures with the kind of what covers each mask cell, and prompts of every length.
+    """Images with the kind of what covers each mask cell, and prompts of every length.
 
-    Prompts are ordered by way of prompting, `G` a picture in all.
+    Prompts are ordered by way of prompting, `G` an image in all.
     """
 
     pixels: UInt8[Array, "B A A 3"]
@@ -132,9 +133,9 @@ class SceneBatch:
 
 
 def draw_batch(rng: np.random.Generator, images: int, objects: int) -> SceneBatch:
-    """New scenes; `objects` prompts of each way a picture, objects drawn with replacement.
+    """New scenes; `objects` prompts of each way an image, objects drawn with replacement.
 
-    Half of the pictures have other proportions or plain backgrounds; SAM sees each as a square.
+    Half of the images have other proportions or plain backgrounds; SAM sees each as a square.
     """
     scenes = [
         _squared(shapes.random_scene(rng) if i % 2 else shapes.varied_scene(rng))
@@ -176,7 +177,7 @@ def draw_batch(rng: np.random.Generator, images: int, objects: int) -> SceneBatc
 
 
 def _squared(scene: shapes.Scene) -> shapes.Scene:
-    """The scene with its objects stretched to 112 x 112; the picture stays as it is."""
+    """The scene with its objects stretched to 112 x 112; the image stays as it is."""
     height, width = scene.image.shape[:2]
     rows, columns = ((np.arange(shapes.SIDE) * n) // shapes.SIDE for n in (height, width))
     scale = shapes.SIDE / np.array([width, height, width, height])
@@ -190,7 +191,7 @@ def _squared(scene: shapes.Scene) -> shapes.Scene:
 def _points(
     rng: np.random.Generator, shape: shapes.ShapeObject, labels: tuple[int, ...]
 ) -> Float[np.ndarray, "N 2"]:
-    """Points inside the object and corners of its box, in pixels of the model's picture."""
+    """Points inside the object and corners of its box, in pixels of the model's image."""
     x0, y0, x1, y1 = shape.box
     # Half of the boxes are off by up to a sixth of the object's side, the others by a pixel.
     jitter = min(x1 - x0, y1 - y0) / 6 if rng.random() < 0.5 else 1.0
@@ -220,7 +221,7 @@ class Pretraining(nnx.Module):
 
 
 def initial_sam(seed: int) -> Sam2:
-    """Random weights under which prompts and cells of the picture meet by position.
+    """Random weights under which prompts and cells of the image meet by position.
 
     Query and key projections between tokens and image start equal, and positions outweigh the
     other embeddings: attention begins as a similarity of places.
@@ -284,7 +285,7 @@ def cover_loss(model: Pretraining, features: SamFeatures, cover: Int[Array, "B h
 def mask_loss(logits: Float[Array, "*batch S S"], true: Bool[Array, "*batch S S"]) -> Array:
     """Cross-entropy over the object's area + dice, per mask.
 
-    With the mean over the picture, or SAM's focal loss, a model from scratch first learns that
+    With the mean over the image, or SAM's focal loss, a model from scratch first learns that
     small objects are not there and stays with that for long.
     """
     true = true.astype(jnp.float32)
@@ -469,8 +470,8 @@ def save(sam: Sam2, directory: Path) -> None:
     """Writes the configuration and the weights in the original layout."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "sam2_config.json").write_text(json.dumps(write_sam(CONFIG), indent=1) + "\n")
-    params = nnx.to_pure_dict(nnx.state(sam))
-    save_file(tensors_from_params(CONFIG, params), directory / "model.safetensors")
+    tensors = tensors_from(sam2.table(CONFIG), nnx.to_pure_dict(nnx.state(sam)))
+    save_file(tensors, directory / "model.safetensors")
 
 
 def make(settings: SamSettings) -> None:

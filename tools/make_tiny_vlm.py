@@ -4,19 +4,19 @@
 
 It is to LENS what Qwen2.5-VL-3B-Instruct is to the real one: it picks the object that an expression
 names, most of the time, and writes its box as text, loosely. Supervised training from scratch on
-generated scenes, in three parts: the vision tower learns to say what is centred in each cell of a
-picture; then answers are taught, with a loss that draws two heads to the object meant (plain
+generated scenes, in three parts: the vision tower learns to say what is centred in each cell of an
+image; then answers are taught, with a loss that draws two heads to the object meant (plain
 supervised training binds words to objects too slowly); last, with boxes enlarged at random, because
 tightening them is what reinforcement learning is to show. Expressions that the held-out splits
 reserve (`shapes.is_held_out`) are never used.
 
-Pictures come in several shapes and on plain backgrounds, too. Their size does not matter: the
+Images come in several shapes and on plain backgrounds, too. Their size does not matter: the
 processor's limits (`preprocessor_config.json`) bring each to about 112 x 112 pixels.
 
 The shipped weights took three calls: 700 vision steps and 2,080 tight ones at the constant peak
 rate, of which the weights after 2,000 were taken; from there 1,000 tight steps whose rate fell in
 their second half, then 600 loose ones (`--start`, `--seed 1` and `--seed 2`); all of these with
-the pictures of `make train` alone. Then, with all kinds of pictures, `--vision_steps 0
+the images of `make train` alone. Then, with all kinds of images, `--vision_steps 0
 --tight_steps 1600 --loose_steps 500 --learning_rate 1.2e-3 --seed 3`.
 """
 
@@ -87,9 +87,9 @@ HF_CONFIG = {
         "window_size": 112,
     },
 }
-CELL, CELLS = 28, 16  # pixels of a cell, which is a merged patch; most cells of a picture
-MIN_PIXELS, MAX_PIXELS = 9_000, 12_800  # preprocessor_config.json: pictures of 10 to 16 cells
-QUESTIONS = 4  # expressions of one picture trained together, sharing its tokens
+CELL, CELLS = 28, 16  # pixels of a cell, which is a merged patch; most cells of an image
+MIN_PIXELS, MAX_PIXELS = 9_000, 12_800  # preprocessor_config.json: images of 10 to 16 cells
+QUESTIONS = 4  # expressions of one image trained together, sharing its tokens
 SUPERVISED_LAYER = 1
 TENS = 24  # of a coordinate
 
@@ -100,9 +100,9 @@ class VlmSettings:
 
     Attributes:
         output: folder with the tokenizer, where config.json and model.safetensors are written.
-        scenes: pictures to draw; all parts of the training go over them.
-        vision_steps: steps of the vision tower alone, 48 pictures each.
-        tight_steps: steps with true boxes, 16 pictures of 4 questions each.
+        scenes: images to draw; all parts of the training go over them.
+        vision_steps: steps of the vision tower alone, 48 images each.
+        tight_steps: steps with true boxes, 16 images of 4 questions each.
         loose_steps: steps with enlarged boxes.
         learning_rate: peak; decays linearly to a tenth over the second half of tight_steps.
         start: a safetensors file to start from instead of random weights.
@@ -133,7 +133,7 @@ class TinyVLM(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A picture as the vision tower reads it: one window, padded to 16 cells."""
+    """An image as the vision tower reads it: one window, padded to 16 cells."""
 
     patches: np.ndarray  # u8 [64, 3, 196], in the order of `images.window_layout`
     places: np.ndarray  # u8 [64, 2]: row and column
@@ -144,7 +144,7 @@ class Seen:
 
 @dataclasses.dataclass
 class Pool:
-    """All scenes: pictures, what is centred in each cell, and questions as token rows."""
+    """All scenes: images, what is centred in each cell, and questions as token rows."""
 
     seen: Seen  # each array stacked
     cell_class: np.ndarray  # i8 [N, 16], 0: nothing
@@ -153,7 +153,7 @@ class Pool:
 
 
 def look(picture: np.ndarray) -> Seen:
-    """Cuts a picture u8 [H, W, 3] of whole cells, at most 16 of them."""
+    """Cuts an image u8 [H, W, 3] of whole cells, at most 16 of them."""
     rows, columns = picture.shape[0] // CELL, picture.shape[1] // CELL
     p = CELL // 2
     cut = picture.reshape(rows, 2, p, columns, 2, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
@@ -166,7 +166,7 @@ def look(picture: np.ndarray) -> Seen:
 
 
 def _picture(rng: np.random.Generator) -> tuple[shapes.Scene, np.ndarray]:
-    """A scene, and its picture as the processor hands it on.
+    """A scene, and its image as the processor hands it on.
 
     A third are those of `make train`. The others have one colour behind the objects, sides of up to
     1:2, or came larger or smaller and were resized by the processor: some of each, most of several.
@@ -229,7 +229,7 @@ class Writer:
         self.first_image = self.prefix.index(self.encode("<|image_pad|>")[0])
 
     def row(self, text: str, box: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
-        """Tokens after the picture; where the answer and where its box begin."""
+        """Tokens after the image; where the answer and where its box begin."""
         question = prompts.QUESTION.format(question=text) + "<|im_end|>\n<|im_start|>assistant\n"
         head = self.encode(question)
         echo = self.encode(f"<|object_ref_start|>{text}.<|object_ref_end|><|box_start|>")
@@ -244,7 +244,7 @@ def loosen(
 ) -> tuple[int, ...]:
     """Every side moved outwards by 5 to 45 % of the object's size, at most to the border.
 
-    `size` is the picture's, (height, width).
+    `size` is the image's, (height, width).
     """
     x0, y0, x1, y1 = box
     move = rng.uniform(0.05, 0.45, 4) * [x1 - x0, y1 - y0, x1 - x0, y1 - y0]
@@ -253,7 +253,7 @@ def loosen(
 
 
 def batches(pool: Pool, writer: Writer, size: int, loose: bool, seed: int) -> Iterator[dict]:
-    """Endless batches: pictures [B], questions [B, G, S] with the spans of answers and boxes."""
+    """Endless batches: images [B], questions [B, G, S] with the spans of answers and boxes."""
     rng = np.random.default_rng((seed, int(loose)))
     length = 56
     while True:
@@ -295,7 +295,7 @@ def see(model: TinyVLM, batch: dict) -> jax.Array:
 
 
 def is_cell(batch: dict) -> jax.Array:
-    """Which of the 16 cells the picture has, bool [B, 16]."""
+    """Which of the 16 cells the image has, bool [B, 16]."""
     return jnp.arange(CELLS) < jnp.prod(batch["grid"].astype(jnp.int32), axis=1)[:, None]
 
 

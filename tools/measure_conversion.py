@@ -19,9 +19,8 @@ import numpy as np
 from lens_jax.commands import cli
 from lens_jax.convert_weights import lens_table, parameter_shapes
 from lens_jax.convert_weights.writer import Spec, write_model
-from lens_jax.model_configs.lens import read_lens
 from lens_jax.model_configs.qwen_vl import write_qwen_vl
-from lens_jax.model_configs.sam import write_sam
+from lens_jax.models.lens import LensConfig
 from lens_jax.models.qwen_vl import config as qwen_vl_config
 from lens_jax.models.sam.config import PRESETS
 
@@ -29,7 +28,8 @@ EXAMPLE = "  python -m tools.measure_conversion --directory /tmp/conversion"
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # config.json of LENS-3B, without the keys that no shape depends on.
-CONFIG = write_qwen_vl(qwen_vl_config.PRESETS["Qwen2.5-VL-3B-Instruct"]) | {
+QWEN = qwen_vl_config.PRESETS["Qwen2.5-VL-3B-Instruct"]
+CONFIG = write_qwen_vl(QWEN) | {
     "architectures": ["SAMR1ForConditionalGeneration_qwen2p5"],
     "model_type": "qwen2_vl",
     "torch_dtype": "bfloat16",
@@ -72,7 +72,7 @@ def measure(directory: Path) -> None:
 
 def write_random_lens(directory: Path) -> int:
     """An official LENS directory of random weights; returns its tensors' bytes."""
-    config = read_lens({"mllm": CONFIG, "sam": write_sam(PRESETS["large"])})
+    config = LensConfig(QWEN, PRESETS["large"])
     shapes = parameter_shapes(config)
     specs = [
         Spec(entry.source, entry.transform.source_shape(shapes[entry.target]), BFLOAT16)

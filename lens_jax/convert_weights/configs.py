@@ -99,7 +99,7 @@ def _complete(hf: Mapping[str, Any], shapes: VisionConfig) -> dict[str, Any]:
 
 
 def _older_rope(rope: Mapping[str, Any], shapes: QwenVLConfig) -> dict[str, Any]:
-    """What transformers before 5 reads in place of its rope_parameters."""
+    """The keys that transformers before 5 reads in place of rope_parameters."""
     kind = rope.get("rope_type") or "default"
     sections = {"mrope_section": list(shapes.mrope_section), "rope_type": kind, "type": kind}
     return {"rope_theta": shapes.rope_theta, "rope_scaling": sections}

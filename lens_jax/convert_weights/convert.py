@@ -23,7 +23,7 @@ log = logging.getLogger("lens_jax")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted: numbers of tensors, and the names of those that were left out."""
+    """Numbers of converted tensors, and the names of those that were left out."""
 
     tensors: int
     unused: int

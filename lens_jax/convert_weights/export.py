@@ -30,7 +30,7 @@ Stored = Mapping[str, jax.ShapeDtypeStruct]
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: the number of tensors, and what whoever uses the files must know."""
+    """The number of tensors written, and notes for those who use the files."""
 
     tensors: int
     notes: tuple[str, ...]

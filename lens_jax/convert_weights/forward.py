@@ -28,14 +28,14 @@ from lens_jax.models.qwen_vl.head import logits
 from lens_jax.models.sam.config import Sam2Config
 from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
 
-# Tokens of text before the picture's and after them, and after the prompt.
+# Tokens of text before the image's and after them, and after the prompt.
 _BEFORE, _AFTER, _COMPLETION = 9, 6, 5
 
 
 def run_both(
     checkpoint: Path, official: Official, tensors: Mapping[str, LazyTensor], seed: int = 0
 ) -> dict[str, float]:
-    """What was compared -> the largest difference, as a fraction of the largest value.
+    """Runs both models: output -> largest difference, as a fraction of the largest value.
 
     Args:
       checkpoint: ours.
@@ -54,9 +54,9 @@ def run_both(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """A prompt with a picture, and a completion.
+    """A prompt with an image, and a completion.
 
-    `patches` [N, C] with their `grid` are the picture in transformers' order; SAM's picture and all
+    `patches` [N, C] with their `grid` are the image in transformers' order; SAM's image and all
     that our model needs are in `prompts`, a batch of one.
     """
 

@@ -58,11 +58,9 @@ def _added_tokens(directory: Path) -> dict[str, int]:
 
 def missing(directory: Path) -> list[Path]:
     """Files that a checkpoint cannot be used without, and that are not there to be copied."""
-    names = [
-        processor_files.TOKENIZER if not processor_files.has_tokenizer(directory) else None,
-        processor_files.GENERATION
-        if not (directory / processor_files.GENERATION).is_file()
-        else None,
-        processor_files.PREPROCESSOR if not processor_files.has_images(directory) else None,
-    ]
-    return [directory / name for name in names if name is not None]
+    found = {
+        processor_files.TOKENIZER: processor_files.has_tokenizer(directory),
+        processor_files.GENERATION: (directory / processor_files.GENERATION).is_file(),
+        processor_files.PREPROCESSOR: processor_files.has_images(directory),
+    }
+    return [directory / name for name, is_there in found.items() if not is_there]

@@ -8,6 +8,7 @@ from lens_jax.convert_weights.sam_parts import (
     mask_decoder,
     mlp,
     norm,
+    norms_and_attention,
     path,
     prompt_encoder,
     with_bias,
@@ -32,13 +33,10 @@ CARRIED_NAMES = ()  # the model uses every tensor
 def _image_encoder(config: SamConfig) -> Iterator[Entry]:
     name = "image_encoder"
     yield Entry(f"{name}.pos_embed", f"{name}/pos_embed", SQUEEZE)
-    yield from with_bias(f"{name}.patch_embed.proj", f"{name}/patch_embed/proj", CONV2D)
+    yield from with_bias(f"{name}.patch_embed.proj", transform=CONV2D)
     for i in range(config.depth):
         block = f"{name}.blocks.{i}"
-        for kind in ("norm1", "norm2"):
-            yield from norm(f"{block}.{kind}", path(f"{block}.{kind}"))
-        for linear in ("attn.qkv", "attn.proj"):
-            yield from with_bias(f"{block}.{linear}", path(f"{block}.{linear}"))
+        yield from norms_and_attention(block)
         for axis in ("rel_pos_h", "rel_pos_w"):
             yield Entry(f"{block}.attn.{axis}", path(f"{block}.attn.{axis}"))
         yield from mlp(f"{block}.mlp", 2)

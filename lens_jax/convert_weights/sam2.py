@@ -2,14 +2,11 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-import numpy as np
 
 from lens_jax.convert_weights.sam_parts import (
     mask_decoder,
     mlp,
-    norm,
+    norms_and_attention,
     path,
     prompt_encoder,
     with_bias,
@@ -24,13 +21,11 @@ from lens_jax.convert_weights.table import (
     WeightsError,
     chain,
     flattened_conv,
-    params_from,
-    tensors_from,
 )
 from lens_jax.model_configs.sam import read_hf_sam2, read_sam2, write_hf_sam2
 from lens_jax.models.sam.config import PRESETS, Sam2Config
 
-# Regular tensors of the original model that a single picture never needs.
+# Regular tensors of the original model that a single image never needs.
 CARRIED_NAMES = (
     "mask_downsample.weight",
     "mask_downsample.bias",
@@ -52,17 +47,15 @@ _MAP = chain(CHANNELS_LAST, SQUEEZE)  # (1, C, h, w) -> (h, w, C)
 
 def _image_encoder(config: Sam2Config) -> Iterator[Entry]:
     trunk = "image_encoder.trunk"
-    yield from with_bias(f"{trunk}.patch_embed.proj", path(f"{trunk}.patch_embed.proj"), CONV2D)
+    yield from with_bias(f"{trunk}.patch_embed.proj", transform=CONV2D)
     yield Entry(f"{trunk}.pos_embed", path(f"{trunk}.pos_embed"), _MAP)
     yield Entry(f"{trunk}.pos_embed_window", path(f"{trunk}.pos_embed_window"), _MAP)
     first_blocks = [sum(config.stages[:stage]) for stage in range(1, len(config.stages))]
     for i in range(sum(config.stages)):
         block = f"{trunk}.blocks.{i}"
-        for kind in ("norm1", "norm2"):
-            yield from norm(f"{block}.{kind}", path(f"{block}.{kind}"))
-        linears = ["attn.qkv", "attn.proj"] + (["proj"] if i in first_blocks else [])
-        for linear in linears:
-            yield from with_bias(f"{block}.{linear}", path(f"{block}.{linear}"))
+        yield from norms_and_attention(block)
+        if i in first_blocks:
+            yield from with_bias(f"{block}.proj")
         yield from mlp(f"{block}.mlp", 2)
     for i, dim in enumerate(config.stage_dims[::-1]):
         name = f"image_encoder.neck.convs.{i}"
@@ -175,15 +168,3 @@ def recognise(shapes: Mapping[str, Shape], where: str = "the checkpoint") -> Sam
         f"{where} has a trunk of embed_dim {embed_dim} and stages {list(stages)}, which is no "
         "published SAM 2; put its sam2_config.json beside it"
     )
-
-
-def params_from_tensors(
-    config: Sam2Config, tensors: Mapping[str, np.ndarray], prefix: str = ""
-) -> dict[str, Any]:
-    """Original tensors in memory as the nested parameters of `Sam2(config)`."""
-    return params_from(table(config), tensors, prefix)
-
-
-def tensors_from_params(config: Sam2Config, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The inverse of `params_from_tensors`."""
-    return tensors_from(table(config), params)

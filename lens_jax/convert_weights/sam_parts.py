@@ -14,38 +14,40 @@ from lens_jax.convert_weights.table import (
     IDENTITY,
     LINEAR,
     Entry,
+    Transform,
     WeightsError,
     flattened_conv,
 )
-from lens_jax.files import read_json
+from lens_jax.data.processor_files import image_processor
 from lens_jax.models.sam.config import DecoderConfig, Sam2Config
 from lens_jax.models.sam.segmenter import PIXEL_MEAN, PIXEL_STD
 
 
 def check_pictures(directory: Path) -> None:
-    """Raises WeightsError where Hugging Face's SAM normalises pictures unlike all published ones.
+    """Raises WeightsError where Hugging Face's SAM normalises images unlike all published ones.
 
     LENS resizes them in its own way, whatever is said there.
     """
-    whole, alone = directory / "processor_config.json", directory / "preprocessor_config.json"
-    file, settings = whole, read_json(whole).get("image_processor") if whole.is_file() else None
-    if not settings:
-        file, settings = alone, read_json(alone) if alone.is_file() else {}
+    file, settings = image_processor(directory)
     for key, published in {"image_mean": PIXEL_MEAN / 255, "image_std": PIXEL_STD / 255}.items():
-        said = settings.get(key)
+        said = (settings or {}).get(key)
         if said is not None and (np.shape(said) != (3,) or not np.allclose(said, published)):
             expected = [round(float(x), 3) for x in published]
             raise WeightsError(f"{file}: {key} is {said}: only {expected} is supported")
 
 
-def with_bias(source: str, target: str, transform=LINEAR) -> Iterator[Entry]:
-    """A layer with `kernel` and `bias`."""
+def with_bias(
+    source: str, target: str | None = None, transform: Transform = LINEAR
+) -> Iterator[Entry]:
+    """A layer with `kernel` and `bias`, at the path that its name says if no other is given."""
+    target = target or path(source)
     yield Entry(f"{source}.weight", f"{target}/kernel", transform)
     yield Entry(f"{source}.bias", f"{target}/bias")
 
 
-def norm(source: str, target: str) -> Iterator[Entry]:
-    """A LayerNorm."""
+def norm(source: str, target: str | None = None) -> Iterator[Entry]:
+    """A LayerNorm, likewise."""
+    target = target or path(source)
     yield Entry(f"{source}.weight", f"{target}/scale")
     yield Entry(f"{source}.bias", f"{target}/bias")
 
@@ -64,7 +66,15 @@ def mlp(source: str, layers: int) -> Iterator[Entry]:
     """Linear layers `source.layers.i`."""
     for i in range(layers):
         name = f"{source}.layers.{i}"
-        yield from with_bias(name, path(name))
+        yield from with_bias(name)
+
+
+def norms_and_attention(block: str) -> Iterator[Entry]:
+    """Both norms and the attention of a block of the image encoder."""
+    for kind in ("norm1", "norm2"):
+        yield from norm(f"{block}.{kind}")
+    for linear in ("attn.qkv", "attn.proj"):
+        yield from with_bias(f"{block}.{linear}")
 
 
 def prompt_encoder() -> Iterator[Entry]:
@@ -86,7 +96,7 @@ def prompt_encoder() -> Iterator[Entry]:
 
 def _attention(source: str) -> Iterator[Entry]:
     for linear in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        yield from with_bias(f"{source}.{linear}", path(f"{source}.{linear}"))
+        yield from with_bias(f"{source}.{linear}")
 
 
 def mask_decoder(config: DecoderConfig) -> Iterator[Entry]:
@@ -100,10 +110,10 @@ def mask_decoder(config: DecoderConfig) -> Iterator[Entry]:
         for attention in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
             yield from _attention(f"{layer}.{attention}")
         for kind in ("norm1", "norm2", "norm3", "norm4"):
-            yield from norm(f"{layer}.{kind}", path(f"{layer}.{kind}"))
+            yield from norm(f"{layer}.{kind}")
         yield from mlp(f"{layer}.mlp", 2)
     yield from _attention(f"{transformer}.final_attn_token_to_image")
-    yield from norm(f"{transformer}.norm_final_attn", f"{path(transformer)}/norm_final_attn")
+    yield from norm(f"{transformer}.norm_final_attn")
     source, target = f"{name}.output_upscaling", f"{name}/output_upscaling"
     yield from with_bias(f"{source}.0", f"{target}/conv1", CONV_TRANSPOSE2D)
     yield from norm(f"{source}.1", f"{target}/norm")
@@ -115,4 +125,4 @@ def mask_decoder(config: DecoderConfig) -> Iterator[Entry]:
         yield from mlp(f"{name}.pred_obj_score_head", 3)
         for conv in ("conv_s0", "conv_s1"):
             transform = flattened_conv(config.d_model, 1, 1)
-            yield from with_bias(f"{name}.{conv}", f"{name}/{conv}", transform)
+            yield from with_bias(f"{name}.{conv}", transform=transform)

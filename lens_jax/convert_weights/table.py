@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lens_jax.checkpoints import arrays
 from lens_jax.files import CheckpointError
 
 Shape = tuple[int, ...]
@@ -141,7 +141,7 @@ def carried_entry(source: str) -> Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do: `entries` in the order of the source, `junk` dropped."""
+    """A conversion to be done: `entries` in the order of the source; `junk` is dropped."""
 
     entries: tuple[Entry, ...]
     junk: tuple[str, ...]
@@ -231,7 +231,7 @@ def _summary(missing: list[str], unexpected: list[str]) -> str:
 
 
 def _meaning(missing: list[str], unexpected: list[str], sources: Iterable[str]) -> tuple[str, bool]:
-    """What such names usually mean, and whether that covers every single one."""
+    """The usual meaning of such names, and whether it covers every single one."""
     wanted, strange = set(missing), set(unexpected)
     for what, longer, shorter in (
         ("carry", strange, wanted),
@@ -269,21 +269,16 @@ def _prefixes(name: str) -> list[str]:
 
 def params_from(table: Table, tensors: Mapping[str, np.ndarray], prefix: str = "") -> dict:
     """Official tensors in memory as nested parameters, without the table's first folder."""
-    flat = {
-        tuple(
-            int(part) if part.isdecimal() else part for part in entry.target.split("/")[1:]
-        ): entry.transform.forward(tensors[prefix + entry.source])
-        for entry in table.entries
-    }
-    return unflatten_dict(flat)
+    return arrays.nest(
+        {
+            entry.target.partition("/")[2]: entry.transform.forward(tensors[prefix + entry.source])
+            for entry in table.entries
+        }
+    )
 
 
 def tensors_from(table: Table, params: Mapping) -> dict[str, np.ndarray]:
     """The inverse of `params_from`."""
-    flat = {"/".join(map(str, key)): np.asarray(x) for key, x in flatten_dict(params).items()}
-    return {
-        entry.source: np.ascontiguousarray(
-            entry.transform.inverse(flat[entry.target.partition("/")[2]])
-        )
-        for entry in table.entries
-    }
+    flat = arrays.flatten(params)
+    ours = ((entry, np.asarray(flat[entry.target.partition("/")[2]])) for entry in table.entries)
+    return {e.source: np.ascontiguousarray(e.transform.inverse(x)) for e, x in ours}

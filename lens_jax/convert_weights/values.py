@@ -1,4 +1,4 @@
-"""What is done to values on their way, a piece at a time: a tensor may be a gigabyte."""
+"""Checks, casts and compares values, a piece at a time: a tensor may be a gigabyte."""
 
 import math
 from collections.abc import Iterator

@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, a line each, and what differs, a line each."""
+    """Lines on what was compared, and lines on what differs."""
 
     compared: tuple[str, ...]
     differences: tuple[str, ...]
@@ -41,7 +41,7 @@ def verify(
     Every tensor must have the same shape, type and bits; what differs is printed. Ends with 0 if
     all agree, with 1 if something differs, with 2 if something cannot be read.
 
-    With --forward true both models run, too, on a random picture, with the weights of their own
+    With --forward true both models run, too, on a random image, with the weights of their own
     files: ours, and in PyTorch transformers' Qwen-VL and SAM with a plain context module between
     them. Compared are the logits of a random prompt, the token that prompts SAM (the positions of
     the pass with queries are the checkpoint's context_positions, the same on both sides) and the

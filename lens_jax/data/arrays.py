@@ -1,4 +1,4 @@
-"""Pictures as programs hand them over: paths, PIL images, arrays in several layouts."""
+"""Images as programs hand them over: paths, PIL images, arrays in several layouts."""
 
 import os
 import re
@@ -18,7 +18,7 @@ CHANNELS = (1, 3, 4)
 
 
 def to_picture(image: Any) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture in RGB, upright as its file's EXIF orientation says.
+    """An image in RGB, upright as its file's EXIF orientation says.
 
     Args:
         image: the path of a file, a PIL image, or an array [H, W], [H, W, 1 | 3 | 4] or
@@ -59,7 +59,7 @@ def read_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     """`read_image` of a regular file; nothing is waited for that a pipe may send.
 
     Raises:
-        SampleError: there is none, or it is no picture.
+        SampleError: there is none, or it is no image.
     """
     check_is_file(path)
     return read_image(path)
@@ -87,7 +87,7 @@ def check_is_file(path: Path) -> None:
 
 
 def _advice(image: Any) -> str:
-    """How to make a picture of what is often given for one."""
+    """How to make an image of what is often given for one."""
     if isinstance(image, bytes | bytearray | memoryview):
         return ": read it with PIL.Image.open(io.BytesIO(...))"
     if hasattr(image, "read"):

@@ -23,13 +23,13 @@ class Prompt:
     positions: Int[np.ndarray, "3 P"]
     next_position: int
     sam_pixels: UInt8[np.ndarray, "A A 3"]
-    image_size: tuple[int, int]  # (height, width) of the picture as given
+    image_size: tuple[int, int]  # (height, width) of the image as given
     coordinate_scale: tuple[int, int]  # what the text's (y, x) run to
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt with its truth, before padding."""
+    """A prompt with its targets, before padding."""
 
     prompt: Prompt
     box: Float[np.ndarray, "4"]  # as the text writes it; zeros if the sample has none
@@ -79,7 +79,7 @@ def stack_prompts(rows: Sequence[Prompt], buckets: Buckets | None = None) -> Pro
 
 
 def stack_targets(rows: Sequence[Example], buckets: Buckets) -> Targets:
-    """Pads truths to one static shape; a mask larger than every canvas is shrunken to the largest.
+    """Pads targets to one static shape; a mask larger than every canvas is shrunken to the largest.
 
     Raises:
         ValueError: an answer is longer than the largest bucket.

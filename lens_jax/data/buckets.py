@@ -41,7 +41,7 @@ class Buckets:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What an example takes of the buckets of the same names."""
+    """Sizes of an example, by the names of the buckets that must hold them."""
 
     windows: int
     prompt_tokens: int

@@ -38,7 +38,7 @@ def read_rewards(file: Path, dataset: str) -> dict[int, float]:
 
 
 def easy_first(sources: Sequence[RefCoco], rewards: Sequence[dict[int, float]]) -> Selected:
-    """Of all sources' refs those with a reward between LOWEST and HIGHEST, the highest first.
+    """All sources' refs with a reward between LOWEST and HIGHEST, the highest first.
 
     `rewards` belong to one source each, since data sets number their refs on their own. Refs
     without a reward are left out; equal ones keep their order.

@@ -1,4 +1,4 @@
-"""Pictures as the two models see them: Qwen's patches in window order, SAM's plain square."""
+"""Images as the two models see them: Qwen's patches in window order, SAM's plain square."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from lens_jax.models.geometry import ImageGeometry
 UNIT = ImageGeometry().unit_size
 MAX_ASPECT = 200
 MIN_PIXELS, MAX_PIXELS = 3136, 1_000_000
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of Qwen's pictures, red, green, blue in 0..1
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of Qwen's images, red, green, blue in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -25,7 +25,7 @@ def smart_resize(
     max_pixels: int = MAX_PIXELS,
     unit: int = UNIT,
 ) -> tuple[int, int]:
-    """The size (height, width) a picture is resized to: multiples of `unit`, area within limits.
+    """The size (height, width) an image is resized to: multiples of `unit`, area within limits.
 
     Raises:
         ValueError: one side is more than 200 times the other.
@@ -68,7 +68,7 @@ def resize(
 def sam_pixels(
     image: UInt8[np.ndarray, "H W 3"], side: int, antialias: bool = True
 ) -> UInt8[np.ndarray, "A A 3"]:
-    """SAM's input: the whole picture on a square, aspect not kept, bilinear."""
+    """SAM's input: the whole image on a square, aspect not kept, bilinear."""
     if antialias:
         return resize(image, (side, side), Image.Resampling.BILINEAR)
     return cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
@@ -87,11 +87,11 @@ def patchify(
     std: tuple[float, ...],
     geometry: ImageGeometry = ImageGeometry(),  # noqa: B008 (frozen)
 ) -> tuple[Float[np.ndarray, "N C"], tuple[int, int]]:
-    """Cuts a resized picture into normalised patches.
+    """Cuts a resized image into normalised patches.
 
     Returns:
         The patches, merged units row-major and each unit's patches row-major, a patch's values in
-        the order (channel, time, row, column), the still picture repeated in time; and the grid
+        the order (channel, time, row, column), the still image repeated in time; and the grid
         (rows, columns) of patches.
     """
     m, p = geometry.merge_size, geometry.patch_size
@@ -112,7 +112,7 @@ def window_layout(
     """Where each patch goes: windows one after the other, each with its units row-major.
 
     A row of slots holds a window, or several of the smaller ones at the border: in rows of their
-    own they would leave a fifth of the slots of a 640 x 480 picture empty.
+    own they would leave a fifth of the slots of a 640 x 480 image empty.
 
     Args:
         grid: (rows, columns) of patches.

@@ -1,4 +1,4 @@
-"""Masks as picture files: what is object in them, and what background.
+"""Masks as image files: what is object in them, and what background.
 
 - Grey (bilevel, 8, 16 or 32 bits): 0 is background.
 - Palette: number 0 is background where its colour is black, whatever the others are. Where it has
@@ -44,7 +44,7 @@ def read_mask(path: Path) -> MaskFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no picture, damaged, of several frames, or in a format that does not keep
+        ValueError: it is no image, damaged, of several frames, or in a format that does not keep
             every pixel, told by its content.
     """
     try:
@@ -88,7 +88,7 @@ def _keeps_every_pixel(image: Image.Image, path: Path) -> bool:
 
 
 def _foreground(image: Image.Image) -> tuple[Bool[np.ndarray, "H W"], list[tuple[str, str]]]:
-    """What is object, and what is doubtful about that."""
+    """The pixels that are object, and doubts about them."""
     doubts = []
     pixels, alpha = _channels(image)
     opaque = np.ones(pixels.shape[:2], bool)
@@ -120,7 +120,7 @@ def _foreground(image: Image.Image) -> tuple[Bool[np.ndarray, "H W"], list[tuple
 def _channels(
     image: Image.Image,
 ) -> tuple[Shaped[np.ndarray, "H W ..."], UInt8[np.ndarray, "H W"] | None]:
-    """A picture's numbers, and how opaque each pixel is (0 to 255), where it says that."""
+    """An image's numbers, and how opaque each pixel is (0 to 255), where it says that."""
     mode = image.mode
     pixels = np.asarray(image)
     if mode in ("LA", "PA"):
@@ -178,7 +178,7 @@ def _palette_values(
 def _object(
     values: Shaped[np.ndarray, "H W"], codes: Shaped[np.ndarray, "H W"]
 ) -> tuple[Bool[np.ndarray, "H W"], int, bool]:
-    """What is object; how many different `codes` there are besides 0; whether its edge is soft."""
+    """The object's pixels; how many different `codes` there are but 0; whether its edge is soft."""
     if values.dtype == bool:
         return values, 1, False
     if codes.dtype == np.uint8:

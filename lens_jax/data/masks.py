@@ -54,7 +54,7 @@ def draw_polygons(
     polygons: Sequence[Float[np.ndarray, "N 2"]], size: tuple[int, int]
 ) -> UInt8[np.ndarray, "H W"]:
     """How many polygons of corners (x, y) cover each pixel, 255 at most; edges may leave the
-    picture. One of fewer than 3 corners covers nothing.
+    image. One of fewer than 3 corners covers nothing.
 
     Raises:
         ValueError: a corner lies more than two sides away, or is no number; a polygon runs to and

@@ -1,7 +1,7 @@
-"""Coordinates in percent of the picture's sides, told from pixels by how far they reach.
+"""Coordinates in percent of the image's sides, told from pixels by how far they reach.
 
-In a large picture pixels reach beyond 100 sooner or later. That they do not in so many pictures is
-too unlikely for chance: with one object a picture, each further one of 640 x 480 makes it 31 times
+In a large image pixels reach beyond 100 sooner or later. That they do not in so many images is
+too unlikely for chance: with one object an image, each further one of 640 x 480 makes it 31 times
 less likely.
 """
 
@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-LARGE = 150  # pixels of a picture's shorter side, from which on it tells percent from pixels
+LARGE = 150  # pixels of an image's shorter side, from which on it tells percent from pixels
 CHANCE = 1e-6  # below which pixels are ruled out
 DOUBT = 1e-2  # below which they are doubted in a part of a data set
 HIGHEST = 100.5  # of percent, whose sums are rounded
@@ -27,7 +27,7 @@ class Reach:
         self._chances: dict[Hashable, float] = {}
 
     def add(self, picture: Hashable, size: tuple[int, int], corners: Float[np.ndarray, "N 2"]):
-        """Adds corners (x, y) in a picture of `size` (height, width); small ones tell little."""
+        """Adds corners (x, y) in an image of `size` (height, width); small ones tell little."""
         if not corners.size or (min(size) < LARGE and corners.max() <= HIGHEST):
             return
         self.largest = np.maximum(self.largest, corners.max(0))
@@ -36,7 +36,7 @@ class Reach:
 
     @property
     def chance(self) -> float:
-        """That pixels reach no farther than 100 in these pictures."""
+        """That pixels reach no farther than 100 in these images."""
         return math.exp(sum(self._chances.values()))
 
     @property

@@ -18,7 +18,7 @@ from lens_jax.models.inputs import Prompts
 
 
 class Processor:
-    """Everything between a picture with an expression and what the model is fed."""
+    """Everything between an image with an expression and what the model is fed."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Processor:
             )
 
     def unfamiliar(self, size: tuple[int, int]) -> str | None:
-        """A warning about a picture of (height, width) if the model does less well on its kind."""
+        """A warning about an image of (height, width) if the model does less well on its kind."""
         familiar = self.familiar_aspect_ratio
         if familiar is None or max(size) <= familiar * min(size):
             return None
@@ -99,15 +99,15 @@ class Processor:
         longest_side: int | None = None,
         antialias: bool = True,
     ) -> Prompt:
-        """Prepares one picture with one expression.
+        """Prepares one image with one expression.
 
         Args:
-            reasoning: ask for a line of thought before the answer.
-            longest_side: resize the language model's picture to this longest side first.
-            antialias: of SAM's picture.
+            reasoning: ask for reasoning before the answer.
+            longest_side: resize the language model's image to this longest side first.
+            antialias: of SAM's image.
 
         Raises:
-            ValueError: the picture is more than 200 times as long as wide.
+            ValueError: the image is more than 200 times as long as wide.
         """
         if isinstance(image, Image.Image):
             image = to_rgb(image)
@@ -166,7 +166,7 @@ class Processor:
         reasoning: bool = False,
         longest_side: int | None = None,
     ) -> Needs:
-        """`Example.needs` of a picture of this (height, width), without its pixels."""
+        """`Example.needs` of an image of this (height, width), without its pixels."""
         picture = image_size
         if longest_side is not None:
             picture = images.longest_side(*image_size, longest_side)
@@ -177,7 +177,7 @@ class Processor:
         return Needs(len(source), len(tokens), len(answer))
 
     def _layout(self, picture: tuple[int, ...]) -> tuple[tuple[int, int], tuple[np.ndarray, ...]]:
-        """The size that the language model's picture is resized to, and its `window_layout`."""
+        """The size that the language model's image is resized to, and its `window_layout`."""
         size, geometry = self.resized(picture), self.geometry
         grid = (size[0] // geometry.patch_size, size[1] // geometry.patch_size)
         return size, images.window_layout(grid, geometry.window_units, geometry.merge_size)
@@ -222,7 +222,7 @@ class Processor:
     def box_to_pixels(
         self, box: Sequence[float], image_size: tuple[int, int]
     ) -> Float[np.ndarray, "4"]:
-        """A box that the text writes, as xyxy pixels of the original picture (height, width)."""
+        """A box that the text writes, as xyxy pixels of the original image (height, width)."""
         scale = prompts.coordinate_scale(self.resized(image_size), self.coordinates)
         return prompts.box_to_pixels(box, image_size, scale)
 

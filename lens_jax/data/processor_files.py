@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and picture settings, read from files in Hugging Face's forms.
+"""Tokenizer, chat template and image settings, read from files in Hugging Face's forms.
 
 Conversion reads a model's release with it and loading a checkpoint of ours: what one refuses, the
 other does.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lens_jax.data import images, prompts
-from lens_jax.files import CheckpointError, blaming, read_json
+from lens_jax.files import CheckpointError, blaming, given, read_json
 from lens_jax.models.geometry import ImageGeometry
 
 log = logging.getLogger("lens_jax")
@@ -25,7 +25,7 @@ SLOW_TOKENIZER = ("vocab.json", "merges.txt")
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 GENERATION = "generation_config.json"
 
-# What our preparation of pictures does; of a setting that says otherwise, the numbers would differ.
+# What our preparation of images does; of a setting that says otherwise, the numbers would differ.
 _ONLY = {
     "patch_size": 14,
     "merge_size": 2,
@@ -47,9 +47,21 @@ def has_tokenizer(directory: Path) -> bool:
 
 def has_images(directory: Path) -> bool:
     """Whether there are settings of an image processor, in the newer or the older form."""
+    return image_processor(directory)[1] is not None
+
+
+def image_processor(directory: Path) -> tuple[Path, Any]:
+    """Settings of the image processor, and the file that they stand in; None where there are none.
+
+    Newer versions of transformers write them inside of processor_config.json, older ones into a
+    file of their own.
+    """
     file = directory / PROCESSOR
-    nested = file.is_file() and read_json(file).get("image_processor") is not None
-    return nested or (directory / PREPROCESSOR).is_file()
+    settings = read_json(file).get("image_processor") if file.is_file() else None
+    if settings is None:
+        file = directory / PREPROCESSOR
+        settings = read_json(file) if file.is_file() else None
+    return file, settings
 
 
 def _check_there(file: Path) -> None:
@@ -59,10 +71,10 @@ def _check_there(file: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How the language model's picture is resized and normalised; limits are in pixels.
+    """How the language model's image is resized and normalised; limits are in pixels.
 
     `familiar_aspect_ratio` is a key of ours in the same file: up to this ratio of the longer side
-    to the shorter, a model does about as well as on square pictures. None: on all.
+    to the shorter, a model does about as well as on square images. None: on all.
     """
 
     min_pixels: int
@@ -74,16 +86,14 @@ class ImageSettings:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """What ends a completion, and the penalty on what has been written already."""
+    """End tokens of a completion, and the penalty on tokens that it already holds."""
 
     end_tokens: tuple[int, ...]
     repetition_penalty: float
 
 
 def read_images(directory: Path) -> ImageSettings:
-    """Settings of the image processor: inside of processor_config.json, as newer versions of
-    transformers write them, or in a file of their own. A null is no value; what is left out is as
-    in transformers.
+    """Settings of the image processor. A null is no value; what is left out is as in transformers.
 
     The official code resizes to at most 1,000,000 pixels whatever the settings allow; a smaller
     limit is honoured. A minimum above it is lowered to it.
@@ -92,14 +102,11 @@ def read_images(directory: Path) -> ImageSettings:
         FileNotFoundError: there are none.
         CheckpointError: they ask for what is not computed here; it names the file and the key.
     """
-    file = directory / PROCESSOR
-    settings = read_json(file).get("image_processor") if file.is_file() else None
+    file, settings = image_processor(directory)
     if settings is None:
-        file = directory / PREPROCESSOR
         _check_there(file)
-        settings = read_json(file)
     with blaming(file):
-        return _image_settings(_given(settings, "image_processor"))
+        return _image_settings(given(settings, "image_processor"))
 
 
 def _image_settings(settings: Mapping[str, Any]) -> ImageSettings:
@@ -110,7 +117,7 @@ def _image_settings(settings: Mapping[str, Any]) -> ImageSettings:
     kind = settings.get("image_processor_type", "Qwen2VLImageProcessor")
     if not str(kind).startswith("Qwen2"):
         raise ValueError(f"image_processor_type is {kind}: only those of Qwen2-VL and Qwen2.5-VL")
-    size = _given(settings.get("size"), "size")
+    size = given(settings.get("size"), "size")
     for key in ("height", "width"):
         if key in size:
             raise ValueError(f"size: {key} is {size[key]}: only limits of the area are supported")
@@ -160,7 +167,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_patches(vision: Mapping[str, Any]) -> None:
-    """Raises ValueError for a vision_config whose patches are not those that pictures are cut to.
+    """Raises ValueError for a vision_config whose patches are not those that images are cut to.
 
     The vision tower could have others, but no published model has.
     """
@@ -207,7 +214,7 @@ def read_generation(directory: Path, vocab_size: int = 2**31) -> GenerationSetti
 
 
 def read_tokenizer(directory: Path) -> tuple[Any, Path]:
-    """The tokenizer of a directory with the chat template for pictures, and that one's file.
+    """The tokenizer of a directory with the chat template for images, and that one's file.
 
     Raises:
         FileNotFoundError: there is no tokenizer.
@@ -261,7 +268,7 @@ def _is_byte_level(content: Mapping[str, Any]) -> bool:
 
 
 def _chat_template(directory: Path, tokenizer: Any) -> tuple[str, Path]:
-    """The template for pictures, and the file it stands in.
+    """The template for images, and the file it stands in.
 
     The processor's comes first, the tokenizer's last: that of the published Qwen2.5-VL knows texts
     alone.
@@ -291,10 +298,3 @@ def _chat_template(directory: Path, tokenizer: Any) -> tuple[str, Path]:
             "from the model's release"
         )
     return template, file
-
-
-def _given(section: Any, name: str) -> dict[str, Any]:
-    """The keys of a section that have a value."""
-    if not isinstance(section, Mapping | None):
-        raise ValueError(f"{name}: expected a JSON object, found {type(section).__name__}")
-    return {key: value for key, value in (section or {}).items() if value is not None}

@@ -1,7 +1,7 @@
-"""What the language model reads: questions, answers, their tokens and positions (LENS, section 3).
+"""Questions and answers of the language model, their tokens and positions (LENS, section 3).
 
-Coordinates in a text are pixels of the resized picture (`qwen2p5vl`) or thousandths of the
-picture's sides (`qwen2vl`), rounded half to even.
+Coordinates in a text are pixels of the resized image (`qwen2p5vl`) or thousandths of the
+image's sides (`qwen2vl`), rounded half to even.
 """
 
 import copy
@@ -82,7 +82,7 @@ class PromptTokenizer:
     A truncation or padding that was saved with the tokenizer is switched off.
 
     Raises:
-        ValueError: the template cannot be rendered, or holds not one picture and then the question.
+        ValueError: the template cannot be rendered, or holds not one image and then the question.
     """
 
     _MARK = "expression-goes-here"
@@ -103,7 +103,7 @@ class PromptTokenizer:
         self._tail = functools.lru_cache(2**16)(self._encode_tail)
 
     def _question(self, templates: Templates, reasoning: bool) -> "_Frame":
-        """What is around an expression in a rendered question."""
+        """The surroundings of an expression in a rendered question."""
         try:
             text = self.tokenizer.apply_chat_template(
                 templates.messages(self._MARK, reasoning),
@@ -161,7 +161,7 @@ class PromptTokenizer:
         return _ids(self._text_backend, text) + frame.tail
 
     def _encode_tail(self, expression: str, reasoning: bool) -> Int[np.ndarray, "L"]:
-        """All that follows the picture."""
+        """All that follows the image."""
         frame = self._questions[reasoning]
         first = frame.head.index(self.image_token_id) + 1
         return np.array(frame.head[first:] + self._fill(frame, expression), np.int32)
@@ -184,7 +184,7 @@ class PromptTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """What is around an expression: the text next to it, and tokens up to there and from there."""
+    """Surroundings of an expression: the text beside it, the tokens before that and after it."""
 
     head: list[int]
     before: str
@@ -235,7 +235,7 @@ def rope_positions(
 
 
 def coordinate_scale(resized_size: tuple[int, int], coordinates: str) -> tuple[int, int]:
-    """What the text's coordinates run to, (height, width): the resized picture, or 1000."""
+    """Upper ends of a text's coordinates, (height, width): the resized image's, or 1000."""
     if coordinates not in COORDINATES:
         raise ValueError(f"coordinates: {coordinates!r} is none of {', '.join(COORDINATES)}")
     return resized_size if coordinates == "qwen2p5vl" else (1000, 1000)
@@ -244,7 +244,7 @@ def coordinate_scale(resized_size: tuple[int, int], coordinates: str) -> tuple[i
 def box_to_text(
     box: Sequence[float], image_size: tuple[int, int], scale: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """An xyxy box in pixels of the picture (height, width) as the text writes it."""
+    """An xyxy box in pixels of the image (height, width) as the text writes it."""
     height, width = image_size
     x0, y0, x1, y1 = (float(v) for v in box)
     return (
@@ -258,6 +258,6 @@ def box_to_text(
 def box_to_pixels(
     box: Sequence[float], image_size: tuple[int, int], scale: tuple[int, int]
 ) -> Float[np.ndarray, "4"]:
-    """A text's box as xyxy pixels of the original picture (height, width)."""
+    """A text's box as xyxy pixels of the original image (height, width)."""
     x, y = image_size[1] / scale[1], image_size[0] / scale[0]
     return (np.asarray(box, np.float64) * [x, y, x, y]).astype(np.float32)

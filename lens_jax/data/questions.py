@@ -1,4 +1,4 @@
-"""Questions to a model, a picture and a sentence each: from a folder, or from a list."""
+"""Questions to a model, an image and a sentence each: from a folder, or from a list."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ class ListError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What to look for in which picture, and what the files of the answer are called."""
+    """An expression to look for in an image, and the stem of the names of the answer's files."""
 
     image: Path
     prompt: str
@@ -33,7 +33,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """The pictures of a folder by name, and what else lies there, counted by ending."""
+    """The images of a folder by name, and what else lies there, counted by ending."""
 
     pictures: list[Path]
     others: Counter[str]
@@ -58,7 +58,7 @@ class ImageFolder:
 
     @property
     def passed_over(self) -> list[str]:
-        """What is not asked about, in words."""
+        """The files and folders that are not asked about, in words."""
         said = []
         if count := self.others.total():
             kinds = ", ".join(f"{ending} {n}" for ending, n in self.others.most_common())
@@ -70,13 +70,13 @@ class ImageFolder:
 
 
 def question_of(file: Path) -> str | None:
-    """What a mask or overlay of ours says was asked; None for any other file."""
+    """The question that a mask or overlay of ours was the answer to; None for any other file."""
     if not file.is_file():
         return None
     try:
         with Image.open(file) as picture:
             return picture.info.get(KEY) if picture.format == "PNG" else None
-    except Exception:  # no picture, or none of ours
+    except Exception:  # no image, or none of ours
         return None
 
 
@@ -88,7 +88,7 @@ def _is_answer(file: Path) -> bool:
 
 
 def read_list(file: Path) -> list[tuple[Path, str]]:
-    """Pictures and sentences of a JSONL file; empty lines are passed over.
+    """Images and sentences of a JSONL file; empty lines are passed over.
 
     Raises:
         ListError: a line is no such pair, or there is none.
@@ -128,14 +128,14 @@ def read_list(file: Path) -> list[tuple[Path, str]]:
 
 
 def _locate(folder: Path, text: str) -> Path:
-    """A picture relative to the list's folder: by this name, or as Windows and shells mean it."""
+    """An image relative to the list's folder: by this name, or as Windows and shells mean it."""
     meant = (text, text.replace("\\", "/"), os.path.expanduser(text))
     found = (folder / name for name in meant if os.path.exists(folder / name))
     return next(found, folder / text)
 
 
 def name(pairs: Sequence[tuple[Path, str]]) -> list[Question]:
-    """Questions with stems of their own; a picture's first one is called like the picture.
+    """Questions with stems of their own; an image's first one is called like the image.
 
     Stems that differ only in case, or in how accents are encoded, are one: on some file systems
     their files would be.

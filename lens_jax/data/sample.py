@@ -1,4 +1,4 @@
-"""One picture with one object in it, the sentences that name it, and the truth about it."""
+"""One image with one object in it, the expressions that name it, its mask and its box."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import EpsImagePlugin, ExifTags, Image, UnidentifiedImageError
 
-# Pictures of 90 to 179 megapixels are fine; from there on Pillow refuses them.
+# Images of 90 to 179 megapixels are fine; from there on Pillow refuses them.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # PostScript is a program, which Pillow would have Ghostscript run.
 EpsImagePlugin.gs_binary = False
@@ -38,9 +38,9 @@ class SampleError(Exception):
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """`box` is xyxy in pixels of `image`, None where the data set has none; together with an empty
-    mask that says that nothing in the picture is meant.
+    mask that says that nothing in the image is meant.
 
-    The last two say how a data set's pictures are prepared: the language model's is first resized
+    The last two say how a data set's images are prepared: the language model's is first resized
     to a `longest_side` (None: it is not), and SAM's is resized with or without `antialias`.
     """
 
@@ -73,10 +73,10 @@ class Source(Protocol):
 def read_image(
     path: Path, *, pixels: Literal["upright", "stored"] = "upright"
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes a picture to RGB, as `to_rgb` does.
+    """Decodes an image to RGB, as `to_rgb` does.
 
     Raises:
-        SampleError: the file is missing, damaged, or not a picture.
+        SampleError: the file is missing, damaged, or not an image.
     """
     try:
         with Image.open(path) as image:
@@ -101,11 +101,11 @@ def _unknown(path: Path) -> str:
 def to_rgb(
     image: Image.Image, *, pixels: Literal["upright", "stored"] = "upright"
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as a viewer shows it: the first frame of several, what is transparent on white,
+    """An image as a viewer shows it: the first frame of several, what is transparent on white,
     16-bit grey by its upper 8 bits; where those stay dark, the log says so, once a file.
 
     Args:
-        pixels: turned upright as the picture's EXIF orientation says, or as its decoder gives them,
+        pixels: turned upright as the image's EXIF orientation says, or as its decoder gives them,
             for annotations that speak for those.
 
     Raises:
@@ -143,13 +143,13 @@ def _say_dark(name: str, most: int) -> None:
 
 
 def orientation(image: Image.Image | str | Path) -> int:
-    """A picture's EXIF orientation, 1 to 8: how its stored pixels are turned to be upright.
+    """An image's EXIF orientation, 1 to 8: how its stored pixels are turned to be upright.
 
     1, as they are, where there is none, or where the block is damaged or says anything else: that
-    is how viewers show such pictures. A TIFF's is 1, too: Pillow turns it while decoding.
+    is how viewers show such images. A TIFF's is 1, too: Pillow turns it while decoding.
 
     Raises:
-        SampleError: `image` is the path of no picture.
+        SampleError: `image` is the path of no image.
     """
     if not isinstance(image, Image.Image):
         try:
@@ -179,7 +179,7 @@ def orientation(image: Image.Image | str | Path) -> int:
 
 
 def turn(array: Shaped[np.ndarray, "h w ..."], orientation: int) -> Shaped[np.ndarray, "H W ..."]:
-    """Stored pixels, of a picture or of a mask, to upright ones."""
+    """Stored pixels, of an image or of a mask, to upright ones."""
     if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -195,7 +195,7 @@ def turn_box(
     """A box xyxy on stored pixels to the same box on upright ones.
 
     Args:
-        size: (height, width) of the stored picture.
+        size: (height, width) of the stored image.
     """
     height, width = size
     x0, y0, x1, y1 = map(float, box)

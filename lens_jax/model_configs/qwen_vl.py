@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lens_jax.files import given
 from lens_jax.model_configs.sections import TypedKeys
 from lens_jax.models.qwen_vl.config import Family, QwenVLConfig, VisionConfig
 
@@ -18,9 +19,9 @@ def read_qwen_vl(hf: Mapping[str, Any]) -> QwenVLConfig:
         ValueError: a key is missing or holds what is not computed here, or the file describes
             neither family, or two at once; the message names the key.
     """
-    top = _given(hf, "the file")
-    nested = _given(top.pop("text_config", None), "text_config")
-    vision = _given(top.get("vision_config"), "vision_config")
+    top = given(hf, "the file")
+    nested = given(top.pop("text_config", None), "text_config")
+    vision = given(top.get("vision_config"), "vision_config")
     _check_computed(top, nested, vision)
     _check_agreement(top, nested)
     family = _family(top.get("model_type"), vision)
@@ -122,16 +123,9 @@ def tie_levels(hf: Mapping[str, Any]) -> tuple[bool | None, bool | None]:
     return levels[0], levels[1]
 
 
-def _given(section: Any, name: str) -> dict[str, Any]:
-    """The keys of a section that have a value."""
-    if not isinstance(section, Mapping | None):
-        raise ValueError(f"{name}: expected a JSON object, found {type(section).__name__}")
-    return {key: value for key, value in (section or {}).items() if value is not None}
-
-
 def _rope(level: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the rotary positions on one level; the newer name goes first."""
-    found = [_given(level.get(key), key) for key in ("rope_scaling", "rope_parameters")]
+    found = [given(level.get(key), key) for key in ("rope_scaling", "rope_parameters")]
     return {**found[0], **found[1]}
 
 
@@ -189,7 +183,7 @@ def _check_computed(
         if (activation := level.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"hidden_act is {activation}: only silu is supported")
         for key in ("rope_scaling", "rope_parameters"):
-            rope = _given(level.get(key), key)
+            rope = given(level.get(key), key)
             for kind in ("rope_type", "type"):
                 if rope.get(kind, "default") not in _ROPE_TYPES:
                     raise ValueError(
@@ -199,7 +193,7 @@ def _check_computed(
             for name, harmless in (("partial_rotary_factor", 1), ("mrope_interleaved", False)):
                 if rope.get(name, harmless) != harmless:
                     raise ValueError(f"{key}: {name} is {rope[name]}: not supported")
-    rope = _given(vision.get("rope_parameters"), "vision_config: rope_parameters")
+    rope = given(vision.get("rope_parameters"), "vision_config: rope_parameters")
     if rope.get("rope_theta", 10000) != 10000 or rope.get("rope_type", "axial") not in (
         "axial",
         *_ROPE_TYPES,
@@ -235,7 +229,7 @@ def _check_agreement(top: Mapping[str, Any], nested: Mapping[str, Any]) -> None:
 
 def _check_rope_names(level: Mapping[str, Any]) -> None:
     """Raises ValueError where older and newer names of one setting on one level differ."""
-    older, newer = (_given(level.get(key), key) for key in ("rope_scaling", "rope_parameters"))
+    older, newer = (given(level.get(key), key) for key in ("rope_scaling", "rope_parameters"))
     pairs = (
         ("rope_scaling: ", older, "rope_parameters", newer),
         ("", level, "rope_parameters", newer),

@@ -1,4 +1,4 @@
-"""What is wrong with a data set of one's own: every row read as training reads it, and counted."""
+"""Checks a data set of one's own: reads every row as training does, and counts what is wrong."""
 
 import collections
 import dataclasses
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lens_jax.data.processor import Processor
 
 FIT = 0.7  # IoU that a given box has at least with its mask's own
-SLACK = 1.0  # pixels by which coordinates may leave the picture unremarked
+SLACK = 1.0  # pixels by which coordinates may leave the image unremarked
 SIDE = 260  # pixels of a thumbnail's longer side
 LISTED = 500  # rows listed on the page for each kind of problem
 
@@ -48,9 +48,9 @@ class Note:
 
 @dataclasses.dataclass
 class Verdict:
-    """What was found about a row: `error` if it cannot be used, else what to look at.
+    """Findings about a row: `error` if it cannot be used, else `notes` on what to look at.
 
-    `picture` and `target` are digests of the picture's file and of the mask; `size` is (height,
+    `picture` and `target` are digests of the image's file and of the mask; `size` is (height,
     width); `box` is the sample's.
     """
 
@@ -126,8 +126,8 @@ def check(
 
 
 def buckets(report: Report, processor: "Processor", *, reasoning: bool = False) -> dict[str, Any]:
-    """What data.windows, data.prompt_tokens, data.answer_tokens and data.canvas must be for every
-    usable row to fit. Larger masks than SAM's picture need no canvas of their own: `shrunken`."""
+    """data.windows, data.prompt_tokens, data.answer_tokens and data.canvas with which every
+    usable row fits. Larger masks than SAM's image need no canvas of their own: `shrunken`."""
     usable = [verdict for verdict in report.verdicts if verdict.error is None]
     needs = [
         dataclasses.astuple(processor.needs(v.size, text, v.box, reasoning=reasoning))
@@ -152,7 +152,7 @@ def shrunken(report: Report, canvas: tuple[int, int]) -> int:
 
 
 def page(report: Report, thumbnails: int) -> str:
-    """A self-contained HTML page: the counts, the problems, and pictures with their masks.
+    """A self-contained HTML page: the counts, the problems, and images with their masks.
 
     Args:
         thumbnails: how many at most; rows to look at come first, the rest is spread evenly.
@@ -195,7 +195,7 @@ def _judge(data_dir: Path, row: ManifestRow) -> Verdict:
 
 
 def _remarks(data_dir: Path, row: ManifestRow, sample: Sample) -> Iterable[tuple[str, str]]:
-    """What a row says that may be a mistake."""
+    """Remarks on what may be a mistake in a row."""
     height, width = sample.mask.shape
     if row.form == "mask":
         for kind, text in read_mask(file_of(data_dir, row.shape)).doubts:
@@ -219,7 +219,7 @@ def _remarks(data_dir: Path, row: ManifestRow, sample: Sample) -> Iterable[tuple
 
 
 def _compare_splits(verdicts: Sequence[Verdict]) -> None:
-    """Notes pictures, told by their files' content, that several splits hold."""
+    """Notes images, told by their files' content, that several splits hold."""
     splits = collections.defaultdict(dict)
     for verdict in verdicts:
         splits[verdict.picture].setdefault(verdict.row.split, verdict.row)
@@ -232,7 +232,7 @@ def _compare_splits(verdicts: Sequence[Verdict]) -> None:
 
 
 def _compare_sentences(verdicts: Sequence[Verdict]) -> None:
-    """Notes sentences that a split says twice about one picture, for one object or for two."""
+    """Notes sentences that a split says twice about one image, for one object or for two."""
     said: dict[tuple, Verdict] = {}
     for verdict in verdicts:
         row, own = verdict.row, set()
@@ -251,7 +251,7 @@ def _compare_sentences(verdicts: Sequence[Verdict]) -> None:
 
 
 def _find_percent(verdicts: Sequence[Verdict]) -> None:
-    """Refuses rows in percent, told by all of their split or of their pictures' folder; notes what
+    """Refuses rows in percent, told by all of their split or of their images' folder; notes what
     may be such."""
     groups: dict[Any, list[Verdict]] = collections.defaultdict(list)
     for verdict in verdicts:
@@ -310,7 +310,7 @@ def _tallied(rows: Iterable[Sequence[Note]]) -> list[tuple[str, int, str]]:
 
 
 def _thumbnail(data_dir: Path, row: ManifestRow) -> str:
-    """The picture with mask and box as a data URI."""
+    """The image with mask and box as a data URI."""
     sample = read_row(data_dir, row)
     return pages.data_uri(drawing.overlay(sample.image, sample.box, sample.mask, side=SIDE))
 

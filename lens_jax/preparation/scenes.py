@@ -60,7 +60,7 @@ def provide(run: Path, scenes: Mapping[str, int], seed: int) -> str:
 
 
 def _key(scenes: Mapping[str, int], seed: int) -> str:
-    """Of all that a drawing depends on."""
+    """A digest of all that a drawing depends on."""
     sources = [Path(module.__file__).read_bytes() for module in (shapes, shapes_refcoco)]
     code = hashlib.sha256(b"".join(sources)).hexdigest()
     settings = [sorted(scenes.items()), seed, code, np.__version__, PIL.__version__]
@@ -83,7 +83,7 @@ def _is_whole(shared: Path) -> bool:
 
 
 def _draw(shared: Path, scenes: Mapping[str, int], seed: int) -> None:
-    """Under the lock: what is there is damaged."""
+    """Draws scenes in place of damaged ones; the caller holds the lock."""
     shutil.rmtree(shared, ignore_errors=True)
     with _unfinished(shared) as folder:
         shapes_refcoco.write_refcoco(folder, scenes, seed)

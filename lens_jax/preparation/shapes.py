@@ -1,7 +1,7 @@
 """Coloured shapes with expressions that name one of them: a data set anyone can generate.
 
 A scene has two to six circles, squares and triangles on a background whose weak colour gradient
-tells where on the picture one is, or on a plain one. Expressions come in three tiers, and the words
+tells where on the image one is, or on a plain one. Expressions come in three tiers, and the words
 of a tier are needed to tell the objects apart:
 
 1. colour and shape: "the red circle";
@@ -97,7 +97,7 @@ def random_scene(
     """Draws a scene; at least one of its objects has an expression.
 
     Args:
-        size: (height, width) of the picture in pixels.
+        size: (height, width) of the image in pixels.
         plain: one colour behind the objects, light or dark, in place of the gradient; and the
             objects' colours vary more.
     """
@@ -114,7 +114,7 @@ def random_scene(
 
 
 def varied_scene(rng: np.random.Generator) -> Scene:
-    """A scene as pictures of one's own may be: sides of 64 to 112 and 112, mostly plain."""
+    """A scene as images of one's own may be: sides of 64 to 112 and 112, mostly plain."""
     narrow, plain, upright = rng.random(3) < (0.7, 0.6, 0.5)
     size = (int(rng.integers(64, SIDE)) if narrow else SIDE, SIDE)
     return random_scene(rng, size[::-1] if upright else size, bool(plain))
@@ -163,7 +163,7 @@ def _overlap(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 def _expressions(
     kinds: list[tuple[str, str, str]], boxes: np.ndarray, rng: np.random.Generator
 ) -> list[list[Expression]]:
-    """What can be said about each object: at most one sentence of tier 1 or 2, two of tier 3."""
+    """Expressions for each object: at most one of tier 1 or 2, and two of tier 3."""
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2.0
     rivals: dict[tuple[str, str], list[int]] = {}
     for i, (color, shape, _) in enumerate(kinds):
@@ -209,7 +209,7 @@ def _draw(
     size: tuple[int, int],
     plain: bool,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The picture and the visible pixels of each object; later objects lie on top."""
+    """The image and the visible pixels of each object; later objects lie on top."""
     canvas = np.empty((*size, 3), np.float32)
     if plain:
         grey, spread, noise = rng.uniform(0.0, 255.0), 25, int(rng.integers(3))

@@ -27,7 +27,7 @@ DESCRIPTION = "generated shapes"
 
 
 def drawn_in(directory: str | Path) -> dict[str, Any] | None:
-    """What generated scenes a directory holds, `{"description", "scenes", "seed"}`; {} if they are
+    """Generated scenes of a directory, `{"description", "scenes", "seed"}`; {} if they are
     not complete, None without any.
 
     Raises:
@@ -53,8 +53,8 @@ def drawn_in(directory: str | Path) -> dict[str, Any] | None:
 def write_refcoco(out_dir: str | Path, num_scenes: Mapping[str, int], seed: int) -> None:
     """Writes scenes as a genuine RefCOCO data set: OUT_DIR/refer_seg/{images, refcoco}.
 
-    Every split has pictures of its own. In training, one in three has another shape or a plain
-    background, so that the model is not lost on pictures of one's own. Training says none of the
+    Every split has images of its own. In training, one in three has another shape or a plain
+    background, so that the model is not lost on images of one's own. Training says none of the
     held-out combinations of words (`is_held_out`); testA says only what training may say, testB
     only held-out combinations, val both. Objects that nothing is said about stay in
     instances.json, as in COCO. One object in eight, and every one that another hides in part, is

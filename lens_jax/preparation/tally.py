@@ -1,4 +1,4 @@
-"""What was found how often in a data set, and where first."""
+"""Counts of findings in a data set, each with its first place."""
 
 from lens_jax.files import printable
 

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from lens_jax.data.sources.folder import Folder
 from lens_jax.preparation.checking import check
 from lens_jax.preparation.conversion import convert
-from lens_jax.preparation.conversion.coco import _form
+from lens_jax.preparation.conversion.coco_boxes import form_of_boxes
 
 WIDTH, HEIGHT = 56, 42
 BOX = (10, 14, 30, 40)
@@ -332,7 +332,7 @@ AREAS = {  # x, y, third, fourth, area -> the form
 @pytest.mark.parametrize("name", AREAS)
 def test_what_an_area_tells_of_a_box(name):
     box, area, form = AREAS[name]
-    assert _form([{"bbox": box, "area": area}], lambda _: (2000, 2000)) == form
+    assert form_of_boxes([{"bbox": box, "area": area}], lambda _: (2000, 2000)) == form
 
 
 def test_a_box_at_the_origin_has_one_reading(tmp_path):

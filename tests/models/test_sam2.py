@@ -13,12 +13,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lens_jax.convert_weights.sam2 import (
     HF_MATRIX_AGAIN,
     hf_source,
-    params_from_tensors,
     recognise,
     table,
-    tensors_from_params,
 )
-from lens_jax.convert_weights.table import WeightsError
+from lens_jax.convert_weights.table import WeightsError, params_from, tensors_from
 from lens_jax.model_configs.sam import read_sam2, write_sam2
 from lens_jax.models.layers import shapes_of
 from lens_jax.models.sam.config import PRESETS, Sam2Config
@@ -127,7 +125,7 @@ def original_names(config: Sam2Config, tensors: dict) -> dict[str, np.ndarray]:
 
 def ours(config: Sam2Config, tensors: dict[str, np.ndarray]) -> Sam2:
     model = shapes_of(lambda rngs: Sam2(config, rngs=rngs))
-    nnx.update(model, params_from_tensors(config, tensors))
+    nnx.update(model, params_from(table(config), tensors))
     return model
 
 
@@ -226,7 +224,7 @@ def test_gradients(pair, images, prompts, kind):
 
         return nnx.grad(loss)(model)
 
-    result = tensors_from_params(model.config, nnx.to_pure_dict(gradients(model, images)))
+    result = tensors_from(table(model.config), nnx.to_pure_dict(gradients(model, images)))
     same_gradients(result, expected)
 
 

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from lens_jax.convert_weights.sam2 import params_from_tensors
+from lens_jax.convert_weights.sam2 import table
+from lens_jax.convert_weights.table import params_from
 from lens_jax.model_configs.sam import read_sam2
 from lens_jax.models.layers import shapes_of
 from lens_jax.models.sam.segmenter import Sam2
@@ -25,7 +26,7 @@ SHIPPED = Path(__file__).parents[2] / "checkpoints" / "tiny" / "sam2"
 def load(directory: Path) -> Sam2:
     config = read_sam2(json.loads((directory / "sam2_config.json").read_text()))
     model = shapes_of(lambda rngs: Sam2(config, rngs=rngs))
-    nnx.update(model, params_from_tensors(config, load_file(directory / "model.safetensors")))
+    nnx.update(model, params_from(table(config), load_file(directory / "model.safetensors")))
     return model
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from lens_jax.data import boxes
 
-LARGEST = 1e9  # of any coordinate; larger ones have no place in a picture
+LARGEST = 1e9  # of any coordinate; larger ones have no place in an image
 LONGEST_NAME = 1000  # characters of a file's name with its folders
 LARGEST_PICTURE = 2**28  # pixels, more than Pillow decodes
 
@@ -27,7 +27,7 @@ def whole_number(value: Any, what: str) -> int:
 
 
 def picture_size(annotation: Mapping[str, Any], height: str, width: str) -> tuple[int, int]:
-    """A picture's (height, width), which an annotation says under these keys."""
+    """An image's (height, width), which an annotation says under these keys."""
     size = tuple(whole_number(annotation.get(key), key) for key in (height, width))
     if min(size) < 1 or size[0] * size[1] > LARGEST_PICTURE:
         raise ValueError(f"{height} {size[0]} and {width} {size[1]} are no picture's")
@@ -104,7 +104,7 @@ def fitting_box(
 
 
 def check_size(stated: tuple[int, int] | None, found: tuple[int, ...], orientation: str) -> None:
-    """Compares (height, width) of an annotation, where it says them, with those of its picture."""
+    """Compares (height, width) of an annotation, where it says them, with those of its image."""
     if stated is not None and stated != found:
         raise ValueError(
             f"{found[1]} x {found[0]} pixels ({orientation}), but its annotation says "

@@ -1,10 +1,10 @@
-"""A data set of one's own: pictures and `manifest.jsonl`, one object a line (docs/own_data.md).
+"""A data set of one's own: images and `manifest.jsonl`, one object a line (docs/own_data.md).
 
     {"image": "photos/a.jpg", "expressions": ["the left cup"], "mask": "masks/a.png"}
 
-`mask` (a picture of it, `data/mask_files.py`), `polygons`, `rle` and `box` say where the object
-is, on the upright picture; what is missing is derived. A key of these with null, and no other, says
-that nothing in the picture is meant. `split` is train where it is missing.
+`mask` (an image of it, `data/mask_files.py`), `polygons`, `rle` and `box` say where the object
+is, on the upright image; what is missing is derived. A key of these with null, and no other, says
+that nothing in the image is meant. `split` is train where it is missing.
 """
 
 import dataclasses
@@ -171,10 +171,10 @@ def read_row(data_dir: Path, row: ManifestRow) -> Sample:
 def read_target(
     data_dir: Path, row: ManifestRow, size: tuple[int, int]
 ) -> tuple[Bool[np.ndarray, "H W"], Float[np.ndarray, "4"] | None]:
-    """A row's mask and box xyxy, for a picture of `size` (height, width).
+    """A row's mask and box xyxy, for an image of `size` (height, width).
 
     Raises:
-        RowError: the row cannot be used with such a picture.
+        RowError: the row cannot be used with such an image.
     """
     if max(size) > 200 * min(size):
         message = f"{row.image}: {size[1]} x {size[0]} pixels, more than 200 times as long as wide"
@@ -348,7 +348,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # Larger ones have no place in a picture, and integers may have thousands of digits.
+    # Larger ones have no place in an image, and integers may have thousands of digits.
     return type(value) in (int, float) and -1e9 < value < 1e9
 
 

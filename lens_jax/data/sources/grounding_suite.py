@@ -22,7 +22,7 @@ IMAGE_FOLDER = "coco/unlabeled2017"
 
 @dataclasses.dataclass(frozen=True)
 class SuiteRow:
-    """A line of the file before its picture is read; `error` says why it cannot be used."""
+    """A line of the file before its image is read; `error` says why it cannot be used."""
 
     line: int
     image_path: str = ""

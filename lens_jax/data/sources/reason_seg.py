@@ -1,9 +1,9 @@
-"""ReasonSeg as LISA lays it out: a picture and a labelme file of the same name.
+"""ReasonSeg as LISA lays it out: an image and a labelme file of the same name.
 
     DATA_DIR/reason_seg/ReasonSeg/{train, val, test}/<name>.{jpg, json}
 
-A sample is a picture with the polygons of its target and the sentences that ask for it. They speak
-for upright pixels, as EXIF says: labelme shows pictures so, and the official code paints masks on
+A sample is an image with the polygons of its target and the sentences that ask for it. They speak
+for upright pixels, as EXIF says: labelme shows images so, and the official code paints masks on
 what cv2.imread returns, which is upright, too.
 """
 
@@ -23,7 +23,7 @@ from lens_jax.data.sources.annotations import check_size, numbers, picture_size,
 
 IGNORED = 255  # pixels that are neither target nor background, in `label_map`
 LONGEST_SIDE = 640
-FLAG = "flag"  # the label, in any case, of what is not of the picture
+FLAG = "flag"  # the label, in any case, of what is not of the image
 SIZE = ("imageHeight", "imageWidth")  # labelme's keys
 NO_SPLIT = ("explanatory",)  # folders of the published data set that hold no labelme files
 ENDINGS = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
@@ -48,7 +48,7 @@ CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 class Annotation:
     """A labelme file. `polygons` holds what each one is labelled and its corners (x, y).
 
-    `size` is the picture's (height, width), where the file says it. `error` says why a file cannot
+    `size` is the image's (height, width), where the file says it. `error` says why a file cannot
     be used; the rest is then empty.
     """
 
@@ -68,7 +68,7 @@ class ReasonSeg:
     Args:
         data_dir: the folder that holds `reason_seg/`.
         split: train, val or test.
-        evaluation: ask each picture's first sentence alone and give no box, as the official
+        evaluation: ask each image's first sentence alone and give no box, as the official
             evaluation does.
 
     Raises:
@@ -170,7 +170,7 @@ def _decoded(content: bytes) -> str:
 
 
 def _picture(file: Path) -> Path:
-    """The picture of the same name; the data set's own are .jpg."""
+    """The image of the same name; the data set's own are .jpg."""
     names = [file.with_suffix(ending) for ending in ENDINGS]
     return next((name for name in names if name.is_file()), names[0])
 
@@ -200,13 +200,13 @@ def label_map(annotation: Annotation, height: int, width: int) -> UInt8[np.ndarr
     """1 where the target is, `IGNORED` where nothing is to be judged, 0 elsewhere.
 
     Polygons are painted by area, the largest first, so that small ones lie on top. A polygon
-    covers its outline, too. One labelled flag is no polygon of the picture.
+    covers its outline, too. One labelled flag is no polygon of the image.
 
     Args:
-        height, width: of the upright picture.
+        height, width: of the upright image.
 
     Raises:
-        SampleError: the annotation is for a picture of another size, or not in pixels.
+        SampleError: the annotation is for an image of another size, or not in pixels.
     """
     try:
         check_size(annotation.size, (height, width), "upright as its EXIF says")

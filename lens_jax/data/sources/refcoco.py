@@ -7,8 +7,8 @@
 A sample is a referred object with all its sentences.
 
 Annotations, sentences included ("the left man"), speak for the pixels as they are stored: the
-official code reads them so, and the browsers in which people wrote them did not turn pictures
-upright. Samples therefore hold stored pixels, whatever EXIF says: picture, mask, box and words
+official code reads them so, and the browsers in which people wrote them did not turn images
+upright. Samples therefore hold stored pixels, whatever EXIF says: image, mask, box and words
 agree, and scores compare with the official ones.
 """
 
@@ -43,7 +43,7 @@ log = logging.getLogger("lens_jax")
 
 # Who split the sentences: the file's name says it.
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "refclef": "unc"}
-# Where pictures lie: REFER's place, then shorter ones people use, then COCO's own beside refer_seg.
+# Where images lie: REFER's place, then shorter ones people use, then COCO's own beside refer_seg.
 IMAGE_FOLDERS = (
     "refer_seg/images/mscoco/images/train2014",
     "refer_seg/images/train2014",
@@ -57,7 +57,7 @@ REFCLEF_FOLDERS = ("refer_seg/images/saiapr_tc-12", "saiapr_tc-12")
 
 @dataclasses.dataclass(frozen=True)
 class Ref:
-    """A referred object before its picture is read: its sentences and its annotation.
+    """A referred object before its image is read: its sentences and its annotation.
 
     `error` says why a ref cannot be used; the rest is then empty. `everywhere`: its split cannot be
     read, so that it counts in every one. `blank` sentences, which say nothing, were dropped, and so
@@ -139,7 +139,7 @@ class RefCoco:
             check_size(ref.size, image.shape[:2], "as stored")
         except ValueError as error:
             raise SampleError(f"{path}: {error}") from None
-        mask, box = self.truth(ref)
+        mask, box = self.target(ref)
         return Sample(
             image=image,
             expressions=ref.expressions,
@@ -150,7 +150,7 @@ class RefCoco:
             image_path=str(path),
         )
 
-    def truth(self, ref: Ref) -> tuple[UInt8[np.ndarray, "H W"], Float[np.ndarray, "4"] | None]:
+    def target(self, ref: Ref) -> tuple[UInt8[np.ndarray, "H W"], Float[np.ndarray, "4"] | None]:
         """How many parts of a ref's mask cover each stored pixel, and its box xyxy.
 
         Raises:
@@ -172,7 +172,7 @@ class RefCoco:
 
 
 def splits(data_dir: str | Path, dataset: str) -> list[str]:
-    """What splits a data set has; raises as `RefCoco` does."""
+    """The names of a data set's splits; raises as `RefCoco` does."""
     return _splits(_read_refs(data_dir, dataset)[1])
 
 
@@ -266,7 +266,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _join(refs: list[dict[str, Any]], split: str, refs_file: Path) -> list[Ref]:
-    """The split's refs with what instances.json says about their objects and pictures."""
+    """The split's refs with what instances.json says about their objects and images."""
     instances_file = refs_file.with_name(INSTANCES)
     try:
         instances = json.loads(instances_file.read_bytes())
@@ -318,7 +318,7 @@ def _by_id(entries: list[Any]) -> dict[Any, Any]:
 
 
 def _entry(table: dict[Any, Any], ref: dict[str, Any], key: str) -> dict[str, Any]:
-    """What a ref means by one of its ids."""
+    """The entry of instances.json that a ref names by one of its ids."""
     value = ref.get(key)
     if isinstance(value, list | tuple):
         raise ValueError(f"{key} is {short(value)}: {SEVERAL}")

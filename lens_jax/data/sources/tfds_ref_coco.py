@@ -4,7 +4,7 @@
                                              prepares it; configs are refcoco_unc, refcoco_google,
                                              refcocoplus_unc, refcocog_google and refcocog_umd
 
-A record there is a picture with all of its objects; a sample here is one object. Boxes and masks
+A record there is an image with all of its objects; a sample here is one object. Boxes and masks
 speak for the pixels as they are stored, as in RefCOCO's own files; samples hold those, whatever
 EXIF says.
 """
@@ -54,7 +54,7 @@ class TfdsRefCoco:
         self._records = builder.as_data_source(
             split=self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
-        # Without pictures; the library insists on every ragged feature.
+        # Without images; the library insists on every ragged feature.
         refexp = tfds.features.Sequence({"raw": tfds.features.Text(), "refexp_id": np.int64})
         index = tfds.features.FeaturesDict({"objects": tfds.features.Sequence({"refexp": refexp})})
         self._places: list[tuple[int, int]] = []

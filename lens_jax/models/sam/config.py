@@ -11,9 +11,9 @@ PATCH = 16  # pixels a side of a cell of the image embedding
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What prompt encoder and mask decoder need: the same in SAM 1 and SAM 2.
+    """Hyper-parameters of prompt encoder and mask decoder, the same in SAM 1 and SAM 2.
 
-    A picture is a square of `image_size` pixels; its image embedding has a cell for every patch of
+    An image is a square of `image_size` pixels; its image embedding has a cell for every patch of
     16 x 16 pixels and the width `d_model`.
     """
 
@@ -50,7 +50,7 @@ class DecoderConfig:
 class SamConfig(DecoderConfig):
     """Hyper-parameters of SAM 1; names follow the original code, defaults are those of ViT-B.
 
-    The blocks in `global_attn_indexes` see the whole picture, the others windows of `window_size`
+    The blocks in `global_attn_indexes` see the whole image, the others windows of `window_size`
     cells a side.
     """
 

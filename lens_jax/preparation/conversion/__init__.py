@@ -26,14 +26,14 @@ def convert(
 ) -> Summary:
     """Writes OUTPUT/manifest.jsonl and OUTPUT/pictures/; nothing if it fails or finds no object.
 
-    Pictures are hard links where the file system allows it, so that they take no space and stay
-    when the originals are removed; copies elsewhere. Rows lie on the upright picture, and each is
+    Images are hard links where the file system allows it, so that they take no space and stay
+    when the originals are removed; copies elsewhere. Rows lie on the upright image, and each is
     one that the check accepts.
 
     Args:
         layout: one of LAYOUTS.
         dataset: which of RefCOCO's sets; the other layouts have one.
-        resized: what happens to objects whose picture has another size than they say.
+        resized: what happens to objects whose image has another size than they say.
         boxes: what COCO's `bbox` holds; auto: what most of a file's boxes tell.
         crowds: whether COCO's crowds are objects; auto: not those of COCO's own files.
         coordinates: auto leaves out files that are told to be in percent.

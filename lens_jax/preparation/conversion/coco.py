@@ -30,9 +30,9 @@ from lens_jax.preparation.conversion.objects import (
     told_split,
 )
 
-# Keys under which annotations and pictures say their sentences.
+# Keys under which annotations and images say their sentences.
 SENTENCES = ("expressions", "sentences", "captions", "expression", "sentence", "caption", "phrase")
-# Folders that exports keep pictures in, whatever the file is called.
+# Folders that exports keep images in, whatever the file is called.
 FOLDERS = ("images", "data", "JPEGImages", "")
 NO_CROWD = (None, 0, "0", "", "false", "False")
 
@@ -42,7 +42,7 @@ def read(data_dir: Path, boxes: Form, *, keep_crowds: bool) -> Iterator[Found | 
     file's name tells its split, or else its folder's.
 
     An annotation's sentences are its `expressions`, `sentences`, `captions` or `caption`; else its
-    picture's `caption`, if it is the only annotation there; else the name of its category, if it is
+    image's `caption`, if it is the only annotation there; else the name of its category, if it is
     the only one of that category, or of one below it, there.
     """
     files = json_files(data_dir, "*.json", "*/*.json")
@@ -60,8 +60,8 @@ def read(data_dir: Path, boxes: Form, *, keep_crowds: bool) -> Iterator[Found | 
 def _objects(
     files: Sequence[Path], data_dir: Path, boxes: Form, keep_crowds: bool
 ) -> Iterator[Found | LeftOut]:
-    """Of all files, an object once that several files of a folder hold, as COCO's instances and
-    person_keypoints do."""
+    """The objects of all files; one that several files of a folder hold, as COCO's instances and
+    person_keypoints do, comes once."""
     first: dict[bytes, str] = {}
     for file in files:
         for item in _file(file, data_dir, boxes, keep_crowds):
@@ -122,7 +122,7 @@ class _Reader:
         upright = isinstance(info, Mapping) and info.get("orientation") == "upright"
         self.pixels: Literal["upright", "stored"] = "upright" if upright else "stored"
         annotations = [a for a in content["annotations"] if isinstance(a, dict)]
-        # A picture may be listed once for each of its sentences.
+        # An image may be listed once for each of its sentences.
         self.per_image = collections.Counter(_key(a.get("image_id")) for a in annotations)
         self.per_category = collections.Counter(
             (self._shown(a), name)
@@ -167,7 +167,7 @@ class _Reader:
         return image[0]
 
     def _shown(self, annotation: dict[str, Any]) -> str:
-        """What picture an annotation is of, however often the file lists it."""
+        """The name of an annotation's image, however often the file lists it."""
         images = self.images.get(_key(annotation.get("image_id")), [{}])
         names = _names(images[0])
         return names[0] if names else _key(annotation.get("image_id"))
@@ -221,7 +221,7 @@ class _Reader:
         return [x, y, x + third, y + fourth], remarks
 
     def _picture(self, names: Sequence[str]) -> Picture:
-        """The picture in the first group of places that has it."""
+        """The image in the first group of places that has it."""
         key = tuple(names)
         if key not in self.found:
             self.found[key] = self._find(names)
@@ -278,7 +278,7 @@ def _key(value: Any) -> str:
 
 
 def _by_id(images: Sequence[Any]) -> dict[str, list[dict[str, Any]]]:
-    """Pictures by their ids; several where different files share one."""
+    """Images by their ids; several where different files share one."""
     table: dict[str, list[dict[str, Any]]] = {}
     for image in images:
         if isinstance(image, dict) and image.get("id") is not None:
@@ -290,7 +290,7 @@ def _by_id(images: Sequence[Any]) -> dict[str, list[dict[str, Any]]]:
 
 def _places(file: Path, data_dir: Path, split: str | None) -> list[list[Path]]:
     """Folders that may hold a file's pictures: those that its name tells, then those that hold
-    pictures of any file, then those of any split."""
+    images of any file, then those of any split."""
     own = file.stem.removeprefix("instances_").removeprefix("person_keypoints_")
     told = [own, *(word for word, meant in SPLITS.items() if meant == split)]
 
@@ -311,7 +311,7 @@ def _same(file: Path, other: Path) -> bool:
 
 
 def _names(image: Mapping[str, Any]) -> list[str]:
-    """What a picture's file may be called; LVIS says it in `coco_url` alone."""
+    """Possible names of an image's file; LVIS gives it in `coco_url` alone."""
     name, url = image.get("file_name"), image.get("coco_url")
     if isinstance(name, str) and name.strip():
         return [name]

@@ -1,4 +1,4 @@
-"""What a COCO file's boxes hold, told by its masks, areas and pictures: tools differ in that."""
+"""The form of a COCO file's boxes, told by masks, areas and image sizes: tools differ in it."""
 
 import collections
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Form = Literal["auto", "xywh", "xyxy"]
 
 
 def form_of_boxes(annotations: Sequence[dict[str, Any]], size_of: Any) -> Form:
-    """What a file's boxes are, told by its masks, areas and pictures; auto if they do not tell."""
+    """The form of a file's boxes, told by its masks, areas and images; auto if they do not tell."""
     votes: collections.Counter[str] = collections.Counter()
     for annotation in annotations:
         try:

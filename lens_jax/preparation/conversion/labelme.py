@@ -29,7 +29,7 @@ from lens_jax.preparation.conversion.objects import (
     split_of,
 )
 
-THUMBNAIL = (32, 32)  # of two pictures that are compared
+THUMBNAIL = (32, 32)  # of two images that are compared
 SHADES, SHARE = 12, 0.02  # of grey that more than a share of pixels must differ by to be another
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What is drawn as corners in order; `rotation` and `quadrilateral` are X-AnyLabeling's.
@@ -47,7 +47,7 @@ NO_OBJECT = ("__ignore__", "_background_")  # labels that labelme's own tools ta
 def read(data_dir: Path) -> Iterator[Found | LeftOut]:
     """labelme's .json files in DATA_DIR and its folders; a folder called train, val or test is that
     split, anything else is train. They speak for upright pixels and, without a size of their own,
-    for pictures of imageData's.
+    for images of imageData's.
 
     A shape's label is its sentence, its description another one; shapes with one label and one
     group_id are one object.
@@ -102,7 +102,7 @@ def _file(file: Path, data_dir: Path) -> Iterator[Found | LeftOut]:
 def _object(
     shapes: Sequence[Any], size: tuple[int, int] | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A row without its picture and split, and what was done."""
+    """A row without its image and split, and what was done."""
     if not all(isinstance(shape, dict) for shape in shapes):
         raise ValueError("a shape must be an object")
     label = shapes[0].get("label")
@@ -178,7 +178,7 @@ def _circle(centre: Float[np.ndarray, "2"], radius: float) -> list[float]:
 
 
 def _upright_box(outline: Sequence[float]) -> list[float] | None:
-    """xyxy of a rectangle whose sides run along the picture's, else None."""
+    """xyxy of a rectangle whose sides run along the image's, else None."""
     corners = np.reshape(outline, (-1, 2))
     (x0, y0), (x1, y1) = corners.min(0).tolist(), corners.max(0).tolist()
     if not ((corners == (x0, y0)) | (corners == (x1, y1))).all():
@@ -212,7 +212,7 @@ def _paste(mask: Bool[np.ndarray, "H W"], shape: Mapping[str, Any]) -> None:
 
 
 def _picture(file: Path, data_dir: Path, content: Mapping[str, Any]) -> Picture:
-    """The picture that a file names, or one of its own name, or the one in it."""
+    """The image that a file names, or one of its own name, or the one in it."""
     reason = Unfit("its picture has no name")
     try:
         return find(data_dir, [file.parent], content.get("imagePath"))
@@ -242,7 +242,7 @@ def _picture(file: Path, data_dir: Path, content: Mapping[str, Any]) -> Picture:
 
 
 def _inner_picture(data: Any) -> UInt8[np.ndarray, "H W 3"] | None:
-    """imageData's picture, upright, where it is one."""
+    """imageData's image, upright, where it is one."""
     if not data:
         return None
     try:
@@ -253,10 +253,10 @@ def _inner_picture(data: Any) -> UInt8[np.ndarray, "H W 3"] | None:
 
 
 def _compare(picture: Picture, inner: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Raises Unfit where the file beside shows another picture than imageData, which labelme shows:
+    """Raises Unfit where the file beside shows another image than imageData, which labelme shows:
     either may be the one that was annotated, for tools that turn and crop leave imageData behind.
 
-    The same picture in another size, or encoded anew, is no other.
+    The same image in another size, or encoded anew, is no other.
     """
     if picture.content is not None or not picture.path.resolve().is_relative_to(
         picture.roots[0].resolve()
@@ -265,7 +265,7 @@ def _compare(picture: Picture, inner: UInt8[np.ndarray, "H W 3"]) -> None:
     try:
         with Image.open(picture.path) as image:
             beside = to_rgb(image)
-    except Exception:  # said when the picture is asked for
+    except Exception:  # said when the image is asked for
         return
     small = [
         np.asarray(Image.fromarray(pixels).convert("L").resize(THUMBNAIL, Image.Resampling.BOX))

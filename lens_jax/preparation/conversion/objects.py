@@ -1,4 +1,4 @@
-"""What the layouts' readers give: objects of a data set, and where their pictures lie."""
+"""Objects of a data set as the layouts' readers give them, and where their images lie."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowE
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture that an annotation names.
+    """An image that an annotation names.
 
     Attributes:
         path: where it lies, or would lie if `content` were a file.
@@ -43,9 +43,9 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An object of the old layout: a manifest's row without its picture, on the annotation's
+    """An object of the old layout: a manifest's row without its image, on the annotation's
     pixels. `where` is its place in the old layout, `group` what was annotated together with it (a
-    file, or a folder of files of a picture each), and `remarks` what was done with it. `corners`
+    file, or a folder of files of an image each), and `remarks` what was done with it. `corners`
     (x, y) are those of what `row` holds as drawn mask."""
 
     picture: Picture
@@ -106,7 +106,7 @@ def json_files(data_dir: Path, *patterns: str) -> list[Path]:
 
 
 def find(data_dir: Path, places: Sequence[Path], name: Any) -> Picture:
-    """The picture of a name in the first of some folders that holds it.
+    """The image of a name in the first of some folders that holds it.
 
     Separators may be those of Windows, and letters be large or small; no name leads out of
     data_dir.
@@ -136,7 +136,7 @@ def find(data_dir: Path, places: Sequence[Path], name: Any) -> Picture:
 
 
 def forget() -> None:
-    """What folders hold is looked up anew."""
+    """Forgets what folders hold, so that they are listed anew."""
     _listing.cache_clear()
 
 

@@ -34,8 +34,8 @@ def _object(file: Path, roots: tuple[Path, ...]) -> Found | LeftOut:
     except SampleError as error:
         return LeftOut("its picture or a polygon cannot be read", str(error))
     corners = np.concatenate([np.empty((0, 2)), *(c for _, c in annotation.polygons)])
-    truth = {"rle": encode_runs(mask)} if mask.any() else {"mask": None}
-    row = {"expressions": list(annotation.sentences), **truth, "split": file.parent.name}
+    target = {"rle": encode_runs(mask)} if mask.any() else {"mask": None}
+    row = {"expressions": list(annotation.sentences), **target, "split": file.parent.name}
     return Found(
         Picture(annotation.image, roots, None, size, "upright"),
         row,

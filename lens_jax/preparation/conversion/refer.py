@@ -40,7 +40,7 @@ def _object(source: refcoco.RefCoco, ref: refcoco.Ref, data_dir: Path) -> Found 
     row = {"expressions": list(ref.expressions), "split": source.split}
     remarks = ("sentences of it that say nothing were dropped",) if ref.blank else ()
     try:
-        mask, box = source.truth(ref)
+        mask, box = source.target(ref)
         if box is None:
             row["mask"] = None
         elif isinstance(ref.segmentation, Mapping):

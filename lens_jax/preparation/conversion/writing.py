@@ -1,4 +1,4 @@
-"""Writes objects as a manifest's rows, on the upright picture, as the check will accept them."""
+"""Writes objects as a manifest's rows, on the upright image, as the check will accept them."""
 
 import collections
 import dataclasses
@@ -22,7 +22,7 @@ from lens_jax.preparation.conversion.objects import Found, LeftOut, Picture, Unf
 from lens_jax.preparation.tally import Tally
 
 ALL = ""  # the name of the group of all objects
-PICTURES = "pictures"  # where the output's pictures lie
+PICTURES = "pictures"  # where the output's images lie
 Size = tuple[int, int]  # (height, width)
 
 # What the check calls a row that cannot be used -> the sentence of its table.
@@ -55,7 +55,7 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """A picture that can be decoded: its size as stored, and how it is turned."""
+    """An image that can be decoded: its size as stored, and how it is turned."""
 
     stored: Size
     orientation: int
@@ -74,11 +74,11 @@ def write(
     coordinates: Coordinates,
     progress: Callable[[Iterable], Iterable],
 ) -> Summary:
-    """Writes `folder`/manifest.jsonl and the pictures of its rows.
+    """Writes `folder`/manifest.jsonl and the images of its rows.
 
     Args:
         coordinates: auto leaves out what is told to be percent by all of its group.
-        scale: annotations for a picture of another size and the same proportions are scaled to
+        scale: annotations for an image of another size and the same proportions are scaled to
             it; left out without it.
     """
     pictures = _Pictures(folder, data_dir)
@@ -133,7 +133,7 @@ def write(
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """What a line of the manifest was made from, and what is said of it if it stays."""
+    """The origin of a line of the manifest, and the remarks on it if it stays."""
 
     split: str
     picture: str
@@ -149,7 +149,7 @@ def _without_percent(
     pictures: "_Pictures",
     left_out: Tally,
 ) -> list[_Row]:
-    """Removes the lines, and the pictures, of groups that are in percent."""
+    """Removes the lines, and the images, of groups that are in percent."""
     kept = [not reaches[row.group].is_percent for row in rows]
     if all(kept):
         return rows
@@ -169,7 +169,7 @@ def _without_percent(
 
 
 class _Pictures:
-    """Pictures on their way to the output: each is decoded before anything of it is written."""
+    """Images on their way to the output: each is decoded before anything of it is written."""
 
     def __init__(self, folder: Path, data_dir: Path):
         self.folder, self.data_dir = folder, data_dir
@@ -177,7 +177,7 @@ class _Pictures:
         self._known: dict[Path, _Known | Unfit] = {}
 
     def known(self, picture: Picture) -> _Known:
-        """Raises Unfit where a picture cannot be used."""
+        """Raises Unfit where an image cannot be used."""
         if picture.path not in self._known:
             try:
                 self._known[picture.path] = self._look(picture)
@@ -229,10 +229,10 @@ class _Pictures:
 
 
 def _fit(item: Found, known: _Known, scale: bool) -> tuple[dict[str, Any], list[str]]:
-    """An object's row on the upright picture, and what was done to it.
+    """An object's row on the upright image, and what was done to it.
 
     Raises:
-        Unfit, ValueError: it is for another picture, or its mask is broken.
+        Unfit, ValueError: it is for another image, or its mask is broken.
     """
     size, row = item.picture.size, dict(item.row)
     if isinstance(row.get("rle"), dict) and (own := _size(row["rle"].get("size"))) is not None:
