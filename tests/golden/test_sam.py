@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lens_jax.convert_weights.sam2 import params_from_tensors
+from lens_jax.convert_weights.sam2 import table
+from lens_jax.convert_weights.table import params_from
 from lens_jax.model_configs.sam import read_sam2
 from lens_jax.models.layers import shapes_of
 from lens_jax.models.sam.segmenter import Sam2
@@ -25,7 +26,7 @@ def golden(golden_dir):
 def model(golden_dir, golden_weights):
     config = read_sam2(json.loads((golden_dir / "lens_tiny" / "sam2_config.json").read_text()))
     model = shapes_of(lambda rngs: Sam2(config, rngs=rngs))
-    nnx.update(model, params_from_tensors(config, golden_weights, prefix="sam."))
+    nnx.update(model, params_from(table(config), golden_weights, prefix="sam."))
     return model
 
 
