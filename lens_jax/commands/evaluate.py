@@ -29,18 +29,8 @@ OFFICIAL_LENGTH = 768
 # Batches prepared ahead of the one that is decoded.
 AHEAD = 2
 
-# Key of the scores -> heading of the table, and how the value is written.
-COLUMNS = {
-    "dataset": ("data set", "{}"),
-    "split": ("split", "{}"),
-    "samples": ("samples", "{:,}"),
-    "ciou": ("cIoU", "{:.3f}"),
-    "giou": ("gIoU", "{:.3f}"),
-    "box_iou": ("box IoU", "{:.3f}"),
-    "precision_at_0.5": ("precision_at_0.5", "{:.3f}"),
-    "format_rate": ("format_rate", "{:.3f}"),
-    "seconds": ("seconds", "{:.0f}"),
-}
+# The scores of the terminal's table.
+SHOWN = ("samples", "ciou", "giou", "box_iou", "precision_at_0.5", "format_rate", "seconds")
 
 
 def evaluate(
@@ -262,10 +252,12 @@ def chosen(suite: str) -> list[tuple[str, str]]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Scores as a table for the terminal: a line each, or of one data set a line for each score."""
-    lines = [[heading for heading, _ in COLUMNS.values()]]
+    from lens_jax.reports import pages
+
+    lines = [["data set", "split", *(pages.SCORES[key].label for key in SHOWN)]]
     for scores in results:
-        cells = COLUMNS.items()
-        lines.append(["–" if scores[k] is None else f.format(scores[k]) for k, (_, f) in cells])
+        cells = (pages.show(key, scores) for key in SHOWN)
+        lines.append([scores["dataset"], scores["split"], *cells])
     if len(results) == 1:
         return cli.table(list(zip(*lines, strict=True)))
     return cli.table(lines, left=(0, 1))

@@ -97,7 +97,7 @@ def write(run_dirs: Sequence[Path], file: Path) -> list[str]:
         warnings=warnings,
         evaluated=[EVALUATIONS.get(run.point, "–") for run in runs],
         scores=[
-            (score, ["–" if (v := run.scores.get(key)) is None else f"{v:.3f}" for run in runs])
+            (score, [pages.show(key, run.scores) for run in runs])
             for key, score in pages.SCORES.items()
             if score.is_fraction and any(run.scores.get(key) is not None for run in runs)
         ],

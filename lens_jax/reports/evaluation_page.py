@@ -85,6 +85,7 @@ def write(file: Path, checkpoint: str, sections: Sequence[Section]) -> Path:
         sections=sections,
         bins=BINS,
         scores=pages.SCORES,
+        show=pages.show,
         shown=SHOWN_SCORES,
     )
     return files.write_text(file, page)

@@ -3,6 +3,7 @@
 import base64
 import functools
 import io
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jinja2
@@ -26,6 +27,14 @@ SCORES = {
     "samples": ShownScore("samples", "a picture with one expression each", False),
     "seconds": ShownScore("seconds", "of decoding and scoring", False),
 }
+
+
+def show(key: str, scores: Mapping[str, Any]) -> str:
+    """A score as tables show it, a dash without one."""
+    value = scores.get(key)
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if SCORES[key].is_fraction else f"{value:,.0f}"
 
 
 def render(template: str, **values: Any) -> str:

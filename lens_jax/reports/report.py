@@ -57,11 +57,10 @@ def table(evaluation: dict[str, Any]) -> list[tuple[pages.ShownScore, list[str],
         values = [scores.get(key) for scores in _measured(evaluation)]
         if all(value is None for value in values):
             continue
-        digits = 3 if score.is_fraction else 0
-        cells = ["–" if v is None else f"{v:,.{digits}f}" for v in values]
+        cells = [pages.show(key, scores) for scores in _measured(evaluation)]
         change = None
         if score.is_fraction and len(values) > 1 and None not in (values[0], values[-1]):
-            change = round(values[-1] - values[0], digits)
+            change = round(values[-1] - values[0], 3)
         rows.append((score, cells, change))
     return rows
 

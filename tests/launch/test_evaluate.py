@@ -54,7 +54,7 @@ def test_scores_rows_and_table(asked, tmp_path, capsys, flags):
     *table, said_scores, said_rows = capsys.readouterr().out.splitlines()
     assert said_scores == f"{scores_file}: the scores"
     assert said_rows == f"{rows_file}: a row for each sample"
-    table, cut = table[: len(evaluate.COLUMNS)], table[len(evaluate.COLUMNS) :]
+    table, cut = table[: len(evaluate.SHOWN) + 2], table[len(evaluate.SHOWN) + 2 :]
     said = f"{scores['truncated']} of 5 completions were cut off before their end: --max_length 768"
     assert len(cut) == bool(scores["truncated"]) and all(said in text for text in cut)
     assert [line.split()[-2] for line in table[-3:]] == [
@@ -67,7 +67,10 @@ def test_scores_rows_and_table(asked, tmp_path, capsys, flags):
 
 
 def test_a_score_that_is_not_there():
-    scores = dict.fromkeys(evaluate.COLUMNS, 0.5) | {"samples": 12345, "box_iou": None}
+    scores = dict.fromkeys(("dataset", "split", *evaluate.SHOWN), 0.5) | {
+        "samples": 12345,
+        "box_iou": None,
+    }
     heading, line, _ = evaluate.table([scores, scores]).splitlines()
     assert "12,345" in line and "–" in line and "precision_at_0.5  format_rate" in heading
     assert ["box", "IoU", "–"] in [line.split() for line in evaluate.table([scores]).splitlines()]
