@@ -67,10 +67,8 @@ def test_scores_rows_and_table(asked, tmp_path, capsys, flags):
 
 
 def test_a_score_that_is_not_there():
-    scores = dict.fromkeys(("dataset", "split", *evaluate.SHOWN), 0.5) | {
-        "samples": 12345,
-        "box_iou": None,
-    }
+    scores = dict.fromkeys(evaluate.SHOWN, 0.5) | {"samples": 12345, "box_iou": None}
+    scores |= {"dataset": "refcoco", "split": "val"}
     heading, line, _ = evaluate.table([scores, scores]).splitlines()
     assert "12,345" in line and "–" in line and "precision_at_0.5  format_rate" in heading
     assert ["box", "IoU", "–"] in [line.split() for line in evaluate.table([scores]).splitlines()]
