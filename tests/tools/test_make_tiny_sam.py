@@ -18,7 +18,7 @@ from lens_jax.models.layers import shapes_of
 from lens_jax.models.sam.segmenter import Sam2
 from lens_jax.preparation import shapes
 from tests import xla
-from tools import make_tiny_sam
+from tools import make_tiny_sam, tiny_sam_data
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "tiny" / "sam2"
 
@@ -42,8 +42,8 @@ def test_a_few_steps(tmp_path, monkeypatch):
     arguments += ["--learning_rate", "0.005", "--output", str(tmp_path)]
     # A process of its own: without any optimization, as tests are compiled, the step gives NaN.
     command = (
-        f"from tools import make_tiny_sam; make_tiny_sam.PROMPTS = {prompts}; "
-        f"make_tiny_sam.LENGTHS = [3]; make_tiny_sam.main({arguments})"
+        f"from tools import make_tiny_sam, tiny_sam_data; tiny_sam_data.PROMPTS = {prompts}; "
+        f"tiny_sam_data.LENGTHS = [3]; make_tiny_sam.main({arguments})"
     )
     environment = dict(os.environ, XLA_FLAGS=xla.flags(optimization=1))
     root = SHIPPED.parents[2]
@@ -67,13 +67,13 @@ def test_loose_masks_have_a_margin():
 
 
 def test_batches_are_prompts_of_their_objects():
-    batch = make_tiny_sam.draw_batch(np.random.default_rng(0), images=3, objects=2)
-    size = make_tiny_sam.CONFIG.mask_size
+    batch = tiny_sam_data.draw_batch(np.random.default_rng(0), images=3, objects=2)
+    size = tiny_sam_data.CONFIG.mask_size
     assert batch.cover.shape == (3, size, size)
     for length, points, targets in zip(
-        make_tiny_sam.LENGTHS, batch.points, batch.targets, strict=True
+        tiny_sam_data.LENGTHS, batch.points, batch.targets, strict=True
     ):
-        prompts = np.repeat(make_tiny_sam.prompts_of(length), 2)
+        prompts = np.repeat(tiny_sam_data.prompts_of(length), 2)
         assert points.shape == (3, len(prompts), length, 2)
         for row, g in np.ndindex(3, len(prompts)):
             mask, box = targets.masks[row, g], targets.boxes[row, g] * shapes.SIDE
@@ -83,9 +83,9 @@ def test_batches_are_prompts_of_their_objects():
                 np.ceil(box - 1e-4), [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
             )
             slack = max((box[2] - box[0]) / 6, 1) + 1e-3
-            labels = make_tiny_sam.PROMPTS[prompts[g]]
+            labels = tiny_sam_data.PROMPTS[prompts[g]]
             for label, point in zip(labels, points[row, g], strict=True):
-                x, y = (point + 0.5) / make_tiny_sam.SCALE
+                x, y = (point + 0.5) / tiny_sam_data.SCALE
                 if label == 1:
                     assert mask[int(y), int(x)]
                 elif label in (2, 3):

@@ -14,7 +14,7 @@ from lens_jax.data import images
 from lens_jax.inference import Lens
 from lens_jax.preparation import shapes
 from lens_jax.rewards.box import box_iou
-from tools import make_tiny_vlm
+from tools import make_tiny_vlm, tiny_vlm_data
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "tiny" / "qwen2_5_vl"
 
@@ -49,17 +49,17 @@ def test_a_few_steps(folder):
 def test_loose_boxes():
     rng = np.random.default_rng(0)
     box = (40, 50, 60, 80)
-    drawn = np.array([make_tiny_vlm.loosen(box, rng, (112, 112)) for _ in range(2000)])
+    drawn = np.array([tiny_vlm_data.loosen(box, rng, (112, 112)) for _ in range(2000)])
     moved = (drawn - box) * [-1, -1, 1, 1] / [20, 30, 20, 30]
     assert moved.min() >= 0 and moved.max() <= 0.5
     np.testing.assert_allclose(moved.mean(0), 0.25, atol=0.02)
-    assert make_tiny_vlm.loosen((0, 0, 140, 84), rng, (84, 140)) == (0, 0, 140, 84)
+    assert tiny_vlm_data.loosen((0, 0, 140, 84), rng, (84, 140)) == (0, 0, 140, 84)
 
 
 def test_no_held_out_expression_is_taught():
     for index in range(200):
-        *_, questions = make_tiny_vlm._draw(3, index)
-        scene, _ = make_tiny_vlm._picture(np.random.default_rng((3, index)))
+        *_, questions = tiny_vlm_data._draw(3, index)
+        scene, _ = tiny_vlm_data._picture(np.random.default_rng((3, index)))
         held_out = {
             e.text for thing in scene.objects for e in thing.expressions if shapes.is_held_out(e)
         }
@@ -70,7 +70,7 @@ def test_boxes_and_cells_are_those_of_the_picture():
     """As the vision tower gets it: the cell that a question names has the object's colour."""
     grids, checked = set(), 0
     for index in range(200):
-        seen, *_, questions = make_tiny_vlm._draw(4, index)
+        seen, *_, questions = tiny_vlm_data._draw(4, index)
         if seen is None:
             continue
         rows, columns = (int(n) for n in seen.grid)
@@ -92,7 +92,7 @@ def test_boxes_and_cells_are_those_of_the_picture():
 def test_the_processor_brings_every_size_to_that_of_training():
     config = json.loads((SHIPPED / "preprocessor_config.json").read_text())
     limits = config["min_pixels"], config["max_pixels"]
-    assert limits == (make_tiny_vlm.MIN_PIXELS, make_tiny_vlm.MAX_PIXELS)
+    assert limits == (tiny_vlm_data.MIN_PIXELS, tiny_vlm_data.MAX_PIXELS)
     for side in range(20, 1000):
         assert images.smart_resize(side, side, *limits) == (112, 112)
 
