@@ -1,4 +1,4 @@
-"""How a pretrained checkpoint generates."""
+"""Settings of generation that a pretrained checkpoint holds."""
 
 import dataclasses
 from pathlib import Path

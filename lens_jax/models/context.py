@@ -65,8 +65,8 @@ class ContextModule(nnx.Module):
         width: int,
         prompt_dim: int,
         *,
-        depth: int = 4,
-        num_heads: int = 16,
+        depth: int,
+        num_heads: int,
         rngs: nnx.Rngs,
         dtype=jnp.float32,
     ):

@@ -1,4 +1,4 @@
-"""How images are cut for a vision tower."""
+"""The sizes in which images are cut for a vision tower."""
 
 import dataclasses
 

@@ -55,7 +55,7 @@ class LensConfig:
 
     @property
     def axes(self) -> ParameterAxes:
-        """What laying the model out over devices must know of its parameters."""
+        """Axes of the parameters, for their layout over devices."""
         return parameter_axes(self.mllm.num_kv_heads)
 
     @property

@@ -1,5 +1,4 @@
-"""Names of LENS's parameters: which are stacks of layers, which part of the model each is of, and
-which axes it has.
+"""LENS's parameters by name: stacks of layers, parts of the model, logical axes.
 
 A parameter's name is its path in the model, `language/layers/q_proj/kernel`.
 """
@@ -17,8 +16,8 @@ STACKED = ("visual/blocks", "language/layers", "context/blocks")
 # Modules whose layers are stacked only when they run (`layers.stacks`).
 STACKED_WHEN_RUN = ("sam/image_encoder/trunk/blocks",)
 
-# The parts of a model that may train. What SAM adds to its image features is its encoder's, what
-# it does with prompts its decoder's.
+# The parts of a model that may train. SAM's encoder includes what it adds to image features, its
+# decoder the prompt encoder.
 PARTS = {
     "visual": r"visual/",
     "language": r"language/",
@@ -59,7 +58,6 @@ AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def parameter_axes(kv_heads: int) -> ParameterAxes:
-    """What laying LENS out over devices must know. KV heads, so many, are cut between heads or not
-    at all."""
+    """The axes of LENS's parameters. The KV heads, so many, are cut between heads or not at all."""
     scanned = (*STACKED, *STACKED_WHEN_RUN)
     return ParameterAxes(AXES, STACKED, scanned, {"kv_heads": kv_heads})
