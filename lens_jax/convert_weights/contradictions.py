@@ -49,36 +49,27 @@ def _mllm(config: QwenVLConfig, shapes: Mapping[str, Shape]) -> Iterator[Finding
         yield "vision_config", names[vision.family], names[found[0]]
         return
     layer, mlp = "model.layers.0", "model.layers.0.mlp"
-    yield (
-        "hidden_size",
-        config.hidden_size,
-        _agreed(shapes, ("model.norm.weight", 0), (f"{layer}.input_layernorm.weight", 0)),
-    )
+    width = _agreed(shapes, "model.norm.weight", f"{layer}.input_layernorm.weight")
+    yield "hidden_size", config.hidden_size, width
     yield "num_hidden_layers", config.num_layers, _count(shapes, r"model\.layers\.(\d+)\.")
-    yield (
-        "intermediate_size",
-        config.intermediate_size,
-        _agreed(shapes, (f"{mlp}.gate_proj.weight", 0), (f"{mlp}.up_proj.weight", 0)),
-    )
+    hidden = _agreed(shapes, f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
+    yield "intermediate_size", config.intermediate_size, hidden
     attention = f"{layer}.self_attn"
-    rows = _agreed(shapes, (f"{attention}.k_proj.weight", 0), (f"{attention}.v_proj.weight", 0))
+    rows = _agreed(shapes, f"{attention}.k_proj.weight", f"{attention}.v_proj.weight")
     said = config.num_kv_heads * config.head_dim
     yield "hidden_size / num_attention_heads * num_key_value_heads", said, rows
 
     is_old = vision.family == "qwen2_vl"
     block = "visual.blocks.0"
     yield "vision_config.depth", vision.depth, _count(shapes, r"visual\.blocks\.(\d+)\.")
-    width = _agreed(shapes, ("visual.merger.ln_q.weight", 0), (f"{block}.norm1.weight", 0))
+    width = _agreed(shapes, "visual.merger.ln_q.weight", f"{block}.norm1.weight")
     yield f"vision_config.{'embed_dim' if is_old else 'hidden_size'}", vision.hidden_size, width
-    hidden = (
-        _agreed(shapes, (f"{block}.mlp.fc1.weight", 0), (f"{block}.mlp.fc1.bias", 0))
-        if is_old
-        else _agreed(shapes, (f"{block}.mlp.gate_proj.weight", 0), (f"{block}.mlp.up_proj.bias", 0))
-    )
     if is_old:
+        hidden = _agreed(shapes, f"{block}.mlp.fc1.weight", f"{block}.mlp.fc1.bias")
         ratio = hidden and hidden / vision.hidden_size
         yield "vision_config.mlp_ratio", vision.intermediate_size / vision.hidden_size, ratio
     else:
+        hidden = _agreed(shapes, f"{block}.mlp.gate_proj.weight", f"{block}.mlp.up_proj.bias")
         yield "vision_config.intermediate_size", vision.intermediate_size, hidden
 
 
@@ -90,9 +81,7 @@ def _sam2(
     if is_hugging_face:
         section = "vision_config.backbone_config"
         width, stages = f"{section}.hidden_size", f"{section}.blocks_per_stage"
-    found = _agreed(
-        shapes, (f"{trunk}.patch_embed.proj.weight", 0), (f"{trunk}.patch_embed.proj.bias", 0)
-    )
+    found = _agreed(shapes, f"{trunk}.patch_embed.proj.weight", f"{trunk}.patch_embed.proj.bias")
     yield width, config.embed_dim, found
     blocks = _count(shapes, r"image_encoder\.trunk\.blocks\.(\d+)\.")
     yield f"the sum of {stages}", sum(config.stages), blocks
@@ -100,21 +89,15 @@ def _sam2(
 
 def _sam1(config: SamConfig, shapes: Mapping[str, Shape]) -> Iterator[Finding]:
     name = "image_encoder"
-    yield (
-        "vision_config.hidden_size",
-        config.embed_dim,
-        _agreed(shapes, (f"{name}.pos_embed", 3), (f"{name}.blocks.0.norm1.weight", 0)),
-    )
+    width = _agreed(shapes, f"{name}.pos_embed", f"{name}.blocks.0.norm1.weight", axis=-1)
+    yield "vision_config.hidden_size", config.embed_dim, width
     blocks = _count(shapes, r"image_encoder\.blocks\.(\d+)\.")
     yield "vision_config.num_hidden_layers", config.depth, blocks
 
 
-def _agreed(shapes: Mapping[str, Shape], *places: tuple[str, int]) -> int | None:
-    """A length that all these tensors have along these axes, None if they do not agree."""
-    lengths = {
-        shapes[name][axis] if name in shapes and axis < len(shapes[name]) else None
-        for name, axis in places
-    }
+def _agreed(shapes: Mapping[str, Shape], *names: str, axis: int = 0) -> int | None:
+    """The length that all these tensors have along an axis, None if they do not agree."""
+    lengths = {shapes[name][axis] if shapes.get(name) else None for name in names}
     return lengths.pop() if len(lengths) == 1 else None
 
 

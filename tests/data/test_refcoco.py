@@ -20,7 +20,9 @@ def test_written_scenes_are_read_back(shapes_dir):
     source = RefCoco(shapes_dir, "refcoco", "val")
     truth = []
     for i in range(10):
-        scene = shapes._scene_of_split("val", np.random.default_rng((3, 1, i)), shapes.random_scene)
+        scene = shapes_refcoco._scene_of_split(
+            "val", np.random.default_rng((3, 1, i)), shapes.random_scene
+        )
         truth += [(scene, o) for o in scene.objects if o.expressions]
     assert len(source) == len(truth)
     assert list(source.num_expressions) == [len(o.expressions) for _, o in truth]
