@@ -116,8 +116,6 @@ def shown(value: Any) -> str:
 
 def _hint(action: argparse.Action) -> Any:
     """The type that a flag's value has."""
-    if action.choices:
-        return Literal[tuple(action.choices)]
     return getattr(action, "_typehint", None) or action.type or str
 
 
@@ -236,7 +234,7 @@ def explain(message: str, parser: "Parser", name: Callable[[str], str] = "--{}".
         asked = with_article(_value_words(action))
     if re.search("expected (one|at least one) argument", why):
         return f"{name(key)} needs a value: {asked}"
-    if action is None or not (action.choices or action.type or hasattr(action, "_typehint")):
+    if action is None or not (action.type or hasattr(action, "_typehint")):
         return f"{name(key)}: {why}"
     return f"{name(key)}: expected {asked}{_got(why)}"
 
@@ -244,7 +242,7 @@ def explain(message: str, parser: "Parser", name: Callable[[str], str] = "--{}".
 def _got(why: str) -> str:
     """The value that a message complains of."""
     found = re.search(
-        r"(?:Got value|Given value|invalid choice): ?(.*?)(?: \(choose from .*)?$"
+        r"(?:Got value|Given value): ?(.*?)$"
         r"|Not of type \w+: (\S+) (?:does not conform|not an? )|('[^']*')$",
         why,
     )

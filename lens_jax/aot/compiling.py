@@ -19,25 +19,16 @@ from lens_jax.config import RunConfig, batch_rows, check_batches
 from lens_jax.distribution import sharding
 
 
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """A slice, or several alike, with the mesh that a run makes of it."""
+def make_mesh(topology: str, config: RunConfig, slices: int = 1) -> Mesh:
+    """The mesh that a run makes of a slice, or of several alike.
 
-    topology: str
-    mesh: Mesh
-
-    @classmethod
-    def of(cls, topology: str, config: RunConfig, slices: int = 1) -> "Slice":
-        """Raises tpu.TopologyError, ConfigError."""
-        tpu.chip(topology)
-        devices = tpu.devices(topology, slices)
-        mesh = sharding.make_mesh(config.mesh, devices, rows=batch_rows(config))
-        check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
-        return cls(topology, mesh)
-
-    @property
-    def chip(self) -> tpu.Chip:
-        return tpu.chip(self.topology)
+    Raises:
+        TopologyError: there is no such slice.
+        ConfigError: the run does not divide over it.
+    """
+    mesh = sharding.make_mesh(config.mesh, tpu.devices(topology, slices), rows=batch_rows(config))
+    check_batches(config, mesh.shape["data"], mesh.shape["fsdp"])
+    return mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,17 +122,17 @@ def compile_run(
         quick: without updates of shorter completions, which take less than that of the longest,
             only until a program does not fit, and without compiling what cannot.
     """
-    from lens_jax.aot.compiling import Slice, compile_program, suggestions
+    from lens_jax.aot import tpu
+    from lens_jax.aot.compiling import compile_program, make_mesh, suggestions
     from lens_jax.aot.run_models import model_shapes, texts
     from lens_jax.aot.run_programs import list_programs
     from lens_jax.training import programs
 
-    part = Slice.of(topology, config, slices)
+    chip = tpu.chip(topology)
+    mesh = make_mesh(topology, config, slices)
     rows, names = [], []
     with programs.precision(config):
-        listed = list_programs(
-            config, model_shapes(config), part.mesh, stages=stages, **texts(config)
-        )
+        listed = list_programs(config, model_shapes(config), mesh, stages=stages, **texts(config))
         for program in listed:
             names.append(program.name)
             if not program.name.startswith(only) or (quick and program.shorter):
@@ -141,9 +141,9 @@ def compile_run(
                 cli.announce(f"for {topology}", config.run_dir, config.precision)
             begin = time.monotonic()
             print(f"compiling {program.name} for {topology} ...", file=sys.stderr, flush=True)
-            row, compiled = compile_program(program, part.mesh, part.chip, hopeless=not quick)
+            row, compiled = compile_program(program, mesh, chip, hopeless=not quick)
             print(f"  {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-            advice = [] if row.fits else suggestions(config, part.mesh, program.name)
+            advice = [] if row.fits else suggestions(config, mesh, program.name)
             rows.append(dataclasses.asdict(row) | {"suggestions": advice})
             if hlo_dir and compiled:
                 hlo_dir.mkdir(parents=True, exist_ok=True)
@@ -156,8 +156,8 @@ def compile_run(
     return {
         "topology": topology,
         "slices": slices,
-        "chips": part.mesh.size,
-        "mesh": dict(part.mesh.shape),
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
         "fits": all(row["fits"] for row in rows),
         "programs": rows,
     }
