@@ -1,5 +1,6 @@
 """Masks from pictures and sentences: `python launch/predict.py --help`."""
 
+import dataclasses
 import errno
 import tempfile
 from collections import Counter
@@ -160,24 +161,22 @@ def predict(
     return 2 if work.refused else 0
 
 
+@dataclasses.dataclass
 class Work:
     """The questions so far: answered, answered before, refused."""
 
-    def __init__(
-        self,
-        output: Path,
-        identity: str,
-        processor: "Processor",
-        max_new_tokens: int,
-        reasoning: bool,
-    ):
-        self.output, self.identity = output, identity
-        self.processor, self.max_new_tokens = processor, max_new_tokens
-        self.reasoning = reasoning
-        self.answered = self.before = self.refused = 0
-        # What answers lack (None: nothing) -> how many do, and the picture of the first.
-        self.counts: Counter[str | None] = Counter()
-        self.first: dict[str | None, str] = {}
+    output: Path
+    identity: str
+    processor: "Processor"
+    max_new_tokens: int
+    reasoning: bool
+    answered: int = 0
+    before: int = 0
+    refused: int = 0
+    counts: Counter[str | None] = dataclasses.field(default_factory=Counter)
+    """What answers lack (None: nothing) -> how many do."""
+    first: dict[str | None, str] = dataclasses.field(default_factory=dict)
+    """The same -> the image of the first."""
 
     def check_taken(self, questions: Sequence["Question"]) -> None:
         """Raises UsageError if files of answers to other questions would be overwritten."""
