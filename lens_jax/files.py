@@ -154,18 +154,27 @@ def discard_all() -> None:
         discard(folder)
 
 
-def _lock(folder: Path) -> int | None:
-    """A descriptor that locks a directory until it is closed; None if that cannot be had."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
+def lock(folder: Path) -> int:
+    """A descriptor that locks a directory until it is closed.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        OSError: it is missing, or its file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        return None
+        raise
     return descriptor
+
+
+def _lock(folder: Path) -> int | None:
+    try:
+        return lock(folder)
+    except OSError:
+        return None
 
 
 def is_full(error: BaseException) -> bool:

@@ -125,16 +125,18 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """`lens_config.json` of a pretrained checkpoint."""
     directory = Path(directory)
     if not directory.is_dir():
+        hint = "python -m tools.convert_weights makes one of a downloaded release"
+        if (directory.parent / "config.yaml").is_file():
+            hint = "its run has not ended: the command that began it goes on"
         raise CheckpointError(
-            f"{files.as_typed(str(directory))} is not a directory: no checkpoint there "
-            "(python -m tools.convert_weights makes one of a downloaded release)"
+            f"{files.as_typed(str(directory))} is not a directory: no checkpoint there ({hint})"
         )
     file = directory / CONFIG
     if not file.is_file():
-        raise CheckpointError(
-            f"{directory} holds no {CONFIG}: a pretrained checkpoint is written by training "
-            "(RUN/final) or by tools.convert_weights"
-        )
+        hint = "a pretrained checkpoint is written by training (RUN/final) or tools.convert_weights"
+        if (directory / "final" / CONFIG).is_file():
+            hint = f"give {directory / 'final'}"
+        raise CheckpointError(f"{directory} holds no {CONFIG}: {hint}")
     return read_json(file)
 
 

@@ -125,12 +125,8 @@ def _attend_backward(blocks, residuals, gradient):
             of_weights = _product(gradient, values, 5, token + 1, token)
             of_scores = jnp.where(mask, weights * (of_weights - subtracted), 0).astype(keys.dtype)
             of_queries += _product(of_scores, keys, 5, token, token)
-            # The small factor comes first: it is the one that is transposed.
-            rows = range(token, 5)
-            of_keys, of_values = (
-                _product(small, large, rows, rows, token).swapaxes(-1, -2)
-                for small, large in ((queries, of_scores), (gradient, weights.astype(values.dtype)))
-            )
+            of_keys = _summed_over_rows(of_scores, queries, token)
+            of_values = _summed_over_rows(weights.astype(values.dtype), gradient, token)
             sums.append((before[0] + of_keys, before[1] + of_values))
         return sums, of_queries.astype(queries.dtype)
 
@@ -190,6 +186,16 @@ def _scores(queries, keys, mask) -> Float[Array, "B K G R S T"]:
     else:
         scores = _product(queries, keys, 5, token + 1, token)
     return jnp.where(mask, scores, MASKED)
+
+
+def _summed_over_rows(large: Array, small: Array, token: int) -> Float[Array, "... T D"]:
+    """`large` [..., S, T] times `small` [..., S, D], summed over the axes of rows, `token` to S."""
+    rows = range(token, 5)
+    if small.dtype == jnp.float32:
+        # The small factor comes first: it is the one that is transposed.
+        return _product(small, large, rows, rows, token).swapaxes(-1, -2)
+    # XLA folds the swap into the product, and cannot run that one in bfloat16 on a CPU.
+    return _product(large, small, rows, rows, token)
 
 
 def _product(

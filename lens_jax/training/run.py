@@ -4,6 +4,7 @@ Everything that a run is lies in its directory (see the README). A run that was 
 its last complete checkpoint; what it had already evaluated is not evaluated again.
 """
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -40,9 +41,14 @@ def run(config: RunConfig, start: Start, stopping: Stopping) -> None:
     stopping.where = "nothing had been trained"
     if found["begun"]:
         stopping.where = f"{directory} goes on at its last checkpoint"
-    with programs.precision(config), Compilations() as compilations:
+    with (
+        programs.precision(config),
+        Compilations() as compilations,
+        contextlib.ExitStack() as held,
+    ):
         checked = check(config, directory, start, converted=not found["reconvert"])
         stop_if_asked(stopping)
+        processes.by_main(lambda: held.enter_context(run_directory.locked(directory)))
         processes.by_main(lambda: run_directory.claim(directory, config, found))
         job = prepare(config, directory, start.make(), checked, compilations, stopping)
         score(job, "before")

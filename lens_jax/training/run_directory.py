@@ -1,8 +1,11 @@
 """The directory of a run: what it holds, whether a configuration fits it, and taking it."""
 
+import contextlib
 import json
+import os
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +102,32 @@ def _check_steps(
     )
 
 
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps other processes from training in a directory, if its file system has locks.
+
+    Raises:
+        ConfigError: one does.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = None
+    try:
+        descriptor = files.lock(directory)
+    except BlockingIOError:
+        raise ConfigError(
+            f"another process is training in {directory}: wait for its end, or name another run_dir"
+        ) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def claim(directory: Path, config: RunConfig, found: dict[str, Any]) -> None:
     """Takes the run directory, and removes what no longer holds."""
-    directory.mkdir(parents=True, exist_ok=True)
     for name in ("start", "final", "data"):  # what a killed process was writing
         for unfinished in directory.glob(f".{name}.*"):
             shutil.rmtree(unfinished)

@@ -300,6 +300,16 @@ def test_a_refused_start_leaves_nothing(checkpoint, data_dir, tmp_path, refused)
         assert not run.parent.exists()
 
 
+def test_a_directory_in_which_another_process_trains(checkpoint, data_dir, tmp_path, refused):
+    """It is left as it is; and free again once that process has ended."""
+    argv = arguments(checkpoint, data_dir, tmp_path)
+    with run_directory.locked(tmp_path):
+        assert "another process is training in" in refused(train.main, *argv)
+    assert not list(tmp_path.iterdir())
+    with run_directory.locked(tmp_path):
+        pass
+
+
 def test_begun_anew_before_the_first_update(tmp_path):
     """With other flags: what they replace is removed, and what a step has trained is not."""
     old, new = (config.RunConfig(run_dir=str(tmp_path), seed=seed) for seed in (1, 2))
