@@ -12,6 +12,7 @@ from lens_jax.config import MeshConfig
 from lens_jax.data.sources import open_source
 from lens_jax.distribution import sharding
 from lens_jax.inference import programs
+from lens_jax.inference.inputs import prepare
 from lens_jax.rollout.sampler import Rollout
 
 SENTENCES = ("the red circle", "the square on the left", "it")
@@ -55,7 +56,7 @@ def test_what_is_no_completion_is_refused(lens, image, completion):
 
 
 def test_a_given_completion_draws_what_it_drew_when_it_was_written(lens, image):
-    inputs = lens._prompts([(image, SENTENCES[0])], False)
+    inputs = prepare(lens.processor, [(image, SENTENCES[0])], False)
     written = lens.respond(inputs, np.zeros(1, np.int32))
     tokens = written.tokens[0, : written.lengths[0]]
     given = lens.mask_logits(image, SENTENCES[0], tokens)
@@ -78,7 +79,7 @@ def test_devices_share_pictures_that_do_not_divide(checkpoint, image, results):
 
 def test_a_result_says_whether_it_ended_and_holds_a_box(lens, image, monkeypatch):
     """Boxes are clipped to the picture of 112 x 112 pixels; what has no area in it is none."""
-    inputs = lens._prompts([(image, "it")], False)
+    inputs = prepare(lens.processor, [(image, "it")], False)
     found = lens.respond(inputs, np.zeros(1, np.int32))
     monkeypatch.setattr(type(lens.processor), "box_to_pixels", lambda _, box, size: box)
     beyond = {
