@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 
 from lens_jax import checkpoints
+from lens_jax.distribution import sharding
 from tests.launch import runs
 from tests.test_checkpoints import DAMAGES, files_of
 from tests.training import stages, worker
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+
+@pytest.fixture(autouse=True)
+def every_parameter_is_cut(monkeypatch):
+    """In this process too, and no longer than a test: the worker leaves it so."""
+    monkeypatch.setitem(sharding.parameter_spec.__kwdefaults__, "min_elements", 0)
 
 
 def run(folder, count, *resume):
