@@ -38,6 +38,8 @@ def start(config: DistributedConfig) -> None:
         return
     # A run listens to SIGTERM by itself, and its processes agree on the step to stop after.
     jax.config.update("jax_enable_preemption_service", False)
+    # On CPUs two programs that run at once would mix up their collectives, or wait for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             *given,
