@@ -45,17 +45,12 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(
-    commands: Sequence[Sequence[str]], logs: Path, *, devices: int, cache: Path | None = None
-) -> list[subprocess.Popen]:
-    """Python processes with so many CPU devices each; what they say goes to LOGS.<number>.
-
-    `cache` is a folder of compiled programs in place of the tests' own.
-    """
+def start(commands: Sequence[Sequence[str]], logs: Path, *, devices: int) -> list[subprocess.Popen]:
+    """Python processes with so many CPU devices each; what they say goes to LOGS.<number>."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache or jax.config.jax_compilation_cache_dir),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "PYTHONPATH": str(ROOT),
