@@ -38,7 +38,7 @@ def start(config: DistributedConfig) -> None:
         return
     # A run listens to SIGTERM by itself, and its processes agree on the step to stop after.
     jax.config.update("jax_enable_preemption_service", False)
-    # On CPUs two programs that run at once would mix up their collectives, or wait for ever.
+    # On CPUs, programs that run at once are suspected of mixing up their collectives in Gloo.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(

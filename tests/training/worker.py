@@ -62,6 +62,8 @@ def step(program: stages.Program) -> dict[str, np.ndarray]:
 
 def main(folder: str, count: str, process_id: str, coordinator: str, *resume: str) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
+    # With programs of earlier runs, Gloo now and then received another collective's bytes.
+    jax.config.update("jax_enable_compilation_cache", False)
     patient = {"heartbeat_timeout": 300}  # compiling on a busy machine starves heartbeats
     processes.start(DistributedConfig(coordinator, int(count), int(process_id), **patient))
     results = work(Path(folder), bool(resume))
